@@ -1,0 +1,1 @@
+//! Keeps PVM task ids valid when tasks move.

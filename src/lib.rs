@@ -1,0 +1,1 @@
+//! Checkpoint, restore and migrate Linux processes.
