@@ -1,1 +1,9 @@
-//! Checkpoint, restore and migrate Linux processes.
+//! Checkpoint, restore and migrate Linux processes and PVM tasks from outside.
+//!
+//! One noun, one name, three files: what is stored (`image/files.rs`), how it is read
+//! (`dump/files.rs`), how it is rebuilt (`restore/files.rs`). See docs/architecture.md.
+
+pub mod dump;
+pub mod image;
+pub mod kernel;
+pub mod restore;

@@ -1,0 +1,54 @@
+//! From running processes to an image.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+/// What `mistctl dump` was asked for.
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub pid: i32,
+    /// Name of the image to make; it must not exist.
+    pub image: PathBuf,
+    /// Directory whose images share their carried files (hard links), if the image stands in a store.
+    pub store: Option<PathBuf>,
+    /// Children too.
+    pub tree: bool,
+    pub after: After,
+    pub compress: crate::image::Compress,
+    /// Carry TCP connections whose peer is outside the dump.
+    pub tcp_established: bool,
+    /// Draw a progress bar on standard error.
+    pub progress: bool,
+}
+
+/// What becomes of the processes once the image is durable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum After {
+    Run,
+    Stop,
+    Kill,
+}
+
+/// What a dump did, as --json prints it.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Report {
+    pub pid: i32,
+    pub image: PathBuf,
+    pub processes: usize,
+    pub threads: usize,
+    /// Memory the processes have mapped and populated, bytes.
+    pub bytes_memory: u64,
+    /// Bytes of the image on disk.
+    pub bytes_written: u64,
+    /// Pages stored, and pages found to be zero and not stored.
+    pub pages: u64,
+    pub pages_zero: u64,
+    /// From the first thread's stop to the last one's release.
+    pub blackout_us: u64,
+    pub total_us: u64,
+    /// How memory was copied: "snapshot" (copy-on-write clone) or "stopped", and why.
+    pub memory: String,
+    /// What could not be carried and does not matter much, for people.
+    pub warnings: Vec<String>,
+}

@@ -1,0 +1,172 @@
+//! Descriptors and the open file descriptions behind them.
+
+use serde::{Deserialize, Serialize};
+
+/// Index in `Manifest::descriptions`.
+pub type DescriptionId = u32;
+
+/// One entry of a descriptor table.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fd {
+    pub fd: i32,
+    pub description: DescriptionId,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cloexec: bool,
+}
+
+/// An open file description (open(2)): what dup, fork and SCM_RIGHTS share.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Description {
+    /// File status flags and access mode, as F_GETFL gives them (O_CLOEXEC is the descriptor's).
+    pub flags: i32,
+    /// Position, bytes.
+    pub pos: i64,
+    /// F_SETOWN_EX: type (F_OWNER_TID, F_OWNER_PID, F_OWNER_PGRP) and id; and F_SETSIG.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<Owner>,
+    /// flock(2), F_OFD_SETLK locks of this description (record locks of processes are in `Process`).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub locks: Vec<Lock>,
+    pub kind: Kind,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Owner {
+    pub who: i32,
+    pub id: i32,
+    pub signal: i32,
+}
+
+/// A lock as /proc/PID/fdinfo/FD tells it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lock {
+    pub class: LockClass,
+    pub exclusive: bool,
+    pub start: i64,
+    /// Bytes; 0 is up to the end of the file.
+    pub len: i64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LockClass {
+    Flock,
+    Ofd,
+    /// fcntl F_SETLK: belongs to a process.
+    Posix,
+}
+
+/// What kind of thing is open. The helper structs live with the kind that needs them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum Kind {
+    /// Regular file, directory, character or block device, or O_PATH of anything, reopened by path.
+    Path {
+        /// Index in `Manifest::files`.
+        file: u32,
+        /// S_IFREG, S_IFDIR, S_IFCHR ...
+        file_type: u32,
+        /// Of a device node.
+        rdev: u64,
+    },
+    /// Deleted file or memfd: index in `Manifest::shared_memory`.
+    Memory {
+        memory: u32,
+    },
+    /// One end of pipe number `pipe`; content is stored with the first description that names it.
+    Pipe(Pipe),
+    /// Named FIFO; like a pipe, reopened by path.
+    Fifo {
+        file: u32,
+        pipe: Pipe,
+    },
+    EventFd {
+        count: u64,
+        semaphore: bool,
+    },
+    SignalFd {
+        mask: u64,
+    },
+    TimerFd(TimerFd),
+    Epoll {
+        entries: Vec<EpollEntry>,
+    },
+    Inotify {
+        watches: Vec<InotifyWatch>,
+        /// Raw queued events that had not been read.
+        queued: usize,
+    },
+    PidFd {
+        /// Pid of a process of the dump; or of one outside.
+        pid: i32,
+    },
+    /// A pseudo terminal whose other end is in the dump too.
+    Pty(Pty),
+    /// Index in `Manifest::sockets`.
+    Socket {
+        socket: u32,
+    },
+    /// A standard stream (or other pipe, terminal or socket) to somebody outside the dump: becomes that of
+    /// the restoring shell, or /dev/null when detached. `what` says what it was, for people.
+    External {
+        what: String,
+    },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pipe {
+    /// Same number, same pipe (its inode number at dump time).
+    pub pipe: u64,
+    pub write_end: bool,
+    /// F_GETPIPE_SZ, bytes.
+    pub capacity: u32,
+    /// What was in it, base64; packets of an O_DIRECT pipe each on their own. Stored once a pipe.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub content: Vec<crate::image::Bytes>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TimerFd {
+    pub clock: i32,
+    /// TFD_TIMER_ABSTIME, TFD_TIMER_CANCEL_ON_SET as set.
+    pub settime_flags: i32,
+    /// Nanoseconds to the next expiry at the moment of the dump; 0 is disarmed.
+    pub left_ns: i64,
+    pub interval_ns: i64,
+    /// Expirations that have not been read.
+    pub ticks: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EpollEntry {
+    /// The descriptor number it was registered under.
+    pub fd: i32,
+    pub events: u32,
+    pub data: u64,
+    /// The description registered: kcmp(KCMP_EPOLL_TFD) told, for the number may mean another file by now.
+    pub description: DescriptionId,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InotifyWatch {
+    pub wd: i32,
+    pub path: String,
+    pub mask: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pty {
+    /// Number of the pair at dump time; same number, same pair.
+    pub index: u32,
+    pub master: bool,
+    /// struct termios2, raw.
+    pub termios: crate::image::Bytes,
+    /// Rows, columns, x pixels, y pixels.
+    pub winsize: [u16; 4],
+    pub locked: bool,
+    /// Bytes that stood in the pair towards this end.
+    pub queued: crate::image::Bytes,
+    /// Session and foreground process group it controls; 0 is none.
+    pub session: i32,
+    pub foreground: i32,
+}

@@ -1,0 +1,66 @@
+//! Threads: registers and everything the kernel keeps a thread.
+
+use serde::{Deserialize, Serialize};
+
+use super::Bytes;
+use super::signals::{AltStack, PendingSignal};
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Thread {
+    pub tid: i32,
+    /// struct user_regs_struct as the thread is to go on with, raw (see `resume` for calls it was in).
+    pub regs: Bytes,
+    /// NT_X86_XSTATE regset, raw.
+    pub xstate: Bytes,
+    pub resume: Resume,
+    pub comm: String,
+    /// Blocked signals.
+    pub sigmask: u64,
+    pub pending: Vec<PendingSignal>,
+    pub altstack: AltStack,
+    pub rseq: Option<Rseq>,
+    pub robust_list: u64,
+    pub robust_list_len: u64,
+    pub clear_child_tid: u64,
+    pub sched: Sched,
+    pub cpus_allowed: Bytes,
+    pub timer_slack_ns: u64,
+    pub pdeathsig: i32,
+    pub creds: super::process::Creds,
+}
+
+/// How a thread goes on.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "how")]
+pub enum Resume {
+    /// At its registers, as they are.
+    #[default]
+    Run,
+    /// It was in system call `nr`, which is issued again as it was.
+    Again { nr: u64 },
+    /// It was in system call `nr` with a time-out of which `left_ns` are left.
+    Timed { nr: u64, left_ns: i64 },
+    /// It had transferred `done` bytes of a call that goes on with the rest.
+    Partial { nr: u64, done: u64 },
+}
+
+/// PTRACE_GET_RSEQ_CONFIGURATION.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rseq {
+    pub pointer: u64,
+    pub size: u32,
+    pub signature: u32,
+}
+
+/// struct sched_attr and ioprio.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sched {
+    pub policy: u32,
+    pub flags: u64,
+    pub nice: i32,
+    pub priority: u32,
+    pub runtime: u64,
+    pub deadline: u64,
+    pub period: u64,
+    pub ioprio: i32,
+}

@@ -1,0 +1,37 @@
+//! From an image to running processes.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+/// What `mistctl restore` was asked for.
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub image: PathBuf,
+    /// Leave the processes to themselves once they run.
+    pub detach: bool,
+    /// Fail rather than give new ids.
+    pub same_pid: bool,
+    /// Run at once, fill memory behind.
+    pub lazy: bool,
+    /// Leave the processes group-stopped (SIGSTOP).
+    pub stopped: bool,
+    /// Draw a progress bar on standard error.
+    pub progress: bool,
+}
+
+/// What a restore did, as --json prints it.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Report {
+    /// Pid of the first process of the image.
+    pub pid: i32,
+    /// From the start of mistctl to the release of the restored program.
+    pub resume_us: u64,
+    /// Until all memory was filled.
+    pub total_us: u64,
+    /// "eager" or "lazy".
+    pub mode: &'static str,
+    pub processes: usize,
+    pub bytes_memory: u64,
+    pub warnings: Vec<String>,
+}
