@@ -50,6 +50,19 @@ impl Failure {
         }
     }
 
+    /// Name for scripts, as --json prints it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Failure::Failed => "failed",
+            Failure::Usage => "usage",
+            Failure::NoSuchProcess => "no_such_process",
+            Failure::Busy => "busy",
+            Failure::Refused => "refused",
+            Failure::Damaged => "damaged",
+            Failure::Restore => "restore_failed",
+        }
+    }
+
     /// An error of this class with this message.
     pub fn because(
         self,

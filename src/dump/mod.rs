@@ -52,3 +52,11 @@ pub struct Report {
     /// What could not be carried and does not matter much, for people.
     pub warnings: Vec<String>,
 }
+
+/// Makes an image.
+///
+/// # Errors
+/// Classified (see [`crate::error`]); the processes are as they were.
+pub fn run(_options: &Options) -> anyhow::Result<Report> {
+    anyhow::bail!("dump is not built yet")
+}

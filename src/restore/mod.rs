@@ -35,3 +35,19 @@ pub struct Report {
     pub bytes_memory: u64,
     pub warnings: Vec<String>,
 }
+
+/// A restore that succeeded.
+#[derive(Debug)]
+pub struct Outcome {
+    pub report: Report,
+    /// Pid, for us, of the first process when it is our child: the one to wait for.
+    pub child: Option<i32>,
+}
+
+/// Restores an image. `started` is the start of mistctl.
+///
+/// # Errors
+/// Classified (see [`crate::error`]); nothing half-restored is left.
+pub fn run(_options: &Options, _started: std::time::Instant) -> anyhow::Result<Outcome> {
+    anyhow::bail!("restore is not built yet")
+}

@@ -1,0 +1,207 @@
+//! `mistctl dump`: from running processes to an image.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::SystemTime;
+
+use anyhow::Context;
+use clap::ValueEnum;
+use mistctl::dump::{After, Options, Report};
+use mistctl::error::Failure;
+use mistctl::image::Compress;
+
+use super::{out, stores, timestamp};
+
+/// Save a running process as an image
+///
+/// The process is stopped for as long as it takes to read its state and to clone its memory copy-on-write, a few
+/// milliseconds; then it runs on, and the image is written from the clone behind its back. It notices nothing.
+///
+/// The image appears under its name when it is complete and on disk, never before. It holds what the process
+/// needs, programs and libraries included, and is readable by its owner only.
+///
+/// What cannot be carried (a device, an io_uring, a namespace of its own ...) is refused before anything is
+/// changed; the message names the descriptor or mapping in the way, and the way out.
+#[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
+pub struct Args {
+    /// The process to save
+    #[arg(value_parser = clap::value_parser!(i32).range(1..))]
+    pid: i32,
+
+    /// Directory to make for the image [default: NAME-PID-TIME in this directory]
+    ///
+    /// It must not exist. With --keep, it is the store that holds the images.
+    #[arg(short, long, value_name = "DIR")]
+    output: Option<PathBuf>,
+
+    /// Save its children and their children too
+    ///
+    /// What they share (pipes, sockets, memory, file positions) is shared again after a restore. Without this a
+    /// process that has children is saved alone, if nothing of it is shared with them.
+    #[arg(long)]
+    tree: bool,
+
+    /// End the process once the image is complete
+    #[arg(long, conflicts_with = "stop")]
+    kill: bool,
+
+    /// Leave the process stopped (SIGSTOP) once the image is complete
+    ///
+    /// `kill -CONT PID` lets it go on.
+    #[arg(long)]
+    stop: bool,
+
+    /// How to store memory
+    ///
+    /// Compressed images are smaller, and slower to write and to restore; they cannot be filled lazily as fast.
+    #[arg(long, value_enum, value_name = "HOW", default_value_t = How::None)]
+    compress: How,
+
+    /// Carry TCP connections whose other end is not part of the dump
+    ///
+    /// The other end must still be there, and see no reset, when the image is restored: on the same address, with
+    /// --kill here and a restore before the connection times out. Connections inside a --tree need no option.
+    #[arg(long)]
+    tcp_established: bool,
+
+    /// Add an image to the store -o DIR, and keep the newest N sound ones
+    ///
+    /// For cron and timers: silent when all is well, makes DIR/TIME, never removes anything before the new image is
+    /// complete, and ends with code 4 at once if another mistctl is at work on the store. `mistctl restore DIR`
+    /// takes the newest sound image of a store.
+    #[arg(long, value_name = "N", requires = "output", value_parser = clap::value_parser!(u32).range(1..))]
+    keep: Option<u32>,
+
+    /// Print one JSON object: pid, image, bytes_memory, bytes_written, pages, pages_zero, blackout_us, total_us ...
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum How {
+    /// As it is: fastest, and can be mapped
+    None,
+    /// Fast
+    Lz4,
+    /// Small
+    Zstd,
+}
+
+const EXAMPLES: &str = "\
+EXAMPLES
+    Save a process that runs on, and see what came of it:
+        mistctl dump 1234 -o work.img && mistctl show work.img
+
+    Save a shell with everything it started, then end it all:
+        mistctl dump --tree --kill 1234 -o session.img
+
+    Every ten minutes, from root's crontab, keeping the last six:
+        */10 * * * * mistctl dump $(cat /run/work.pid) -o /var/lib/mist/work --keep 6";
+
+pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    process_exists(args.pid)?;
+    match (&args.output, args.keep) {
+        (Some(dir), Some(keep)) => {
+            let store = stores::Locked::open(dir)?;
+            let image = store.new_name(SystemTime::now());
+            let report = mistctl::dump::run(&options(args, image, Some(dir.clone())))?;
+            store.keep_newest(keep as usize)?;
+            if args.json {
+                out::object(&report)?;
+            } else {
+                warn(&report);
+            }
+        }
+        (output, _) => {
+            let image = match output {
+                Some(dir) => dir.clone(),
+                None => PathBuf::from(default_name(args.pid)),
+            };
+            if image.symlink_metadata().is_ok() {
+                return Err(Failure::Failed.because(format!(
+                    "{}: exists, and images are never overwritten: choose another name, or add to a store with --keep N",
+                    image.display()
+                )));
+            }
+            let report = mistctl::dump::run(&options(args, image, None))?;
+            if args.json {
+                out::object(&report)?;
+            } else {
+                warn(&report);
+                out::note(&summary(&report));
+                out::print(&report.image.display().to_string())?;
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn options(args: &Args, image: PathBuf, store: Option<PathBuf>) -> Options {
+    Options {
+        pid: args.pid,
+        image,
+        store,
+        tree: args.tree,
+        after: match (args.kill, args.stop) {
+            (true, _) => After::Kill,
+            (_, true) => After::Stop,
+            _ => After::Run,
+        },
+        compress: match args.compress {
+            How::None => Compress::None,
+            How::Lz4 => Compress::Lz4,
+            How::Zstd => Compress::Zstd,
+        },
+        tcp_established: args.tcp_established,
+        progress: !args.json && args.keep.is_none() && out::progress(),
+    }
+}
+
+/// Says early, and in so many words, that there is no such process.
+fn process_exists(pid: i32) -> anyhow::Result<()> {
+    match Path::new(&format!("/proc/{pid}")).symlink_metadata() {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            Err(Failure::NoSuchProcess.because(format!("no process has pid {pid}")))
+        }
+        Err(e) => Err(e).with_context(|| format!("/proc/{pid}: cannot look at the process")),
+        Ok(_) => Ok(()),
+    }
+}
+
+/// COMM-PID-TIME, with nothing in it that a shell or a file system could take offence at.
+fn default_name(pid: i32) -> String {
+    let comm = std::fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();
+    let comm: String = String::from_utf8_lossy(&comm)
+        .trim_end()
+        .chars()
+        .map(|c| {
+            if c.is_ascii_alphanumeric() || "._+".contains(c) {
+                c
+            } else {
+                '-'
+            }
+        })
+        .collect();
+    let comm = comm.trim_matches(|c| c == '.' || c == '-');
+    let comm = if comm.is_empty() { "process" } else { comm };
+    format!("{comm}-{pid}-{}", timestamp::name(SystemTime::now()))
+}
+
+fn warn(report: &Report) {
+    for w in &report.warnings {
+        out::note(&format!("mistctl: {}", out::shown(w)));
+    }
+}
+
+fn summary(r: &Report) -> String {
+    format!(
+        "{}, {}: {} of memory, {} written in {}, stopped for {}",
+        out::count(r.processes, "process"),
+        out::count(r.threads, "thread"),
+        out::bytes(r.bytes_memory),
+        out::bytes(r.bytes_written),
+        out::micros(r.total_us),
+        out::micros(r.blackout_us),
+    )
+}

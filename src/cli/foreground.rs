@@ -1,0 +1,199 @@
+//! Staying with a restored program as a shell would: signals, the terminal, the status.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+
+use nix::errno::Errno;
+use nix::sys::signal::{self, SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd, siginfo};
+use nix::sys::termios::{self, SetArg, Termios};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{Pid, getpgid, getpgrp, getsid, tcgetpgrp, tcsetpgrp};
+
+use super::out;
+
+/// What is passed on to the program. SIGKILL and SIGSTOP cannot be: they hit mistctl alone.
+const PASSED_ON: [Signal; 9] = [
+    Signal::SIGINT,
+    Signal::SIGTERM,
+    Signal::SIGHUP,
+    Signal::SIGQUIT,
+    Signal::SIGUSR1,
+    Signal::SIGUSR2,
+    Signal::SIGWINCH,
+    Signal::SIGTSTP,
+    Signal::SIGCONT,
+];
+
+/// Waits until child `pid` ends, passes on signals meanwhile, and returns the status to end with: the
+/// program's, or 128 + N when signal N ended it.
+pub fn follow(pid: i32) -> u8 {
+    let program = Program::new(Pid::from_raw(pid));
+    match program.wait() {
+        Ok(status) => status,
+        Err(e) => {
+            out::note(&format!(
+                "mistctl: process {pid} runs, but its status is lost: {e}"
+            ));
+            0
+        }
+    }
+}
+
+struct Program {
+    pid: Pid,
+    /// The process group it leads, when that is not ours: gets the terminal.
+    group: Option<Pid>,
+    terminal: Option<Terminal>,
+}
+
+/// The controlling terminal, if we were in its foreground when we began.
+struct Terminal {
+    tty: File,
+    modes: Option<Termios>,
+}
+
+impl Program {
+    fn new(pid: Pid) -> Program {
+        let group = match getpgid(Some(pid)) {
+            Ok(g) if g == pid && g != getpgrp() => Some(g),
+            _ => None,
+        };
+        let ours = getsid(Some(pid)) == getsid(None);
+        Program {
+            pid,
+            group,
+            terminal: Terminal::open().filter(|_| ours),
+        }
+    }
+
+    fn wait(&self) -> nix::Result<u8> {
+        let mut set = SigSet::from_iter(PASSED_ON);
+        set.add(Signal::SIGCHLD);
+        let mut blocked = set;
+        blocked.add(Signal::SIGTTOU); // else handing over the terminal would stop us
+        blocked.thread_block()?;
+        let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC)?;
+        self.give_terminal();
+        loop {
+            // Before the first signal too: it may have ended before signals were blocked.
+            if let Some(status) = self.look()? {
+                self.take_terminal(status > 128);
+                return Ok(status);
+            }
+            match signals.read_signal() {
+                Ok(Some(info)) => self.pass_on(&info),
+                Ok(None) | Err(Errno::EINTR) => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// Takes note of what the program did: the status to end with when it ended.
+    fn look(&self) -> nix::Result<Option<u8>> {
+        loop {
+            match waitpid(
+                self.pid,
+                Some(WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED),
+            ) {
+                Ok(WaitStatus::Exited(_, status)) => return Ok(Some((status & 0xff) as u8)),
+                Ok(WaitStatus::Signaled(_, signal, _)) => return Ok(Some(128 + signal as u8)),
+                Ok(WaitStatus::Stopped(_, signal)) => self.stopped(signal),
+                Ok(WaitStatus::StillAlive) => return Ok(None),
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// The program stopped. At a terminal we stop too, so that the shell can offer `fg` and `bg`; else somebody
+    /// will let it go on, and we wait.
+    fn stopped(&self, signal: Signal) {
+        let Some(terminal) = &self.terminal else {
+            return;
+        };
+        let wants_terminal = matches!(signal, Signal::SIGTTIN | Signal::SIGTTOU);
+        if wants_terminal && terminal.foreground() == Some(getpgrp()) {
+            self.give_terminal();
+            self.send(Signal::SIGCONT, true);
+            return;
+        }
+        self.take_terminal(false);
+        let _ = signal::raise(Signal::SIGSTOP);
+        // `fg` and `bg` send SIGCONT, which waits in the signal descriptor: pass_on does the rest.
+    }
+
+    fn pass_on(&self, info: &siginfo) {
+        let Ok(signal) = Signal::try_from(info.ssi_signo as i32) else {
+            return;
+        };
+        // The terminal sends to a whole group (ctrl-C, a new window size); others mean the program.
+        let to_group = info.ssi_code == libc::SI_KERNEL;
+        match signal {
+            Signal::SIGCHLD => {}
+            Signal::SIGCONT => {
+                self.give_terminal();
+                // In our own group the shell's SIGCONT has reached it already.
+                if self.group.is_some() || is_stopped(self.pid) {
+                    self.send(signal, self.group.is_some());
+                }
+            }
+            _ if to_group && self.group.is_none() => {} // it has reached the program too
+            _ => self.send(signal, to_group),
+        }
+    }
+
+    fn send(&self, signal: Signal, to_group: bool) {
+        let _ = match self.group {
+            Some(group) if to_group => signal::killpg(group, signal),
+            _ => signal::kill(self.pid, signal),
+        };
+    }
+
+    /// Puts the program's group into the foreground, if we are there.
+    fn give_terminal(&self) {
+        if let (Some(terminal), Some(group)) = (&self.terminal, self.group)
+            && terminal.foreground() == Some(getpgrp())
+        {
+            let _ = tcsetpgrp(&terminal.tty, group);
+        }
+    }
+
+    /// Takes the foreground back, and the terminal's modes when the program had no chance to do so.
+    fn take_terminal(&self, reset: bool) {
+        let Some(terminal) = &self.terminal else {
+            return;
+        };
+        if self.group.is_some() && terminal.foreground() == self.group {
+            let _ = tcsetpgrp(&terminal.tty, getpgrp());
+        }
+        if let (true, Some(modes)) = (reset, &terminal.modes) {
+            let _ = termios::tcsetattr(&terminal.tty, SetArg::TCSADRAIN, modes);
+        }
+    }
+}
+
+impl Terminal {
+    fn open() -> Option<Terminal> {
+        let tty = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/tty")
+            .ok()?;
+        let modes = termios::tcgetattr(&tty).ok();
+        let terminal = Terminal { tty, modes };
+        (terminal.foreground() == Some(getpgrp())).then_some(terminal)
+    }
+
+    fn foreground(&self) -> Option<Pid> {
+        tcgetpgrp(self.tty.as_fd()).ok()
+    }
+}
+
+/// Whether the process is group-stopped, from /proc/PID/stat.
+fn is_stopped(pid: Pid) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat"))
+        .ok()
+        .and_then(|s| s.rsplit_once(") ").map(|(_, rest)| rest.starts_with('T')))
+        .unwrap_or(false)
+}

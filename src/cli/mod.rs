@@ -1,0 +1,164 @@
+//! The command line: one file per command. What it prints, and with which code it ends, is decided here;
+//! the library below knows nothing of it.
+
+mod check;
+mod completions;
+mod dump;
+mod foreground;
+mod man;
+mod out;
+mod restore;
+mod show;
+mod stores;
+mod timestamp;
+mod verify;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, Subcommand};
+use mistctl::error::Failure;
+
+/// Command line of mistctl.
+#[derive(Debug, Parser)]
+#[command(
+    name = "mistctl",
+    version,
+    max_term_width = 100,
+    about = "Checkpoint and restore any Linux process, from outside",
+    long_about = LONG_ABOUT,
+    after_long_help = AFTER_HELP,
+    after_help = "`mistctl help COMMAND` explains a command, `mistctl --help` also the exit codes.",
+    propagate_version = true,
+    disable_help_subcommand = false,
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Dump(dump::Args),
+    Restore(restore::Args),
+    Show(show::Args),
+    Verify(verify::Args),
+    Check(check::Args),
+    Completions(completions::Args),
+    Man(man::Args),
+}
+
+const LONG_ABOUT: &str = "\
+mistctl saves a running program, with its memory, threads, files, sockets and timers, as an image: a \
+directory. It restores it from there later: on this boot or the next, under this pid or another, on this \
+machine or on one with other libraries. The program needs no change and does not notice.
+
+    mistctl dump 1234 -o work.img        save process 1234, which runs on
+    mistctl dump 1234 -o work.img --kill save it and end it
+    mistctl restore work.img             let it go on from there";
+
+const AFTER_HELP: &str = "\
+EXIT CODES
+    0    done
+    1    failed; programs that were running before are unharmed
+    2    the command line makes no sense
+    3    no process has this pid, or it ended before it was saved
+    4    busy: another mistctl holds the store's lock, or a debugger holds the process; try again later
+    5    refused: this process cannot be carried (the message names what is in the way, and the way out)
+    6    the image is damaged, of another version, or no image at all
+    125  a restore failed, and left nothing behind
+
+`mistctl restore` in the foreground otherwise ends as the restored program does: with its status, or with
+128 + N when signal N ended it.
+
+With --json a command prints exactly one object on standard output; when it fails that is
+{\"error\": MESSAGE, \"failure\": NAME, \"exit\": CODE}.
+
+PRIVILEGES
+    mistctl runs as root, or for an ordinary user through file capabilities: it then serves only this user's
+    processes and images. `mistctl check` tells what is missing, and prints the setcap line that adds it.";
+
+/// Runs the command that the process was started with.
+pub fn main() -> ExitCode {
+    let started = Instant::now();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => return usage(&e),
+    };
+    let json = cli.command.json();
+    match cli.command.run(started) {
+        Ok(code) => code,
+        Err(e) => fail(&e, json),
+    }
+}
+
+impl Command {
+    fn json(&self) -> bool {
+        match self {
+            Command::Dump(a) => a.json,
+            Command::Restore(a) => a.json,
+            Command::Show(a) => a.json,
+            Command::Check(a) => a.json,
+            Command::Verify(_) | Command::Completions(_) | Command::Man(_) => false,
+        }
+    }
+
+    fn run(self, started: Instant) -> anyhow::Result<ExitCode> {
+        match self {
+            Command::Dump(a) => dump::run(&a),
+            Command::Restore(a) => restore::run(&a, started),
+            Command::Show(a) => show::run(&a),
+            Command::Verify(a) => verify::run(&a),
+            Command::Check(a) => check::run(&a),
+            Command::Completions(a) => completions::run(&a, &mut Cli::command()),
+            Command::Man(a) => man::run(&a, &mut Cli::command()),
+        }
+    }
+}
+
+/// Prints what clap has to say: help and version on standard output, errors on standard error.
+fn usage(e: &clap::Error) -> ExitCode {
+    match e.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            let _ = e.print(); // a closed standard output is the reader's choice
+            ExitCode::SUCCESS
+        }
+        kind => {
+            if std::env::args_os().any(|a| a == "--json") {
+                let text = e.to_string();
+                let line = text.lines().next().unwrap_or_default();
+                let message = line.strip_prefix("error: ").unwrap_or(line).to_owned();
+                return fail(&Failure::Usage.because(message), true);
+            }
+            let _ = e.print();
+            debug_assert!(kind != ErrorKind::DisplayHelp);
+            ExitCode::from(Failure::Usage.code())
+        }
+    }
+}
+
+/// Tells why it failed, and gives the code that says of which kind the failure is.
+fn fail(error: &anyhow::Error, json: bool) -> ExitCode {
+    let failure = Failure::of(error);
+    if json {
+        let _ = out::object(&serde_json::json!({
+            "error": format!("{error:#}"),
+            "failure": failure.name(),
+            "exit": failure.code(),
+        }));
+    } else {
+        out::note(&format!("mistctl: {error:#}"));
+    }
+    ExitCode::from(failure.code())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,101 @@
+//! `mistctl restore`: from an image to running processes.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use mistctl::error::Failure;
+use mistctl::restore::{Options, Report};
+
+use super::{foreground, out, stores};
+
+/// Let a saved program go on
+///
+/// The program continues exactly where it was saved. mistctl stays with it like a shell would: passes on signals
+/// and the terminal, and ends with its status (128 + N when signal N ended it). With --detach it leaves at once.
+///
+/// Standard streams that were a terminal, or a pipe to somebody who was not saved, become those mistctl has here;
+/// with --detach, /dev/null. Files are opened again under their names. Programs and libraries that are missing
+/// or different here are taken out of the image.
+///
+/// A restore works as a whole or not at all: until the program is let go, everything half-built dies with mistctl.
+#[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
+pub struct Args {
+    /// The image, or a store that `dump --keep` filled: its newest sound image
+    image: PathBuf,
+
+    /// Print the pid once the program runs, and leave
+    #[arg(short, long)]
+    detach: bool,
+
+    /// Fail rather than let a process have another pid than it had
+    ///
+    /// Without this, where an id is taken, the program gets a pid namespace of its own in which it is free.
+    #[arg(long)]
+    same_pid: bool,
+
+    /// Run at once, and fill memory behind the program's back
+    ///
+    /// It then runs within milliseconds whatever its size. A page it touches before it was filled is fetched first.
+    #[arg(long)]
+    lazy: bool,
+
+    /// Leave the program stopped (SIGSTOP); `kill -CONT PID` lets it go on
+    #[arg(long)]
+    stopped: bool,
+
+    /// Print one JSON object when the program is let go: pid, resume_us, total_us, mode ...
+    ///
+    /// In the foreground the program's own output follows it.
+    #[arg(long)]
+    pub json: bool,
+}
+
+const EXAMPLES: &str = "\
+EXAMPLES
+    In the foreground, as if it had been started here:
+        mistctl restore work.img
+
+    In the background, from the newest image that cron made:
+        pid=$(mistctl restore --detach /var/lib/mist/work)";
+
+pub fn run(args: &Args, started: Instant) -> anyhow::Result<ExitCode> {
+    let image = stores::newest(&args.image)?;
+    let options = Options {
+        image,
+        detach: args.detach,
+        same_pid: args.same_pid,
+        lazy: args.lazy,
+        stopped: args.stopped,
+        progress: !args.json && out::progress(),
+    };
+    let outcome = mistctl::restore::run(&options, started).map_err(own_failure)?;
+    // The program runs: from here on nothing may end mistctl with an error that hides the program's status.
+    if args.json {
+        let _ = out::object(&outcome.report);
+    } else {
+        tell(&outcome.report, args);
+    }
+    match outcome.child {
+        Some(pid) if !args.detach => Ok(ExitCode::from(foreground::follow(pid))),
+        _ => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// A failure that has no code of its own is told apart from a restored program that ended with status 1.
+fn own_failure(e: anyhow::Error) -> anyhow::Error {
+    match Failure::of(&e) {
+        Failure::Failed => Failure::Restore.with(e),
+        _ => e,
+    }
+}
+
+fn tell(report: &Report, args: &Args) {
+    for w in &report.warnings {
+        out::note(&format!("mistctl: {}", out::shown(w)));
+    }
+    if args.detach {
+        let _ = out::print(&report.pid.to_string());
+    }
+}
