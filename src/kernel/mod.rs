@@ -1,1 +1,8 @@
 //! Every raw kernel interface, each a small safe type. The only place with `unsafe` outside the shim.
+
+pub mod arch;
+pub mod batch;
+pub mod mem;
+pub mod pagemap;
+pub mod tracee;
+pub mod vdso;

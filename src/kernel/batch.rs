@@ -1,0 +1,432 @@
+//! System calls inside a process that must come to no harm, whatever becomes of us.
+//!
+//! The code stands in the dead tail of the process's vDSO, written through /proc/PID/mem. It maps a
+//! scratch area, runs the [`Call`]s that we put there, optionally makes a copy-on-write clone, unmaps
+//! the scratch area, sets the signal mask back and jumps into the program. If we vanish at any point it
+//! runs to that jump by itself; while we live we hold it before the jump and put the registers back
+//! verbatim, so that the kernel restarts an interrupted call itself.
+//!
+//! ```text
+//! tail   leader's code | one thread's code | masks
+//! area   call table (32 KiB) | results and arguments (32 KiB)
+//! ```
+
+use std::ops::Range;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::arch::{Asm, CALL_SIZE, Call, R, Regs};
+use super::mem::Mem;
+use super::tracee::{Stop, Tracee};
+
+/// Bytes of the scratch area, and where its data half begins.
+pub const AREA: u64 = 64 * 1024;
+const DATA: u64 = 32 * 1024;
+/// Room for a thread's own code (two calls, the mask, the jump).
+const THREAD_ROOM: u64 = 400;
+const ALL_SIGNALS: u64 = !0;
+
+/// A thread held in a PTRACE_EVENT_STOP, and how it will go on.
+#[derive(Debug, Clone)]
+pub struct Held {
+    pub tracee: Tracee,
+    /// Set verbatim before it is let go.
+    pub regs: Regs,
+    pub sigmask: u64,
+    /// Group-stopped by this signal.
+    pub stopped_by: Option<i32>,
+}
+
+impl Held {
+    /// Puts back what the program had and lets it run.
+    pub fn release(&self, signal: i32) -> Result<()> {
+        self.restore()?;
+        self.tracee
+            .detach(signal)
+            .with_context(|| format!("detaching from thread {}", self.tracee.tid))
+    }
+
+    fn restore(&self) -> Result<()> {
+        self.tracee.set_regs(&self.regs)?;
+        self.tracee.set_sigmask(self.sigmask)
+    }
+}
+
+/// A frozen copy-on-write copy of a process. It dies with this value, and with us.
+#[derive(Debug)]
+pub struct Snapshot {
+    tracee: Tracee,
+    /// Address of `syscall; jmp exit` in it.
+    stub: u64,
+}
+
+impl Snapshot {
+    pub fn pid(&self) -> i32 {
+        self.tracee.tid
+    }
+
+    /// Makes the copy harmless: first to go when memory is short, no descriptors (a pipe's reader would
+    /// wait for its end of file), a session of its own.
+    pub fn seclude(&self) -> Result<()> {
+        // Lowering one's chance to live needs no privilege.
+        std::fs::write(format!("/proc/{}/oom_score_adj", self.pid()), "1000")
+            .with_context(|| format!("raising oom_score_adj of snapshot {}", self.pid()))?;
+        self.call(libc::SYS_close_range, &[0, u64::from(u32::MAX), 0])?;
+        self.call(libc::SYS_setsid, &[])?;
+        Ok(())
+    }
+
+    fn call(&self, nr: i64, args: &[u64]) -> Result<i64> {
+        let mut r = self.tracee.regs()?;
+        let c = Call::new(nr, args);
+        r.rax = nr as u64;
+        [r.rdi, r.rsi, r.rdx, r.r10, r.r8, r.r9] = c.args;
+        r.rip = self.stub;
+        r.orig_rax = u64::MAX;
+        self.tracee.set_regs(&r)?;
+        step_calls(&self.tracee, 1)?;
+        Ok(self.tracee.regs()?.rax as i64)
+    }
+}
+
+impl Drop for Snapshot {
+    fn drop(&mut self) {
+        let _ = kill(Pid::from_raw(self.pid()), Signal::SIGKILL);
+        while let Ok(s) = self.tracee.wait() {
+            if matches!(s, Stop::Killed(_) | Stop::Exited(_)) {
+                break;
+            }
+        }
+    }
+}
+
+/// A batch that has run its calls and waits, with its scratch area still mapped, before its clean-up.
+pub struct Batch<'a> {
+    leader: &'a Held,
+    mem: &'a Mem,
+    tail: Range<u64>,
+    area: u64,
+    mapped: bool,
+    cloned: bool,
+    results: Vec<i64>,
+}
+
+/// What became of the wish for a copy.
+#[derive(Debug)]
+pub enum Cloned {
+    /// None was wanted.
+    NotAsked,
+    Copy(Snapshot),
+    /// The kernel would not (limits on processes or memory): copy memory while the process stands.
+    Failed,
+}
+
+/// How long the calls of a batch may take before we look whether its clone was refused.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+/// Runs the calls that `prepare` makes (given the address of the data area; at most 400 of them) in
+/// the leader, and clones the process when `snapshot` is set.
+///
+/// `tail` is dead executable memory, `area` a hole of [`AREA`] bytes in the address space.
+pub fn start<'a>(
+    leader: &'a Held,
+    mem: &'a Mem,
+    tail: Range<u64>,
+    area: u64,
+    snapshot: bool,
+    prepare: &dyn Fn(u64) -> Vec<Call>,
+) -> Result<(Batch<'a>, Cloned)> {
+    let t = leader.tracee;
+    let code = leader_code(leader, &tail, area, snapshot);
+    let (asm, stub) = (code.asm, code.snapshot_stub);
+    if asm.len() as u64 + THREAD_ROOM + 16 > tail.end - tail.start {
+        bail!(
+            "process {}: {} bytes of dead space in its vDSO are too few for {} bytes of code",
+            t.tid,
+            tail.end - tail.start,
+            asm.len() as u64 + THREAD_ROOM + 16
+        );
+    }
+    mem.write(leader_mask(&tail), &leader.sigmask.to_le_bytes())?;
+    mem.write(tail.start, asm.bytes())?;
+    enter(leader, tail.start)?;
+    let mut batch = Batch {
+        leader,
+        mem,
+        tail,
+        area,
+        mapped: false,
+        cloned: false,
+        results: Vec::new(),
+    };
+    t.set_options(libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_TRACECLONE)?;
+
+    step_calls(&t, 1)?;
+    let got = t.regs()?.rax;
+    if got != area {
+        batch.finish()?;
+        bail!(
+            "process {}: no room for a scratch area: {}",
+            t.tid,
+            std::io::Error::from_raw_os_error(-(got as i64) as i32)
+        );
+    }
+    batch.mapped = true;
+    let calls = prepare(area + DATA);
+    let mut table = Vec::with_capacity(calls.len() * CALL_SIZE);
+    calls.iter().for_each(|c| c.encode(&mut table));
+    if table.len() as u64 >= DATA {
+        bail!("a batch of {} calls is too long", calls.len());
+    }
+    mem.write(area, &table)?;
+    let cloned = if snapshot {
+        t.cont(0)?;
+        follow_clones(&t, stub)?
+    } else {
+        step_calls(&t, calls.len())?;
+        Cloned::NotAsked
+    };
+    batch.cloned = snapshot;
+    park(&t)?;
+    let mut table = vec![0; calls.len() * CALL_SIZE];
+    mem.read(area, &mut table)?;
+    batch.results = table
+        .chunks_exact(CALL_SIZE)
+        .map(|c| i64::from_le_bytes(c[64..72].try_into().unwrap_or_default()))
+        .collect();
+    Ok((batch, cloned))
+}
+
+impl Batch<'_> {
+    /// Results in the order of the calls.
+    pub fn results(&self) -> &[i64] {
+        &self.results
+    }
+
+    /// Bytes of the data area.
+    pub fn data(&self, offset: u64, len: usize) -> Result<Vec<u8>> {
+        self.mem.read_vec(self.area + DATA + offset, len)
+    }
+
+    /// Runs up to two calls in another thread of the process; `prepare` is given the address of
+    /// `len` bytes it may have written, which are returned after the results.
+    pub fn in_thread(
+        &self,
+        thread: &Held,
+        len: usize,
+        prepare: &dyn Fn(u64) -> [Call; 2],
+    ) -> Result<Vec<u8>> {
+        // The last page of the area: the leader's results stay as they are.
+        let data = self.area + AREA - 4096;
+        let mask_at = leader_mask(&self.tail) + 8;
+        let place = self.tail.end - THREAD_ROOM - 16;
+        let mut a = Asm::new();
+        for c in prepare(data) {
+            a.syscall(c.nr, &c.args);
+        }
+        set_mask(&mut a, mask_at);
+        let (rax, rip) = thread.regs.resume_point();
+        a.jump_to_program(&thread.regs, rax, rip);
+        if a.len() as u64 > THREAD_ROOM {
+            bail!(
+                "code for thread {} is {} bytes long",
+                thread.tracee.tid,
+                a.len()
+            );
+        }
+        self.mem.write(mask_at, &thread.sigmask.to_le_bytes())?;
+        self.mem.write(place, a.bytes())?;
+        enter(thread, place)?;
+        thread.tracee.set_options(libc::PTRACE_O_TRACESYSGOOD)?;
+        step_calls(&thread.tracee, 2)?;
+        park(&thread.tracee)?;
+        thread.restore()?;
+        self.mem.read_vec(data, len)
+    }
+
+    /// Runs the rest, and holds the leader as it was before the batch.
+    pub fn finish(self) -> Result<()> {
+        let t = self.leader.tracee;
+        if self.mapped {
+            // wait4 of the helper, the subreaper flag; munmap.
+            step_calls(&t, if self.cloned { 3 } else { 1 })?;
+        }
+        park(&t)?;
+        self.leader.restore()?;
+        t.set_options(0)?;
+        let len = (self.tail.end - self.tail.start) as usize;
+        self.mem.write(self.tail.start, &vec![0; len])
+    }
+}
+
+struct LeaderCode {
+    asm: Asm,
+    snapshot_stub: u64,
+}
+
+fn leader_mask(tail: &Range<u64>) -> u64 {
+    tail.end - 16
+}
+
+fn set_mask(a: &mut Asm, at: u64) {
+    a.syscall(
+        libc::SYS_rt_sigprocmask,
+        &[libc::SIG_SETMASK as u64, at, 0, 8],
+    );
+}
+
+fn leader_code(leader: &Held, tail: &Range<u64>, area: u64, snapshot: bool) -> LeaderCode {
+    let rw = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+    let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE) as u64;
+    let subreaper = area + AREA - 8192;
+    let mut a = Asm::new();
+    a.syscall(libc::SYS_mmap, &[area, AREA, rw, flags, u64::MAX, 0]);
+    let failed = a.jump_if_error();
+    // Nobody has put calls there yet if we are gone: the area is all zeros then.
+    a.interpreter(area);
+    let stub = if snapshot {
+        clone_code(&mut a, subreaper)
+    } else {
+        0
+    };
+    a.syscall(libc::SYS_munmap, &[area, AREA]);
+    a.land_far(failed);
+    set_mask(&mut a, leader_mask(tail));
+    let (rax, rip) = leader.regs.resume_point();
+    a.jump_to_program(&leader.regs, rax, rip);
+    LeaderCode {
+        asm: a,
+        snapshot_stub: tail.start + stub as u64,
+    }
+}
+
+/// The helper that makes the copy, and what the leader does meanwhile. Offset of the copy's stub.
+fn clone_code(a: &mut Asm, subreaper: u64) -> usize {
+    // A subreaper would become the copy's parent.
+    a.syscall(
+        libc::SYS_prctl,
+        &[libc::PR_GET_CHILD_SUBREAPER as u64, subreaper],
+    );
+    a.syscall(libc::SYS_prctl, &[libc::PR_SET_CHILD_SUBREAPER as u64, 0]);
+    let shared = libc::CLONE_VM | libc::CLONE_FILES | libc::CLONE_FS;
+    a.syscall(libc::SYS_clone, &[shared as u64, 0, 0, 0, 0]);
+    let parent = a.jump_if_nonzero();
+    a.syscall(libc::SYS_clone, &[0, 0, 0, 0, 0]);
+    let exit = a.len();
+    a.syscall(libc::SYS_exit_group, &[0]);
+    let stub = a.len();
+    a.syscall_insn();
+    a.raw(&[0xeb, (exit as i64 - (a.len() as i64 + 2)) as i8 as u8]);
+    a.land(parent);
+    // wait4(helper, 0, __WALL, 0): the helper shows no signal and leaves no zombie.
+    a.mov_reg(R::Di, R::Ax);
+    a.mov(R::Si, 0);
+    a.mov(R::Dx, libc::__WALL as u32 as u64);
+    a.mov(R::R10, 0);
+    a.mov(R::Ax, libc::SYS_wait4 as u64);
+    a.syscall_insn();
+    a.mov(R::Bx, subreaper);
+    a.raw(&[0x48, 0x63, 0x33]); // movsxd rsi, dword [rbx]
+    a.mov(R::Di, libc::PR_SET_CHILD_SUBREAPER as u64);
+    a.mov(R::Ax, libc::SYS_prctl as u64);
+    a.syscall_insn();
+    stub
+}
+
+/// Points a held thread at `code` and blocks its signals, in this order: killed in between, we leave a
+/// thread that sets its mask back itself.
+fn enter(thread: &Held, code: u64) -> Result<()> {
+    let mut r = thread.regs;
+    r.rip = code;
+    r.orig_rax = u64::MAX;
+    // The direction flag and a single-step flag of the program are not for us.
+    r.eflags &= !0x500;
+    thread.tracee.set_regs(&r)?;
+    thread.tracee.set_sigmask(ALL_SIGNALS)
+}
+
+/// Lets `n` system calls run from entry to exit; the thread stays in the last one's exit stop.
+fn step_calls(t: &Tracee, n: usize) -> Result<()> {
+    let mut left = 2 * n;
+    while left > 0 {
+        t.cont_to_syscall()?;
+        match t.wait()? {
+            Stop::Syscall => left -= 1,
+            // A stop signal from elsewhere does not keep it from our few instructions.
+            Stop::Interrupt { .. } | Stop::Event(_) => {}
+            other => bail!("thread {} ended while it worked for us: {other:?}", t.tid),
+        }
+    }
+    Ok(())
+}
+
+/// Brings a thread that is in a system call's exit (or an event) into an interrupt stop before its
+/// next instruction: only there the kernel acts on restart codes in the registers.
+fn park(t: &Tracee) -> Result<()> {
+    t.interrupt()
+        .with_context(|| format!("interrupting thread {}", t.tid))?;
+    t.cont(0)?;
+    loop {
+        match t.wait()? {
+            Stop::Interrupt { .. } => return Ok(()),
+            Stop::Syscall | Stop::Event(_) => t.cont(0)?,
+            other => bail!("thread {} ended while it worked for us: {other:?}", t.tid),
+        }
+    }
+}
+
+/// From the call table over the clones: the helper (which shares everything) makes the copy and exits.
+/// Leaves the target in its clone event and the copy held before its first instruction.
+fn follow_clones(t: &Tracee, stub: u64) -> Result<Cloned> {
+    loop {
+        match t.wait_timeout(PATIENCE)? {
+            Some(Stop::Event(libc::PTRACE_EVENT_CLONE)) => break,
+            Some(Stop::Interrupt { .. } | Stop::Syscall) => t.cont(0)?,
+            Some(other) => bail!("thread {} ended while it worked for us: {other:?}", t.tid),
+            None => return Err(CloneRefused(t.tid).into()),
+        }
+    }
+    let helper = Tracee {
+        tid: t.event_message()?,
+    };
+    let mut copy = None;
+    loop {
+        match helper.wait()? {
+            Stop::Event(libc::PTRACE_EVENT_CLONE) => {
+                copy = Some(Tracee {
+                    tid: helper.event_message()?,
+                });
+                helper.cont(0)?;
+            }
+            Stop::Exited(_) | Stop::Killed(_) => break,
+            Stop::Interrupt { .. } | Stop::Syscall | Stop::Event(_) => helper.cont(0)?,
+            Stop::Signal(s) => helper.cont(s)?,
+        }
+    }
+    let Some(tracee) = copy else {
+        return Ok(Cloned::Failed);
+    };
+    // Its first stop; it is held there.
+    tracee.wait()?;
+    Ok(Cloned::Copy(Snapshot { tracee, stub }))
+}
+
+/// The process may not have another child, not even for a moment; its batch has ended by itself and it
+/// runs. Hold it again and copy its memory while it stands.
+#[derive(Debug)]
+pub struct CloneRefused(pub i32);
+
+impl std::fmt::Display for CloneRefused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "process {} may not clone itself (limit on processes)",
+            self.0
+        )
+    }
+}
+
+impl std::error::Error for CloneRefused {}

@@ -1,0 +1,135 @@
+//! Which pages of a process hold something: the PAGEMAP_SCAN ioctl of /proc/PID/pagemap (Linux 6.7;
+//! Documentation/admin-guide/mm/pagemap.rst, fs/proc/task_mmu.c).
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+
+use anyhow::{Context, Result};
+
+// PAGE_IS_* categories.
+const FILE: u64 = 1 << 2;
+const PRESENT: u64 = 1 << 3;
+const SWAPPED: u64 = 1 << 4;
+const PFNZERO: u64 = 1 << 5;
+const GUARD: u64 = 1 << 8;
+
+/// struct pm_scan_arg
+#[repr(C)]
+#[derive(Default)]
+struct ScanArg {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+/// struct page_region
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Region {
+    pub start: u64,
+    pub end: u64,
+    pub categories: u64,
+}
+
+nix::ioctl_readwrite!(pagemap_scan, b'f', 16, ScanArg);
+
+/// /proc/PID/pagemap of one process.
+pub struct Pagemap {
+    pid: i32,
+    file: File,
+}
+
+impl Pagemap {
+    pub fn open(pid: i32) -> Result<Self> {
+        let path = format!("/proc/{pid}/pagemap");
+        let file = File::open(&path).with_context(|| format!("opening {path}"))?;
+        Ok(Self { pid, file })
+    }
+
+    /// Pages in `start..end` that belong to the process alone (anonymous, or modified copies of file
+    /// pages) and are not the zero page, as runs given to `each`.
+    pub fn private(
+        &self,
+        start: u64,
+        end: u64,
+        each: &mut dyn FnMut(u64, u64) -> Result<()>,
+    ) -> Result<()> {
+        self.scan(
+            start,
+            end,
+            FILE | PFNZERO,
+            FILE | PFNZERO,
+            PRESENT | SWAPPED,
+            each,
+        )
+    }
+
+    /// Pages in `start..end` that are there at all.
+    pub fn populated(
+        &self,
+        start: u64,
+        end: u64,
+        each: &mut dyn FnMut(u64, u64) -> Result<()>,
+    ) -> Result<()> {
+        self.scan(start, end, 0, 0, PRESENT | SWAPPED, each)
+    }
+
+    /// Guard pages (MADV_GUARD_INSTALL) in `start..end`.
+    pub fn guards(
+        &self,
+        start: u64,
+        end: u64,
+        each: &mut dyn FnMut(u64, u64) -> Result<()>,
+    ) -> Result<()> {
+        self.scan(start, end, 0, GUARD, 0, each)
+    }
+
+    fn scan(
+        &self,
+        start: u64,
+        end: u64,
+        inverted: u64,
+        mask: u64,
+        any_of: u64,
+        each: &mut dyn FnMut(u64, u64) -> Result<()>,
+    ) -> Result<()> {
+        let mut regions = [Region::default(); 512];
+        let mut at = start;
+        while at < end {
+            let mut arg = ScanArg {
+                size: size_of::<ScanArg>() as u64,
+                start: at,
+                end,
+                vec: regions.as_mut_ptr() as u64,
+                vec_len: regions.len() as u64,
+                category_inverted: inverted,
+                category_mask: mask,
+                category_anyof_mask: any_of,
+                return_mask: PRESENT | SWAPPED | GUARD,
+                ..ScanArg::default()
+            };
+            // SAFETY: `arg` is a live pm_scan_arg and `vec` points to `vec_len` writable regions.
+            let n =
+                unsafe { pagemap_scan(self.file.as_raw_fd(), &mut arg) }.with_context(|| {
+                    format!("scanning pages {at:#x}-{end:#x} of process {}", self.pid)
+                })?;
+            for r in regions.iter().take(n as usize) {
+                each(r.start, r.end)?;
+            }
+            if arg.walk_end <= at {
+                break;
+            }
+            at = arg.walk_end;
+        }
+        Ok(())
+    }
+}
