@@ -45,7 +45,7 @@ int main(void)
     CHECK_MEM("second packet", "second", buf, 6);
     CHECK("third packet", 3, read(packet[0], buf, sizeof buf));
     CHECK_ERR("no more packets", EAGAIN, read(packet[0], buf, sizeof buf));
-    CHECK("O_DIRECT", O_DIRECT | O_NONBLOCK | O_WRONLY, fcntl(packet[1], F_GETFL) & ~O_LARGEFILE);
+    CHECK("O_DIRECT", O_DIRECT | O_NONBLOCK | O_WRONLY, mist_getfl(packet[1]));
     CHECK("write a packet", 2, write(packet[1], "ab", 2));
     CHECK("write a packet", 2, write(packet[1], "cd", 2));
     CHECK("packets stay apart", 2, read(packet[0], buf, sizeof buf));
