@@ -190,11 +190,17 @@ fn tests() -> Result<(Vec<Trial>, Skipped)> {
         .filter(|p| p.extension().is_some_and(|e| e == "c"))
         .collect();
     sources.sort();
-    let help = mistctl()
-        .arg("--help")
-        .output()
-        .context("cannot run mistctl")?;
-    let engine = String::from_utf8_lossy(&help.stdout).contains("restore");
+    // Commands that are still to come; nobody has the last pid.
+    let unbuilt = |args: &[&str]| -> Result<bool> {
+        let output = mistctl()
+            .args(args)
+            .output()
+            .context("cannot run mistctl")?;
+        let text = [output.stdout, output.stderr].concat();
+        Ok(String::from_utf8_lossy(&text).contains("not built yet"))
+    };
+    let no_dump = unbuilt(&["dump", "2147483647", "-o", "/dev/null/image"])?;
+    let no_restore = unbuilt(&["restore", "/dev/null/image"])?;
     let mut trials = Vec::new();
     for source in sources {
         // Not a test: the sandbox runs it.
@@ -230,8 +236,8 @@ fn tests() -> Result<(Vec<Trial>, Skipped)> {
                     if let Some(reason) = reason {
                         return skip(reason);
                     }
-                    if !engine && mode != Mode::Alone {
-                        return skip("this mistctl has no dump and restore yet".to_owned());
+                    if mode != Mode::Alone && (no_dump || no_restore && mode != Mode::GoOn) {
+                        return skip("this mistctl cannot dump and restore yet".to_owned());
                     }
                     if !nix::unistd::geteuid().is_root() {
                         return skip("needs root, to make namespaces".to_owned());
@@ -513,7 +519,7 @@ impl Test {
         }
         let what = format!("mistctl dump (no. {})", self.dumps);
         let output = run(command, &self.dir, "dump", LIMIT).with_context(|| what.clone())?;
-        let stderr = String::from_utf8_lossy(&output.stderr);
+        let stderr = common::both(&output);
         if !output.status.success() {
             bail!("{what} ended with {}: {stderr}", ending(output.status));
         }
@@ -572,7 +578,7 @@ impl Test {
         let mut command = self.restore();
         command.arg("--detach").arg("--json");
         let output = run(command, &self.dir, "restore-detached", LIMIT)?;
-        let stderr = String::from_utf8_lossy(&output.stderr);
+        let stderr = common::both(&output);
         if !output.status.success() {
             bail!(
                 "mistctl restore --detach ended with {}: {stderr}",

@@ -129,6 +129,12 @@ pub fn run(mut command: Command, dir: &Path, name: &str, limit: Duration) -> Res
     })
 }
 
+/// What a command wrote, errors first.
+pub fn both(output: &Output) -> String {
+    let text = [&output.stderr[..], &output.stdout[..]].concat();
+    String::from_utf8_lossy(&text).trim().to_owned()
+}
+
 /// How a process ended, for people.
 pub fn ending(status: ExitStatus) -> String {
     match (status.code(), status.signal()) {
