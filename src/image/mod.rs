@@ -3,6 +3,7 @@
 //! ```text
 //! NAME/                directory, mode 0700, written as NAME.partial and renamed
 //!   manifest.json      [`Manifest`]: everything but bytes of memory
+//!   checksums          BLAKE3 hashes of manifest.json and pagemap, as b3sum(1) writes them
 //!   pagemap            which pages of which space are where in `pages`, with checksums
 //!   pages              the bytes, in blocks of at most 64 KiB, page-aligned when not compressed
 //!   objects/HASH       files the image carries (programs, libraries), named by their BLAKE3 hash
@@ -10,10 +11,15 @@
 
 pub mod files;
 pub mod memory;
+pub mod objects;
+mod pagemap;
+pub mod pages;
 pub mod process;
 pub mod signals;
 pub mod sockets;
+pub mod store;
 pub mod threads;
+mod verify;
 
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +27,7 @@ pub use files::{Description, DescriptionId, Fd};
 pub use memory::{FileRef, SharedMemory, SpaceId, Vma};
 pub use process::Process;
 pub use sockets::Socket;
+pub use store::{Image, ImageWriter, Written};
 pub use threads::Thread;
 
 /// Version of the schema that this program writes, and the newest that it reads.
