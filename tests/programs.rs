@@ -487,10 +487,7 @@ impl Test {
             if let Some(why) = text.strip_prefix("SKIPPED: ") {
                 return Ok(Some(why.trim().to_owned()));
             }
-            bail!(
-                "the program ended with {} before it was ready",
-                ending(status)
-            );
+            bail!("{} (before it was ready; {})", text.trim(), ending(status));
         }
         if self.spec.stopped {
             wait_for("the program to stop itself", LIMIT, || {
