@@ -7,4 +7,5 @@ pub mod dump;
 pub mod error;
 pub mod image;
 pub mod kernel;
+pub mod pvm;
 pub mod restore;

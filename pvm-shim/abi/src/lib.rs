@@ -1,0 +1,46 @@
+//! What mistctl and the PVM shim share.
+//!
+//! * [`table`]: the tid table, a file every PVM task of a user on a host maps.
+//! * [`block`]: what a task under the shim publishes about itself, found through the ELF symbol
+//!   [`BLOCK_SYMBOL`].
+//! * [`place`]: where the table of a pvmd lies.
+//! * the numbers of PVM 3.4's protocol that both sides need.
+//!
+//! A tid has two meanings here. `R` is what pvmd gave an incarnation of a task; it is what goes over
+//! the wire. `V` is what the program sees for ever, the `R` of its first enrolment.
+
+pub mod block;
+pub mod place;
+pub mod table;
+
+/// Name of the dynamic symbol under which the shim exports its [`block::Block`].
+pub const BLOCK_SYMBOL: &str = "mist_shim_block";
+
+/// Bits of a tid that name a task: host (bits 18 to 29) and slot (bits 0 to 17).
+pub const TID_TASK: u32 = 0x3fff_ffff;
+/// Bits of a tid that name the host.
+pub const TID_HOST: u32 = 0x3ffc_0000;
+/// Set in the tid of a pvmd; alone it addresses the own pvmd.
+pub const TID_PVMD: u32 = 0x8000_0000;
+/// Set in the address of a group or multicast.
+pub const TID_GROUP: u32 = 0x4000_0000;
+
+/// Context of messages from libpvm to libpvm (`SYSCTX_TC`).
+pub const CTX_TC: i32 = 0x7ffff;
+/// Context of messages between a task and its pvmd (`SYSCTX_TM`).
+pub const CTX_TM: i32 = 0x7fffe;
+
+/// First words of a `TC_NOOP` that mist sent: "MIST".
+pub const NOOP_MAGIC: u32 = 0x4d49_5354;
+/// Second word of such a `TC_NOOP`: a flush marker; then follow the number of the request (its high
+/// half), V and R of the task that sent it, each a 4-byte big-endian integer.
+pub const NOOP_MARKER: u32 = 1;
+
+/// Wait id of requests to a pvmd whose answer nobody waits for: the shim drops an answer that
+/// carries it. mistctl may write such a request into the connection of a paused task.
+pub const WAIT_ID_IGNORE: i32 = 0x4d49_5354;
+
+/// True for the tid of a task: not a pvmd's, a host's or a group's, not zero, not an error code.
+pub fn is_task(tid: u32) -> bool {
+    tid & !TID_TASK == 0 && tid & TID_HOST != 0 && tid & !TID_HOST != 0
+}

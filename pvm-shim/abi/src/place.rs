@@ -1,0 +1,122 @@
+//! Where the tid table of a pvmd lies: next to the socket that pvmd listens on, in a file whose name
+//! holds what tells this pvmd from an earlier one at the same path. So two virtual machines of one
+//! user, or two of them one after the other, never see each other's table.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufRead, BufReader};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use crate::table;
+
+/// The file in which a pvmd leaves its address: `$PVM_TMP/pvmd.UID[.VMID]`, as libpvm's
+/// `pvmdsockfile()` makes it. `tmp` and `vmid` are the environment's PVM_TMP and PVM_VMID.
+pub fn address_file(tmp: Option<&OsStr>, uid: u32, vmid: Option<&OsStr>) -> PathBuf {
+    let mut name = OsString::from(format!("pvmd.{uid}"));
+    if let Some(vmid) = vmid {
+        name.push(".");
+        name.push(vmid);
+    }
+    Path::new(tmp.unwrap_or(OsStr::new("/tmp"))).join(name)
+}
+
+/// The address file of the pvmd that this process would enrol with.
+pub fn own_address_file() -> PathBuf {
+    // SAFETY: geteuid has no preconditions and cannot fail.
+    let uid = unsafe { libc::geteuid() };
+    let (tmp, vmid) = (std::env::var_os("PVM_TMP"), std::env::var_os("PVM_VMID"));
+    address_file(tmp.as_deref(), uid, vmid.as_deref())
+}
+
+/// What to name the table after: the pvmd's Unix socket (`pvmsock`, the environment's PVMSOCK, if it
+/// is a path; else the first line of `address_file`, if that is one), else the address file itself.
+pub fn anchor(pvmsock: Option<&OsStr>, address_file: &Path) -> PathBuf {
+    if let Some(path) = pvmsock.filter(|path| path.as_bytes().starts_with(b"/")) {
+        return PathBuf::from(path);
+    }
+    let mut line = Vec::new();
+    if let Ok(file) = File::open(address_file)
+        && BufReader::new(file).read_until(b'\n', &mut line).is_ok()
+        && line.starts_with(b"/")
+    {
+        if line.last() == Some(&b'\n') {
+            line.pop();
+        }
+        return PathBuf::from(OsString::from_vec(line));
+    }
+    address_file.to_owned()
+}
+
+/// Path of the table that belongs to `anchor`: its name, `.mist-`, and a hash of inode and change
+/// time, which differ for a pvmd started later at the same path.
+///
+/// # Errors
+/// When `anchor` cannot be looked at; most often no pvmd runs there.
+pub fn table_path(anchor: &Path) -> io::Result<PathBuf> {
+    let meta = fs::metadata(anchor)?;
+    let mut hash: u64 = 0xcbf2_9ce4_8422_2325; // FNV-1a
+    for word in [meta.ino(), meta.ctime() as u64, meta.ctime_nsec() as u64] {
+        for byte in word.to_le_bytes() {
+            hash = (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+        }
+    }
+    let mut path = anchor.as_os_str().to_owned();
+    path.push(format!(".mist-{hash:016x}"));
+    Ok(PathBuf::from(path))
+}
+
+/// Opens the table at `path` for reading and writing; makes it (readable by this user alone) when it
+/// is not there.
+///
+/// # Errors
+/// Those of open; PermissionDenied when the file is someone else's or others may use it.
+pub fn open(path: &Path) -> io::Result<File> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW)
+        .open(path)?;
+    let meta = file.metadata()?;
+    // SAFETY: geteuid has no preconditions and cannot fail.
+    let uid = unsafe { libc::geteuid() };
+    if !meta.is_file() || meta.uid() != uid || meta.mode() & 0o077 != 0 {
+        return Err(io::Error::from(io::ErrorKind::PermissionDenied));
+    }
+    if meta.len() < table::SIZE as u64 {
+        file.set_len(table::SIZE as u64)?;
+    }
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_address_file_is_where_libpvm_looks() {
+        let path = |tmp, vmid| {
+            address_file(
+                Option::map(tmp, OsStr::new),
+                7,
+                Option::map(vmid, OsStr::new),
+            )
+        };
+        assert_eq!(path(None::<&str>, None::<&str>), Path::new("/tmp/pvmd.7"));
+        assert_eq!(path(Some("/x"), Some("a")), Path::new("/x/pvmd.7.a"));
+    }
+
+    #[test]
+    fn pvmsock_wins_only_when_it_is_a_path() {
+        let nowhere = Path::new("/nonexistent/pvmd.7");
+        assert_eq!(
+            anchor(Some(OsStr::new("/tmp/s")), nowhere),
+            Path::new("/tmp/s")
+        );
+        assert_eq!(anchor(Some(OsStr::new("7f000001:1234")), nowhere), nowhere);
+    }
+}

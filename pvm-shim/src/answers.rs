@@ -1,0 +1,565 @@
+//! The calls whose arguments or answers carry tids outside of messages.
+//!
+//! Only a call that comes from outside is translated: what libpvm's functions ask of each other is in R.
+
+use std::ffi::{c_char, c_int, c_void};
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+
+use pvm_abi::block::{Call, flag};
+use pvm_abi::is_task;
+use pvm_abi::table::State;
+
+use crate::border::{NO_MEM, SYS_ERR, wait_open};
+use crate::inside::{
+    BLOCK, DONT_ROUTE, Inside, ROUTE_DIRECT, answer, argument, as_v, left, moved, outside, v_of,
+    with,
+};
+use crate::notices::{self, TASK_EXIT};
+use crate::real::{Handler, Match, MboxInfo, Real, TaskInfo, real};
+
+/// pvm_setopt and pvm_getopt
+const ROUTE: c_int = 1;
+const OUTPUT_TID: c_int = 4;
+const TRACE_TID: c_int = 6;
+const SELF_OUTPUT_TID: c_int = 12;
+const SELF_TRACE_TID: c_int = 14;
+const NO_RESET: c_int = 25;
+
+fn is_sink(what: c_int) -> bool {
+    matches!(
+        what,
+        OUTPUT_TID | TRACE_TID | SELF_OUTPUT_TID | SELF_TRACE_TID
+    )
+}
+
+/// Translates `count` answers in place.
+///
+/// # Safety
+/// `tids` is null or has `count` elements.
+unsafe fn answers(tids: *mut c_int, count: c_int) {
+    if moved().is_none() || tids.is_null() || count <= 0 {
+        return;
+    }
+    // SAFETY: the caller's promise.
+    for tid in unsafe { std::slice::from_raw_parts_mut(tids, count as usize) } {
+        *tid = answer(*tid);
+    }
+}
+
+/// The real function `$name`, or an error to the caller.
+macro_rules! real_or_return {
+    ($name:ident) => {
+        match real().and_then(|real| Some((real, real.$name?))) {
+            Some(found) => found,
+            None => return SYS_ERR,
+        }
+    };
+}
+
+/// See pvm3.h: V.
+///
+/// # Safety
+/// As libpvm's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvm_mytid() -> c_int {
+    let (_, pvm_mytid) = real_or_return!(pvm_mytid);
+    let inside = Inside::enter(Call::Mytid);
+    // SAFETY: as the caller's.
+    let tid = unsafe { pvm_mytid() };
+    if inside.from_outside && tid as u32 == BLOCK.r.load(Relaxed) {
+        BLOCK.v.load(Relaxed) as c_int
+    } else {
+        tid
+    }
+}
+
+/// See pvm3.h: the V of the parent.
+///
+/// # Safety
+/// As libpvm's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvm_parent() -> c_int {
+    let (_, pvm_parent) = real_or_return!(pvm_parent);
+    let inside = Inside::enter(Call::Parent);
+    // SAFETY: as the caller's.
+    let tid = unsafe { pvm_parent() };
+    if inside.from_outside {
+        answer(tid)
+    } else {
+        tid
+    }
+}
+
+/// See pvm3.h. The list was translated when it came; a task alone is its own list.
+///
+/// # Safety
+/// As libpvm's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvm_siblings(tids: *mut *mut c_int) -> c_int {
+    let (real, pvm_siblings) = real_or_return!(pvm_siblings);
+    let inside = Inside::enter(Call::Siblings);
+    // SAFETY: as the caller's; on success libpvm has set a list of `count` tids, which is its own
+    // static one when it is not the one its parent sent.
+    unsafe {
+        let count = pvm_siblings(tids);
+        let sent = real.var.pvmsibtids.as_ref().copied();
+        if inside.from_outside
+            && count == 1
+            && !tids.is_null()
+            && sent != Some(*tids)
+            && **tids as u32 == BLOCK.r.load(Relaxed)
+        {
+            **tids = BLOCK.v.load(Relaxed) as c_int;
+        }
+        count
+    }
+}
+
+/// The parent tells who was spawned together: R, as its pvmd told it.
+///
+/// # Safety
+/// As libpvm's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvm_tc_siblings(mid: c_int) -> c_int {
+    let (real, pvm_tc_siblings) = real_or_return!(pvm_tc_siblings);
+    // SAFETY: as the caller's; libpvm has set its variables to what the message said.
+    unsafe {
+        let result = pvm_tc_siblings(mid);
+        if let (Some(list), Some(count)) =
+            (real.var.pvmsibtids.as_ref(), real.var.pvmnsibs.as_ref())
+        {
+            answers(*list, *count);
+        }
+        result
+    }
+}
+
+/// See pvm3.h.
+///
+/// # Safety
+/// As libpvm's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvm_spawn(
+    file: *mut c_char,
+    argv: *mut *mut c_char,
+    flags: c_int,
+    host: *mut c_char,
+    count: c_int,
+    tids: *mut c_int,
+) -> c_int {
+    let (_, pvm_spawn) = real_or_return!(pvm_spawn);
+    let inside = Inside::enter(Call::Spawn);
+    // SAFETY: as the caller's; the array has room for `count` tids.
+    unsafe {
+        let result = pvm_spawn(file, argv, flags, host, count, tids);
+        if inside.from_outside && result > 0 {
+            answers(tids, result);
+        }
+        result
+    }
+}
+
+/// See pvm3.h. Without mist's agents, and with each task once.
+///
+/// # Safety
+/// As libpvm's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvm_tasks(
+    at: c_int,
+    count: *mut c_int,
+    list: *mut *mut TaskInfo,
+) -> c_int {
+    let (_, pvm_tasks) = real_or_return!(pvm_tasks);
+    let inside = Inside::enter(Call::Tasks);
+    if !inside.from_outside || moved().is_none() {
+        // SAFETY: as the caller's.
+        return unsafe { pvm_tasks(at, count, list) };
+    }
+    let (mut n, mut first) = (0, std::ptr::null_mut());
+    // SAFETY: the two places are valid; on success libpvm set them to its list.
+    let result = unsafe { pvm_tasks(argument(at), &mut n, &mut first) };
+    if result < 0 {
+        return result;
+    }
+    let mut shown = 0;
+    if !first.is_null() && n > 0 {
+        // SAFETY: libpvm's list has `n` elements. It frees their names by its own count, so the ones
+        // that are not shown are moved behind the others.
+        let tasks = unsafe { std::slice::from_raw_parts_mut(first, n as usize) };
+        for task in 0..tasks.len() {
+            if tasks.get(task).is_some_and(shows) {
+                tasks.swap(shown, task);
+                shown += 1;
+            }
+        }
+        for task in tasks.iter_mut().take(shown) {
+            task.tid = answer(task.tid);
+            task.ptid = answer(task.ptid);
+        }
+    }
+    // SAFETY: null or the caller's places.
+    unsafe {
+        if let Some(count) = count.as_mut() {
+            *count = shown as c_int;
+        }
+        if let Some(list) = list.as_mut() {
+            *list = first;
+        }
+    }
+    result
+}
+
+/// An agent is not shown, nor an incarnation that is not (or not any more) its task's present one.
+fn shows(task: &TaskInfo) -> bool {
+    let r = task.tid as u32;
+    let entry = moved().and_then(|table| table.entry(v_of(r)));
+    entry.is_none_or(|entry| entry.state != State::Hidden && entry.r == r)
+}
+
+/// Asks about, or does something to, another task; not while it is neither here nor there.
+fn of_task(real: &Real, inside: &Inside, tid: c_int) -> c_int {
+    if !inside.from_outside || moved().is_none() || !is_task(tid as u32) {
+        return tid;
+    }
+    wait_open(real, tid as u32);
+    argument(tid)
+}
+
+macro_rules! of_task {
+    ($($name:ident(tid $(, $arg:ident)*) = $call:ident;)*) => {$(
+        /// See pvm3.h.
+        ///
+        /// # Safety
+        /// As libpvm's.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name(tid: c_int $(, $arg: c_int)*) -> c_int {
+            let (real, function) = real_or_return!($name);
+            let inside = Inside::enter(Call::$call);
+            let tid = of_task(real, &inside, tid);
+            // SAFETY: plain numbers.
+            unsafe { function(tid $(, $arg)*) }
+        }
+    )*};
+}
+
+of_task! {
+    pvm_pstat(tid) = Pstat;
+    pvm_kill(tid) = Kill;
+    pvm_sendsig(tid, signal) = Sendsig;
+}
+
+/// See pvm3.h. A host is asked after itself, a task where it is now.
+///
+/// # Safety
+/// As libpvm's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvm_hostsync(
+    host: c_int,
+    clock: *mut c_void,
+    delta: *mut c_void,
+) -> c_int {
+    let (_, pvm_hostsync) = real_or_return!(pvm_hostsync);
+    let inside = Inside::enter(Call::Hostsync);
+    let host = if inside.from_outside {
+        argument(host)
+    } else {
+        host
+    };
+    // SAFETY: as the caller's.
+    unsafe { pvm_hostsync(host, clock, delta) }
+}
+
+/// See pvm3.h.
+///
+/// # Safety
+/// As libpvm's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvm_notify(
+    what: c_int,
+    tag: c_int,
+    count: c_int,
+    about: *mut c_int,
+) -> c_int {
+    let (real, pvm_notify) = real_or_return!(pvm_notify);
+    let inside = Inside::enter(Call::Notify);
+    if !inside.from_outside {
+        // SAFETY: as the caller's.
+        return unsafe { pvm_notify(what, tag, count, about) };
+    }
+    let kind = what & !notices::CANCEL;
+    let has_list = matches!(
+        kind,
+        TASK_EXIT | notices::HOST_DELETE | notices::ROUTE_DELETE
+    );
+    let mut list: Vec<u32> = Vec::new();
+    if has_list && count > 0 && !about.is_null() {
+        if list.try_reserve_exact(count as usize).is_err() {
+            return NO_MEM;
+        }
+        // SAFETY: the caller's array has `count` elements.
+        let about = unsafe { std::slice::from_raw_parts(about, count as usize) };
+        list.extend(about.iter().map(|tid| *tid as u32));
+    }
+    // SAFETY: libpvm's variable, when it is there.
+    let ctx = unsafe { real.var.pvmmyctx.as_ref() }.copied().unwrap_or(0);
+    // libpvm may deliver a notice before it returns (a route that is not there), so it has to be known
+    // before; and is forgotten again when the request was refused.
+    notices::asked(what, ctx, tag, count, &list);
+    let result = if moved().is_some() && has_list && kind != notices::HOST_DELETE {
+        let mut now: Vec<c_int> = list.iter().map(|tid| argument(*tid as c_int)).collect();
+        // SAFETY: a copy of the caller's array.
+        unsafe { pvm_notify(what, tag, count, now.as_mut_ptr()) }
+    } else {
+        // SAFETY: as the caller's.
+        unsafe { pvm_notify(what, tag, count, about) }
+    };
+    if result < 0 {
+        notices::refused(what, ctx, tag, &list);
+    }
+    result
+}
+
+/// See pvm3.h: owners are V.
+///
+/// # Safety
+/// As libpvm's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvm_getmboxinfo(
+    pattern: *mut c_char,
+    count: *mut c_int,
+    classes: *mut *mut MboxInfo,
+) -> c_int {
+    let (_, pvm_getmboxinfo) = real_or_return!(pvm_getmboxinfo);
+    let inside = Inside::enter(Call::Getmboxinfo);
+    let (mut n, mut first) = (0, std::ptr::null_mut());
+    // SAFETY: the two places are valid; on success libpvm set them to its list.
+    unsafe {
+        let result = pvm_getmboxinfo(pattern, &mut n, &mut first);
+        if result >= 0 {
+            if inside.from_outside && moved().is_some() && !first.is_null() && n > 0 {
+                for class in std::slice::from_raw_parts_mut(first, n as usize) {
+                    answers(class.owners, class.entries);
+                }
+            }
+            if let Some(count) = count.as_mut() {
+                *count = n;
+            }
+            if let Some(classes) = classes.as_mut() {
+                *classes = first;
+            }
+        }
+        result
+    }
+}
+
+/// See pvm3.h.
+///
+/// # Safety
+/// As libpvm's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvm_getnoresets(tids: *mut *mut c_int, count: *mut c_int) -> c_int {
+    let (_, pvm_getnoresets) = real_or_return!(pvm_getnoresets);
+    let inside = Inside::enter(Call::Getnoresets);
+    let (mut n, mut first) = (0, std::ptr::null_mut());
+    // SAFETY: the two places are valid, and libpvm sets them.
+    unsafe {
+        let result = pvm_getnoresets(&mut first, &mut n);
+        if inside.from_outside {
+            answers(first, n);
+        }
+        if let Some(tids) = tids.as_mut() {
+            *tids = first;
+        }
+        if let Some(count) = count.as_mut() {
+            *count = n;
+        }
+        result
+    }
+}
+
+/// The console's reset; all it asks and does below is in R.
+///
+/// # Safety
+/// As libpvm's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvmreset(
+    mytid: c_int,
+    kill: c_int,
+    class: *mut c_char,
+    index: c_int,
+) -> c_int {
+    let (_, pvmreset) = real_or_return!(pvmreset);
+    let inside = Inside::enter(Call::Reset);
+    let mytid = if inside.from_outside {
+        argument(mytid)
+    } else {
+        mytid
+    };
+    // SAFETY: as the caller's.
+    unsafe { pvmreset(mytid, kill, class, index) }
+}
+
+/// See pvm3.h.
+///
+/// # Safety
+/// As libpvm's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvm_getopt(what: c_int) -> c_int {
+    let (_, pvm_getopt) = real_or_return!(pvm_getopt);
+    let inside = Inside::enter(Call::Getopt);
+    // SAFETY: a plain number.
+    let value = unsafe { pvm_getopt(what) };
+    if !inside.from_outside {
+        value
+    } else if what == ROUTE && value == DONT_ROUTE && !direct() {
+        BLOCK.route.load(Relaxed)
+    } else if is_sink(what) {
+        answer(value)
+    } else {
+        value
+    }
+}
+
+fn direct() -> bool {
+    BLOCK.flags.load(Relaxed) & flag::DIRECT_ROUTES != 0
+}
+
+/// See pvm3.h. A route that is asked for is answered as if it were granted; messages go through pvmd.
+///
+/// # Safety
+/// As libpvm's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvm_setopt(what: c_int, value: c_int) -> c_int {
+    let (real, pvm_setopt) = real_or_return!(pvm_setopt);
+    let inside = Inside::enter(Call::Setopt);
+    if what == ROUTE && !direct() && (DONT_ROUTE..=ROUTE_DIRECT).contains(&value) {
+        return BLOCK.route.swap(value, SeqCst);
+    }
+    let translate = inside.from_outside && is_sink(what);
+    let given = if translate { argument(value) } else { value };
+    // SAFETY: plain numbers.
+    let old = unsafe { pvm_setopt(what, given) };
+    if BLOCK.r.load(Relaxed) != 0 {
+        notices::remember_sinks();
+    }
+    if what == NO_RESET {
+        // SAFETY: libpvm's variable, when it is there.
+        match unsafe { real.var.pvmnoreset.as_ref() } {
+            Some(0) | None => BLOCK.flags.fetch_and(!flag::NO_RESET, SeqCst),
+            Some(_) => BLOCK.flags.fetch_or(flag::NO_RESET, SeqCst),
+        };
+    }
+    if translate { answer(old) } else { old }
+}
+
+/// See pvm3.h.
+///
+/// # Safety
+/// As libpvm's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvm_catchout(file: *mut c_void) -> c_int {
+    let (_, pvm_catchout) = real_or_return!(pvm_catchout);
+    let _inside = Inside::enter(Call::Catchout);
+    // SAFETY: as the caller's.
+    unsafe { pvm_catchout(file) }
+}
+
+/// See pvm3.h.
+///
+/// # Safety
+/// As libpvm's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvm_exit() -> c_int {
+    let (real, pvm_exit) = real_or_return!(pvm_exit);
+    let _inside = Inside::enter(Call::Exit);
+    // SAFETY: as the caller's; then libpvm's variable.
+    unsafe {
+        let result = pvm_exit();
+        if *real.var.pvmmytid == -1 && BLOCK.r.load(Relaxed) != 0 {
+            left();
+        }
+        result
+    }
+}
+
+/// See pvm3.h. A handler of the program runs outside libpvm; libpvm's own do not.
+///
+/// # Safety
+/// As libpvm's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvm_addmhf(src: c_int, tag: c_int, ctx: c_int, handler: Handler) -> c_int {
+    let (_, pvm_addmhf) = real_or_return!(pvm_addmhf);
+    let inside = Inside::enter(Call::Addmhf);
+    // SAFETY: as the caller's.
+    let mhid = unsafe { pvm_addmhf(src, tag, ctx, handler) };
+    if inside.from_outside && mhid >= 0 {
+        with(|local| local.notices.add_handler(mhid, src, tag, ctx));
+    }
+    mhid
+}
+
+/// See pvm3.h.
+///
+/// # Safety
+/// As libpvm's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvm_delmhf(mhid: c_int) -> c_int {
+    let (_, pvm_delmhf) = real_or_return!(pvm_delmhf);
+    let _inside = Inside::enter(Call::Delmhf);
+    // SAFETY: a plain number.
+    let result = unsafe { pvm_delmhf(mhid) };
+    if result >= 0 {
+        with(|local| local.notices.remove_handler(mhid));
+    }
+    result
+}
+
+/// See pvm3.h. The program's function runs outside libpvm.
+///
+/// # Safety
+/// As libpvm's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvm_recvf(new: Match) -> Match {
+    let pvm_recvf = real().and_then(|real| real.pvm_recvf)?;
+    let _inside = Inside::enter(Call::Recvf);
+    let def_match = with(|local| local.def_match);
+    let same = |a: Match, b: Match| a.map(|f| f as usize) == b.map(|f| f as usize);
+    let own = new.is_some() && !same(new, def_match);
+    // SAFETY: the program's function, or ours in its stead.
+    let old = unsafe { pvm_recvf(if own { Some(matches) } else { new }) };
+    let old = with(|local| {
+        let users = std::mem::replace(&mut local.recvf, if own { new } else { None });
+        if same(old, Some(matches)) {
+            users
+        } else {
+            local.def_match = old;
+            old
+        }
+    });
+    if own {
+        BLOCK.flags.fetch_or(flag::RECVF, SeqCst);
+    } else {
+        BLOCK.flags.fetch_and(!flag::RECVF, SeqCst);
+    }
+    old
+}
+
+/// Stands for the program's match function.
+unsafe extern "C" fn matches(mid: c_int, tid: c_int, tag: c_int) -> c_int {
+    match with(|local| local.recvf) {
+        // SAFETY: the program's function, called as libpvm would.
+        Some(function) => outside(|| unsafe { function(mid, tid, tag) }),
+        None => SYS_ERR,
+    }
+}
+
+/// See pvm3.h: names the task by its V.
+///
+/// # Safety
+/// As libpvm's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvm_perror(text: *mut c_char) -> c_int {
+    let (_, pvm_perror) = real_or_return!(pvm_perror);
+    // SAFETY: as the caller's.
+    as_v(|| unsafe { pvm_perror(text) })
+}

@@ -1,0 +1,71 @@
+//! The calls of the programming interface that need nothing but to be known to be under way.
+
+use std::ffi::{c_char, c_int, c_void};
+use std::sync::atomic::Ordering::Relaxed;
+
+use pvm_abi::block::{Call, flag};
+
+use crate::border::SYS_ERR;
+use crate::inside::{BLOCK, Inside};
+use crate::real::real;
+
+type Str = *mut c_char;
+type Ints = *mut c_int;
+type Any = *mut c_void;
+
+macro_rules! plain {
+    ($($name:ident($($arg:ident: $type:ty),*) = $call:ident $(, flags $flags:ident)? $(, role $role:ident)?;)*) => {$(
+        /// Passes on; see pvm3.h.
+        ///
+        /// # Safety
+        /// As libpvm's.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name($($arg: $type),*) -> c_int {
+            let Some(function) = real().and_then(|real| real.$name) else { return SYS_ERR };
+            let inside = Inside::enter(Call::$call);
+            let _ = &inside;
+            $(if inside.from_outside {
+                BLOCK.call_flags.store($flags, Relaxed);
+            })?
+            // SAFETY: the caller's arguments.
+            #[allow(clippy::let_and_return)]
+            let result = unsafe { function($($arg),*) };
+            $(if result >= 0 {
+                BLOCK.flags.fetch_or(flag::$role, Relaxed);
+            })?
+            result
+        }
+    )*};
+}
+
+plain! {
+    pvm_addhosts(names: *mut Str, count: c_int, status: Ints) = Addhosts;
+    pvm_archcode(arch: Str) = Archcode;
+    pvm_config(hosts: Ints, archs: Ints, list: Any) = Config;
+    pvm_delete(name: Str, index: c_int) = Delete;
+    pvm_delhosts(names: *mut Str, count: c_int, status: Ints) = Delhosts;
+    pvm_delinfo(name: Str, index: c_int, flags: c_int) = Delinfo, flags flags;
+    pvm_freecontext(ctx: c_int) = Freecontext;
+    pvm_getfds(fds: *mut Ints) = Getfds;
+    pvm_halt() = Halt;
+    pvm_insert(name: Str, index: c_int, data: c_int) = Insert;
+    pvm_lookup(name: Str, index: c_int, data: Ints) = Lookup;
+    pvm_mcast(tids: Ints, count: c_int, tag: c_int) = Mcast;
+    pvm_mstat(host: Str) = Mstat;
+    pvm_newcontext() = Newcontext;
+    pvm_nrecv(tid: c_int, tag: c_int) = Nrecv;
+    pvm_precv(tid: c_int, tag: c_int, buf: Any, len: c_int, kind: c_int, rtid: Ints, rtag: Ints, rlen: Ints) = Precv;
+    pvm_probe(tid: c_int, tag: c_int) = Probe;
+    pvm_psend(tid: c_int, tag: c_int, buf: Any, len: c_int, kind: c_int) = Psend;
+    pvm_putinfo(name: Str, mid: c_int, flags: c_int) = Putinfo, flags flags;
+    pvm_recv(tid: c_int, tag: c_int) = Recv;
+    pvm_recvinfo(name: Str, index: c_int, flags: c_int) = Recvinfo, flags flags;
+    pvm_reg_hoster() = RegHoster, role HOSTER;
+    pvm_reg_rm(host: Any) = RegRm, role RESOURCE_MANAGER;
+    pvm_reg_tasker() = RegTasker, role TASKER;
+    pvm_reg_tracer(tctx: c_int, ttag: c_int, octx: c_int, otag: c_int, mask: Str, buf: c_int, opt: c_int) = RegTracer, role TRACER;
+    pvm_send(tid: c_int, tag: c_int) = Send;
+    pvm_start_pvmd(argc: c_int, argv: *mut Str, block: c_int) = StartPvmd;
+    pvm_tickle(narg: c_int, args: Ints, nresp: Ints, resp: Ints) = Tickle;
+    pvm_trecv(tid: c_int, tag: c_int, tmout: *mut libc::timeval) = Trecv;
+}

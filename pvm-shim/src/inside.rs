@@ -1,0 +1,449 @@
+//! Whether the task is inside libpvm, and under which tid.
+//!
+//! Outside libpvm `pvmmytid` holds V, inside R. The outermost of our functions on the stack switches it;
+//! a callback of the program counts as outside again, and libpvm calls it makes as inside once more.
+
+use std::cell::UnsafeCell;
+use std::ffi::c_int;
+use std::os::unix::ffi::OsStrExt;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64};
+
+use pvm_abi::block::{Block, Call, flag, state, wait};
+use pvm_abi::table::{self, Table};
+use pvm_abi::{is_task, place};
+
+use crate::notices::Notices;
+use crate::real::{Errno, complain, real};
+
+/// PvmRoute values
+pub const DONT_ROUTE: c_int = 1;
+pub const ROUTE_DIRECT: c_int = 3;
+
+/// What mistctl reads, and writes to.
+#[unsafe(no_mangle)]
+#[allow(non_upper_case_globals)]
+pub static mist_shim_block: Block = Block::new();
+
+/// The block, under a name for this side.
+pub static BLOCK: &Block = &mist_shim_block;
+
+static TABLE: AtomicPtr<Table> = AtomicPtr::new(std::ptr::null_mut());
+
+/// What the shim knows that nobody else has to.
+pub struct Local {
+    /// In libpvm, as opposed to outside or in a callback.
+    pub inside: bool,
+    /// Real mroutes on the stack: libpvm's only sends and receives in the first.
+    pub in_mroute: u32,
+    /// pvmmcast is on the stack: what it sends is to R.
+    pub in_mcast: bool,
+    /// The layout of this libpvm: not looked at yet, or whether it fits.
+    pub layout: Option<bool>,
+    /// Housekeeping is going on.
+    pub housekeeping: bool,
+    /// The pvm_recvf of the program, when it has one.
+    pub recvf: crate::real::Match,
+    /// libpvm's own match function.
+    pub def_match: crate::real::Match,
+    /// V of the task that gets our output, our children's output, our traces, our children's traces.
+    pub sinks: [u32; 4],
+    /// Requests and notices.
+    pub notices: Notices,
+    /// A gate whose lease ended, and which incarnation was found alive: V, the entry's R and next, and
+    /// the R to send to.
+    pub resolved: Option<(u32, u32, u32, u32)>,
+}
+
+struct LocalCell(UnsafeCell<Local>);
+// SAFETY: libpvm is not for several threads at a time, and this is only used below its calls.
+unsafe impl Sync for LocalCell {}
+
+static LOCAL: LocalCell = LocalCell(UnsafeCell::new(Local {
+    inside: false,
+    in_mroute: 0,
+    in_mcast: false,
+    layout: None,
+    housekeeping: false,
+    recvf: None,
+    def_match: None,
+    sinks: [0; 4],
+    notices: Notices::new(),
+    resolved: None,
+}));
+
+/// Lends the shim's state to `f`, which must not call libpvm or the program.
+pub fn with<T>(f: impl FnOnce(&mut Local) -> T) -> T {
+    // SAFETY: one thread (see LocalCell); `f` does not come back here, as it calls neither libpvm nor
+    // the program.
+    f(unsafe { &mut *LOCAL.0.get() })
+}
+
+/// Once, when libpvm has been found.
+pub fn begin() {
+    let Some(real) = real() else { return };
+    // SAFETY: the variable, when it is there, is libpvm's.
+    let route = unsafe { real.var.pvmrouteopt.as_mut() };
+    if std::env::var_os("MIST_DIRECT_ROUTES").is_some_and(|value| value == "1") {
+        BLOCK.flags.fetch_or(flag::DIRECT_ROUTES, SeqCst);
+    } else if let Some(route) = route {
+        BLOCK.route.store(*route, SeqCst);
+        *route = DONT_ROUTE;
+    }
+}
+
+/// The table, when there is one and something has ever moved.
+#[inline]
+pub fn moved() -> Option<&'static Table> {
+    // SAFETY: null or a mapping that is never taken away.
+    let table = unsafe { TABLE.load(Relaxed).as_ref()? };
+    if table.header.generation.load(SeqCst) == 0 {
+        None
+    } else {
+        Some(table)
+    }
+}
+
+/// The V of an incarnation.
+pub fn v_of(r: u32) -> u32 {
+    moved().and_then(|table| table.v_of(r)).unwrap_or(r)
+}
+
+/// The current incarnation of a V, whatever the state of its gate.
+pub fn r_of(v: u32) -> u32 {
+    if v == BLOCK.v.load(Relaxed) {
+        return BLOCK.r.load(Relaxed);
+    }
+    moved()
+        .and_then(|table| table.entry(v))
+        .map_or(v, |entry| entry.r)
+}
+
+/// As [`v_of`], for an answer of libpvm: anything but the tid of a task stays as it is.
+pub fn answer(tid: c_int) -> c_int {
+    if is_task(tid as u32) {
+        v_of(tid as u32) as c_int
+    } else {
+        tid
+    }
+}
+
+/// As [`r_of`], for an argument of the program.
+pub fn argument(tid: c_int) -> c_int {
+    if is_task(tid as u32) {
+        r_of(tid as u32) as c_int
+    } else {
+        tid
+    }
+}
+
+fn set_mytid(tid: u32) {
+    if let Some(real) = real() {
+        // SAFETY: `real` has a pvmmytid, which is libpvm's variable.
+        unsafe {
+            if *real.var.pvmmytid != -1 {
+                *real.var.pvmmytid = tid as c_int;
+            }
+        }
+    }
+}
+
+/// A call of libpvm, from its start until it is dropped.
+pub struct Inside {
+    /// It came from outside (the program, or a callback of it).
+    pub from_outside: bool,
+}
+
+impl Inside {
+    /// Enters libpvm.
+    #[inline]
+    pub fn enter(call: Call) -> Inside {
+        let depth = BLOCK.depth.load(Relaxed);
+        let here = 0u8;
+        let stack = &raw const here as u64;
+        if depth != 0 && stack > BLOCK.stack.load(Relaxed) {
+            abandoned();
+            return Inside::enter(call);
+        }
+        if depth == 0 {
+            BLOCK.stack.store(stack, Relaxed);
+            BLOCK.call.store(call as u32, Relaxed);
+        }
+        BLOCK.depth.store(depth + 1, SeqCst);
+        let from_outside = with(|local| !std::mem::replace(&mut local.inside, true));
+        if from_outside {
+            catch_up();
+            let r = BLOCK.r.load(Relaxed);
+            if r != BLOCK.v.load(Relaxed) {
+                set_mytid(r);
+            }
+        }
+        Inside { from_outside }
+    }
+}
+
+impl Drop for Inside {
+    #[inline]
+    fn drop(&mut self) {
+        if self.from_outside {
+            with(|local| local.inside = false);
+            let v = BLOCK.v.load(Relaxed);
+            if BLOCK.r.load(Relaxed) != v {
+                set_mytid(v);
+            }
+        }
+        let depth = BLOCK.depth.load(Relaxed).saturating_sub(1);
+        if depth == 0 {
+            BLOCK.call.store(Call::None as u32, Relaxed);
+            BLOCK.call_flags.store(0, Relaxed);
+        }
+        BLOCK.depth.store(depth, SeqCst);
+    }
+}
+
+/// The program jumped out of libpvm (longjmp from a callback or a signal): the calls that were on the
+/// stack will never return.
+#[cold]
+fn abandoned() {
+    for word in [
+        &BLOCK.depth,
+        &BLOCK.callbacks,
+        &BLOCK.asking,
+        &BLOCK.sending_count,
+        &BLOCK.sending_more,
+    ] {
+        word.store(0, SeqCst);
+    }
+    BLOCK.wait.store(wait::NONE, SeqCst);
+    with(|local| {
+        local.inside = false;
+        local.in_mroute = 0;
+        local.in_mcast = false;
+        local.housekeeping = false;
+    });
+    set_mytid(BLOCK.v.load(Relaxed));
+}
+
+/// Runs a callback of the program: outside libpvm again.
+pub fn outside<T>(f: impl FnOnce() -> T) -> T {
+    let was = with(|local| std::mem::replace(&mut local.inside, false));
+    if was {
+        set_mytid(BLOCK.v.load(Relaxed));
+    }
+    BLOCK.callbacks.fetch_add(1, SeqCst);
+    let result = f();
+    BLOCK.callbacks.fetch_sub(1, SeqCst);
+    with(|local| local.inside = was);
+    if was {
+        set_mytid(BLOCK.r.load(Relaxed));
+    }
+    result
+}
+
+/// Runs something that shows `pvmmytid` to people.
+pub fn as_v<T>(f: impl FnOnce() -> T) -> T {
+    let was = with(|local| local.inside);
+    if was {
+        set_mytid(BLOCK.v.load(Relaxed));
+    }
+    let result = f();
+    if was {
+        set_mytid(BLOCK.r.load(Relaxed));
+    }
+    result
+}
+
+/// Looks whether this task itself has become another incarnation.
+#[inline]
+pub fn catch_up() {
+    let Some(table) = moved() else { return };
+    if table.header.generation.load(SeqCst) == BLOCK.seen.load(Relaxed) {
+        return;
+    }
+    let v = BLOCK.v.load(Relaxed);
+    if v != 0
+        && let Some(entry) = table.entry(v)
+        && entry.r != BLOCK.r.load(Relaxed)
+        && entry.state != table::State::Moving
+    {
+        BLOCK.r.store(entry.r, SeqCst);
+        with(|local| local.notices.new_incarnation = true);
+    }
+}
+
+/// After libpvm has enrolled.
+#[cold]
+pub fn enrolled() {
+    let _errno = Errno::keep();
+    let Some(real) = real() else { return };
+    // SAFETY: libpvm's variable.
+    let r = unsafe { *real.var.pvmmytid } as u32;
+    if with(|local| local.layout) != Some(true) {
+        let version = real.pvm_version.map_or(std::ptr::null(), |version| {
+            // SAFETY: returns a constant string.
+            unsafe { version() }
+        });
+        complain(&format!(
+            "this libpvm ({}) is not one whose messages the shim knows; task t{r:x} runs without it and cannot be moved",
+            crate::real::text(version)
+        ));
+        if BLOCK.flags.load(SeqCst) & flag::DIRECT_ROUTES == 0
+            // SAFETY: libpvm's variable, when it is there.
+            && let Some(route) = unsafe { real.var.pvmrouteopt.as_mut() }
+        {
+            *route = BLOCK.route.load(SeqCst);
+            BLOCK.flags.fetch_or(flag::DIRECT_ROUTES, SeqCst);
+        }
+        publish(r, r, state::UNKNOWN_LIBPVM);
+        return;
+    }
+    map_table(r);
+    let mut v = r;
+    if let Some(table) = moved() {
+        if let Some(known) = table.v_of(r) {
+            v = known;
+        } else if let Some(entry) = table.entry(r)
+            && entry.r != r
+        {
+            BLOCK.flags.fetch_or(flag::TID_TAKEN, SeqCst);
+            complain(&format!(
+                "pvmd gave this task t{r:x}, which is the name of a task that moved to t{:x}; the two will be taken for each other (mistctl makes sure of free tids when it restarts an application)",
+                entry.r
+            ));
+        }
+        BLOCK
+            .seen
+            .store(table.header.generation.load(SeqCst), SeqCst);
+    }
+    real.var.publish(&BLOCK.globals);
+    publish(v, r, state::ENROLLED);
+    crate::notices::remember_sinks();
+}
+
+fn publish(v: u32, r: u32, state: u32) {
+    BLOCK.pid.store(std::process::id(), SeqCst);
+    BLOCK.v.store(v, SeqCst);
+    BLOCK.r.store(r, SeqCst);
+    BLOCK.state.store(state, SeqCst);
+}
+
+/// After libpvm has left the virtual machine.
+#[cold]
+pub fn left() {
+    BLOCK.state.store(state::IDLE, SeqCst);
+    let ours = flag::RESOURCE_MANAGER
+        | flag::HOSTER
+        | flag::TASKER
+        | flag::TRACER
+        | flag::TID_TAKEN
+        | flag::COLLECTOR
+        | flag::NO_RESET;
+    BLOCK.flags.fetch_and(!ours, SeqCst);
+    BLOCK.v.store(0, SeqCst);
+    BLOCK.r.store(0, SeqCst);
+    crate::notices::forget();
+}
+
+fn map_table(r: u32) {
+    let old = TABLE.swap(std::ptr::null_mut(), SeqCst);
+    if !old.is_null() {
+        // SAFETY: the mapping of an earlier enrolment; nothing refers to it any more.
+        unsafe { libc::munmap(old.cast(), table::SIZE) };
+    }
+    BLOCK.table.store(0, SeqCst);
+    let sock = std::env::var_os("PVMSOCK");
+    let anchor = place::anchor(sock.as_deref(), &place::own_address_file());
+    let mapped = place::table_path(&anchor).and_then(|path| {
+        let file = place::open(&path)?;
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&file);
+        table::map_raw(fd, false)
+            .map_err(std::io::Error::from_raw_os_error)
+            .map(|map| (path, map))
+    });
+    match mapped {
+        Ok((path, map)) => {
+            let bytes = path.as_os_str().as_bytes();
+            for (at, word) in BLOCK.table_path.iter().enumerate() {
+                word.store(bytes.get(at).copied().unwrap_or(0), SeqCst);
+            }
+            BLOCK.table_len.store(table::SIZE as u64, SeqCst);
+            BLOCK.table.store(map as u64, SeqCst);
+            BLOCK.flags.fetch_and(!flag::NO_TABLE, SeqCst);
+            TABLE.store(map.cast_mut(), SeqCst);
+        }
+        Err(error) => {
+            BLOCK.flags.fetch_or(flag::NO_TABLE, SeqCst);
+            complain(&format!(
+                "task t{r:x} cannot use the tid table beside {} ({error}); it loses sight of tasks that move",
+                anchor.display()
+            ));
+        }
+    }
+}
+
+/// A destination on its way out, in [`Block::sending`].
+pub struct Sending(u32, u32);
+
+impl Sending {
+    /// What is on its way now; [`Sending::reset`] goes back to it.
+    pub fn mark() -> Sending {
+        Sending(
+            BLOCK.sending_count.load(Relaxed),
+            BLOCK.sending_more.load(Relaxed),
+        )
+    }
+
+    /// Says that something goes to `tid` from here on.
+    pub fn add(tid: u32) {
+        let count = BLOCK.sending_count.load(Relaxed);
+        match BLOCK.sending.get(count as usize) {
+            Some(word) => {
+                word.store(tid, Relaxed);
+                BLOCK.sending_count.store(count + 1, SeqCst);
+            }
+            None => {
+                BLOCK.sending_more.fetch_add(1, SeqCst);
+            }
+        }
+    }
+
+    /// Says that what was added since has gone.
+    pub fn reset(&self) {
+        BLOCK.sending_count.store(self.0, SeqCst);
+        BLOCK.sending_more.store(self.1, SeqCst);
+    }
+}
+
+/// Sets one word of the block and puts the old value back when dropped.
+pub struct Set<'a>(&'a AtomicU32, u32);
+
+impl Set<'_> {
+    /// Sets `word`.
+    pub fn to(word: &AtomicU32, value: u32) -> Set<'_> {
+        let old = word.swap(value, SeqCst);
+        Set(word, old)
+    }
+}
+
+impl Drop for Set<'_> {
+    fn drop(&mut self) {
+        self.0.store(self.1, SeqCst);
+    }
+}
+
+/// The table's generation, for [`Block::seen`].
+pub fn generation() -> u64 {
+    moved().map_or(0, |table| table.header.generation.load(SeqCst))
+}
+
+/// Whether mistctl wants something looked at, or the table has changed.
+#[inline]
+pub fn attention() -> bool {
+    BLOCK.attention.load(Relaxed) != 0
+        || BLOCK.held.load(Relaxed) != 0
+        || moved().is_some_and(|table| table.header.generation.load(SeqCst) != seen().load(Relaxed))
+}
+
+fn seen() -> &'static AtomicU64 {
+    &BLOCK.seen
+}

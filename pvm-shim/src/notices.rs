@@ -1,0 +1,504 @@
+//! Bodies of pvmd's messages that carry tids: exit notices, collected output, routes. What only a move
+//! would show is kept from the program here.
+
+use std::ffi::{CString, c_int};
+use std::sync::atomic::Ordering::SeqCst;
+
+use pvm_abi::block::flag;
+use pvm_abi::table::State;
+use pvm_abi::{CTX_TC, CTX_TM, NOOP_MAGIC, NOOP_MARKER, TID_PVMD, WAIT_ID_IGNORE, is_task};
+
+use crate::border::{deliver, send_own};
+use crate::inside::{BLOCK, moved, r_of, v_of, with};
+use crate::layout::{Pmsg, TC_NOOP, TC_OUTPUT, TM_NOTIFY, TM_SETOPT, get_int, set_int};
+use crate::real::{Real, real};
+
+/// Kinds of pvm_notify, and the flag that takes one back.
+pub const TASK_EXIT: c_int = 1;
+pub const HOST_DELETE: c_int = 2;
+pub const HOST_ADD: c_int = 3;
+pub const ROUTE_ADD: c_int = 4;
+pub const ROUTE_DELETE: c_int = 5;
+pub const CANCEL: c_int = 256;
+
+/// Second integer of an output message: the task ended, was spawned, has started.
+const OUTPUT_EOF: i32 = 0;
+const OUTPUT_SPAWN: i32 = -1;
+
+/// TM_SETOPT: where output and traces go.
+const SET_OUTPUT: c_int = 1;
+const SET_TRACE: c_int = 4;
+
+/// A notify request of the program that has not been answered.
+struct Asked {
+    what: c_int,
+    ctx: c_int,
+    tag: c_int,
+    /// The task (V) or host it is about; 0 for additions.
+    about: u32,
+    /// The incarnation that the pvmd was asked about.
+    asked_r: u32,
+    /// Host additions left, -1 for ever.
+    count: c_int,
+    /// It was asked again for another incarnation of this task, so the answer may come twice.
+    again: bool,
+    /// It has been answered once.
+    spent: bool,
+}
+
+/// A message handler of the program.
+struct Handler {
+    mhid: c_int,
+    src: c_int,
+    tag: c_int,
+    ctx: c_int,
+}
+
+/// Requests and notices.
+pub struct Notices {
+    asked: Vec<Asked>,
+    handlers: Vec<Handler>,
+    /// Context and tag of output the program collects itself.
+    outputs: Vec<(c_int, c_int)>,
+    /// Whose beginning of output has been shown: V, and bits for the two messages that say so.
+    begun: Vec<(u32, u8)>,
+    held: Vec<*mut Pmsg>,
+    /// This task has become another incarnation: its requests went with the old one.
+    pub new_incarnation: bool,
+}
+
+impl Notices {
+    /// None yet.
+    pub const fn new() -> Notices {
+        Notices {
+            asked: Vec::new(),
+            handlers: Vec::new(),
+            outputs: Vec::new(),
+            begun: Vec::new(),
+            held: Vec::new(),
+            new_incarnation: false,
+        }
+    }
+
+    /// The program added a message handler.
+    pub fn add_handler(&mut self, mhid: c_int, src: c_int, tag: c_int, ctx: c_int) {
+        self.handlers.push(Handler {
+            mhid,
+            src,
+            tag,
+            ctx,
+        });
+    }
+
+    /// The program removed a message handler.
+    pub fn remove_handler(&mut self, mhid: c_int) {
+        self.handlers.retain(|handler| handler.mhid != mhid);
+    }
+
+    /// Whether such a message goes to a handler of the program. (libpvm lets no two overlap.)
+    pub fn handles(&self, src: c_int, tag: c_int, ctx: c_int) -> bool {
+        let fits = |want: c_int, has: c_int| want == -1 || want == has;
+        self.handlers.iter().any(|handler| {
+            fits(handler.src, src) && fits(handler.tag, tag) && fits(handler.ctx, ctx)
+        })
+    }
+
+    fn collects(&self, ctx: c_int, tag: c_int) -> bool {
+        ctx == CTX_TC && tag == TC_OUTPUT || self.outputs.contains(&(ctx, tag))
+    }
+}
+
+/// The program asked to be notified of `about` (V or hosts).
+pub fn asked(what: c_int, ctx: c_int, tag: c_int, count: c_int, about: &[u32]) {
+    with(|local| {
+        let asked = &mut local.notices.asked;
+        let kind = what & !CANCEL;
+        if matches!(kind, HOST_ADD | ROUTE_ADD) {
+            asked.retain(|old| (old.what, old.ctx, old.tag) != (kind, ctx, tag));
+        }
+        // A notice taken back is answered at once, so its entry has to stay until then.
+        let keep = what & CANCEL == 0 && (count != 0 || !matches!(kind, HOST_ADD | ROUTE_ADD));
+        let new = |about, asked_r| Asked {
+            what: kind,
+            ctx,
+            tag,
+            about,
+            asked_r,
+            count,
+            again: false,
+            spent: false,
+        };
+        if keep {
+            match kind {
+                HOST_ADD | ROUTE_ADD => asked.push(new(0, 0)),
+                _ => asked.extend(about.iter().map(|about| new(*about, r_of(*about)))),
+            }
+        }
+        BLOCK.notifies.store(asked.len() as u32, SeqCst);
+    });
+}
+
+/// A request that [`asked`] noted was refused.
+pub fn refused(what: c_int, ctx: c_int, tag: c_int, about: &[u32]) {
+    with(|local| {
+        let asked = &mut local.notices.asked;
+        for tid in about {
+            let made =
+                |old: &Asked| (old.what, old.ctx, old.tag, old.about) == (what, ctx, tag, *tid);
+            if let Some(at) = asked.iter().rposition(made) {
+                asked.swap_remove(at);
+            }
+        }
+        BLOCK.notifies.store(asked.len() as u32, SeqCst);
+    });
+}
+
+/// What to do with a message.
+enum Verdict {
+    Pass,
+    Drop,
+    Hold,
+    /// Drop it, and ask again about this entry's present incarnation.
+    AskAgain(usize, u32),
+}
+
+/// Looks at a message that has just come in, and either translates its body and returns false, or takes
+/// it over and returns true.
+///
+/// # Safety
+/// `up` is a message of libpvm that nothing else refers to; libpvm's layout fits.
+pub unsafe fn take_over(real: &Real, up: *mut Pmsg) -> bool {
+    // SAFETY: the layout fits.
+    let (src, ctx, tag, wid) = unsafe { ((*up).src as u32, (*up).ctx, (*up).tag, (*up).wid) };
+    if src & TID_PVMD == 0 && src != 0 {
+        return false;
+    }
+    let verdict = if ctx == CTX_TM && wid == WAIT_ID_IGNORE {
+        Verdict::Drop
+    } else if ctx == CTX_TM {
+        Verdict::Pass
+    } else {
+        // SAFETY: as above.
+        unsafe {
+            match notice(up, src, ctx, tag) {
+                Some(verdict) => verdict,
+                None if src != 0 && with(|local| local.notices.collects(ctx, tag)) => output(up),
+                None => Verdict::Pass,
+            }
+        }
+    };
+    match verdict {
+        Verdict::Pass => return false,
+        Verdict::Hold => {
+            with(|local| local.notices.held.push(up));
+            BLOCK.held.fetch_add(1, SeqCst);
+            return true;
+        }
+        Verdict::AskAgain(at, r) => ask_again(real, at, r),
+        Verdict::Drop => {}
+    }
+    if let Some(umbuf_free) = real.umbuf_free {
+        // SAFETY: nothing else refers to the message.
+        unsafe { umbuf_free(up) };
+    }
+    true
+}
+
+/// Where a task stands that a notice is about.
+enum Stands {
+    /// The incarnation is its task's present one.
+    Present,
+    /// The task has moved on; its present one.
+    MovedOn(u32),
+    /// The task is moving.
+    Moving,
+}
+
+fn stands(r: u32, v: u32) -> Stands {
+    match moved().and_then(|table| table.entry(v)) {
+        Some(entry) if entry.state == State::Moving => Stands::Moving,
+        Some(entry) if entry.r != r => Stands::MovedOn(entry.r),
+        _ => Stands::Present,
+    }
+}
+
+/// A notice the program asked for with pvm_notify.
+///
+/// # Safety
+/// As for [`take_over`].
+unsafe fn notice(up: *mut Pmsg, src: u32, ctx: c_int, tag: c_int) -> Option<Verdict> {
+    // SAFETY: the layout fits.
+    let first = unsafe { get_int(up, 0) }?;
+    let about = v_of(first);
+    let find = |spent: bool| {
+        with(|local| {
+            local.notices.asked.iter().position(|asked| {
+                (asked.ctx, asked.tag, asked.spent) == (ctx, tag, spent)
+                    && (matches!(asked.what, HOST_ADD | ROUTE_ADD) || asked.about == about)
+            })
+        })
+    };
+    let Some(at) = find(false) else {
+        // The second answer to a request that was made twice.
+        let at = find(true)?;
+        with(|local| local.notices.asked.swap_remove(at));
+        return Some(Verdict::Drop);
+    };
+    let (what, asked_r) = with(|local| {
+        local
+            .notices
+            .asked
+            .get(at)
+            .map_or((0, 0), |asked| (asked.what, asked.asked_r))
+    });
+    let tells_tid = matches!(what, TASK_EXIT | ROUTE_ADD | ROUTE_DELETE);
+    if what == TASK_EXIT && src != 0 {
+        match stands(first, about) {
+            Stands::Present => {}
+            Stands::Moving => return Some(Verdict::Hold),
+            Stands::MovedOn(r) if asked_r == r => return Some(Verdict::Drop),
+            Stands::MovedOn(r) => return Some(Verdict::AskAgain(at, r)),
+        }
+    }
+    if tells_tid && about != first {
+        // SAFETY: as above.
+        unsafe { set_int(up, 0, about) };
+    }
+    answered(at);
+    Some(Verdict::Pass)
+}
+
+fn answered(at: usize) {
+    with(|local| {
+        let asked = &mut local.notices.asked;
+        let Some(entry) = asked.get_mut(at) else {
+            return;
+        };
+        match entry.what {
+            ROUTE_ADD => {}
+            HOST_ADD if entry.count < 0 => {}
+            HOST_ADD if entry.count > 1 => entry.count -= 1,
+            _ if entry.again => entry.spent = true,
+            _ => {
+                asked.swap_remove(at);
+            }
+        }
+        BLOCK.notifies.store(asked.len() as u32, SeqCst);
+    });
+}
+
+fn ask_again(real: &Real, at: usize, r: u32) {
+    let request = with(|local| {
+        local.notices.asked.get_mut(at).map(|asked| {
+            asked.asked_r = r;
+            (asked.what, asked.ctx, asked.tag, asked.count)
+        })
+    });
+    if let Some((what, ctx, tag, count)) = request {
+        ask(real, what, ctx, tag, count, r);
+    }
+}
+
+/// Sends a TM_NOTIFY as pvm_notify does, but for another context.
+fn ask(real: &Real, what: c_int, ctx: c_int, tag: c_int, count: c_int, about: u32) {
+    let counted = what == HOST_ADD;
+    // SAFETY: only packs.
+    unsafe {
+        send_own(real, TID_PVMD as c_int, TM_NOTIFY, CTX_TM, 0, |int, _| {
+            int(what);
+            int(ctx);
+            int(tag);
+            int(if counted { count } else { 1 });
+            if !counted {
+                int(about as c_int);
+            }
+        });
+    }
+}
+
+/// Output of another task, or its beginning or end.
+///
+/// # Safety
+/// As for [`take_over`].
+unsafe fn output(up: *mut Pmsg) -> Verdict {
+    // SAFETY: the layout fits.
+    let (Some(r), Some(what)) = (unsafe { get_int(up, 0) }, unsafe { get_int(up, 1) }) else {
+        return Verdict::Pass;
+    };
+    if !is_task(r) {
+        return Verdict::Pass;
+    }
+    let v = v_of(r);
+    let what = what as i32;
+    if what == OUTPUT_EOF {
+        match stands(r, v) {
+            Stands::Moving => return Verdict::Hold,
+            Stands::MovedOn(_) => return Verdict::Drop,
+            Stands::Present => with(|local| local.notices.begun.retain(|(begun, _)| *begun != v)),
+        }
+    } else if what < 0 {
+        let bit = if what == OUTPUT_SPAWN { 1 } else { 2 };
+        let known = with(|local| {
+            let begun = &mut local.notices.begun;
+            match begun.iter_mut().find(|(begun, _)| *begun == v) {
+                Some((_, bits)) => std::mem::replace(bits, *bits | bit) & bit != 0,
+                None => {
+                    begun.push((v, bit));
+                    false
+                }
+            }
+        });
+        if known {
+            return Verdict::Drop;
+        }
+    }
+    if v != r {
+        // SAFETY: as above.
+        unsafe { set_int(up, 0, v) };
+    }
+    Verdict::Pass
+}
+
+/// Looks again at what was held back.
+pub fn release(real: &Real) {
+    let held = with(|local| std::mem::take(&mut local.notices.held));
+    for up in held {
+        BLOCK.held.fetch_sub(1, SeqCst);
+        // SAFETY: held messages are libpvm's, and only the list that was just taken referred to them.
+        unsafe {
+            if !take_over(real, up) {
+                deliver(real, up);
+            }
+        }
+    }
+}
+
+/// Sends the markers mistctl asked for.
+pub fn send_markers(real: &Real) {
+    for (asked, done) in BLOCK.marker_asked.iter().zip(&BLOCK.marker_done) {
+        let word = asked.load(SeqCst);
+        if word == 0 || word == done.load(SeqCst) {
+            continue;
+        }
+        let (v, r) = (BLOCK.v.load(SeqCst), BLOCK.r.load(SeqCst));
+        // SAFETY: only packs.
+        let sent = unsafe {
+            send_own(real, word as u32 as c_int, TC_NOOP, CTX_TC, 0, |int, _| {
+                for value in [NOOP_MAGIC, NOOP_MARKER, (word >> 32) as u32, v, r] {
+                    int(value as c_int);
+                }
+            })
+        };
+        if sent {
+            done.store(word, SeqCst);
+        }
+    }
+}
+
+/// The table has changed: output and traces follow their collectors, and requests this task.
+pub fn table_changed(real: &Real) {
+    let again = with(|local| std::mem::replace(&mut local.notices.new_incarnation, false));
+    if again {
+        let me = BLOCK.v.load(SeqCst);
+        let requests: Vec<_> = with(|local| {
+            let asked = local.notices.asked.iter_mut();
+            asked
+                .filter(|asked| {
+                    asked.about != me && matches!(asked.what, TASK_EXIT | HOST_DELETE | HOST_ADD)
+                })
+                .map(|asked| {
+                    asked.again = true;
+                    asked.asked_r = r_of(asked.about);
+                    (asked.what, asked.ctx, asked.tag, asked.count, asked.asked_r)
+                })
+                .collect()
+        });
+        for (what, ctx, tag, count, about) in requests {
+            ask(real, what, ctx, tag, count, about);
+        }
+    }
+    let sinks = with(|local| local.sinks);
+    // SAFETY: libpvm's variables, when they are there.
+    let (own, children) = unsafe { (real.var.pvmtrc.as_mut(), real.var.pvmctrc.as_mut()) };
+    let (Some(own), Some(children)) = (own, children) else {
+        return;
+    };
+    let [own_out, child_out, own_trace, child_trace] = sinks;
+    follow(&mut children.outtid, child_out);
+    follow(&mut children.trctid, child_trace);
+    for (tid, sink, option) in [
+        (&mut own.outtid, own_out, SET_OUTPUT),
+        (&mut own.trctid, own_trace, SET_TRACE),
+    ] {
+        if follow(tid, sink)
+            && let Ok(text) = CString::new(format!("{:x}", *tid))
+        {
+            // SAFETY: only packs. The answer is dropped for its wait id.
+            unsafe {
+                send_own(
+                    real,
+                    TID_PVMD as c_int,
+                    TM_SETOPT,
+                    CTX_TM,
+                    WAIT_ID_IGNORE,
+                    |int, string| {
+                        int(option);
+                        string(&text);
+                    },
+                );
+            }
+        }
+    }
+}
+
+fn follow(tid: &mut c_int, sink: u32) -> bool {
+    let now = r_of(sink) as c_int;
+    let moves = is_task(sink) && matches!(stands(now as u32, sink), Stands::Present) && *tid != now;
+    if moves {
+        *tid = now;
+    }
+    moves
+}
+
+/// Notes, in V, where output and traces go, and whether this task collects some.
+pub fn remember_sinks() {
+    let Some(real) = real() else { return };
+    // SAFETY: libpvm's variables, when they are there.
+    let (own, children) = unsafe { (real.var.pvmtrc.as_ref(), real.var.pvmctrc.as_ref()) };
+    let (Some(own), Some(children)) = (own, children) else {
+        return;
+    };
+    let tids = [own.outtid, children.outtid, own.trctid, children.trctid];
+    let me = BLOCK.r.load(SeqCst);
+    let sinks = tids.map(|tid| {
+        if tid as u32 == me {
+            BLOCK.v.load(SeqCst)
+        } else {
+            v_of(tid as u32)
+        }
+    });
+    let collects = me != 0 && children.outtid as u32 == me;
+    let key = (children.outctx, children.outtag);
+    with(|local| {
+        local.sinks = sinks;
+        if collects && !local.notices.outputs.contains(&key) {
+            local.notices.outputs.push(key);
+        }
+    });
+    if collects {
+        BLOCK.flags.fetch_or(flag::COLLECTOR, SeqCst);
+    }
+}
+
+/// The task has left the virtual machine.
+pub fn forget() {
+    let old = with(|local| std::mem::replace(&mut local.notices, Notices::new()));
+    for up in old.held {
+        if let Some(umbuf_free) = real().and_then(|real| real.umbuf_free) {
+            // SAFETY: nothing else refers to a held message.
+            unsafe { umbuf_free(up) };
+        }
+    }
+    BLOCK.held.store(0, SeqCst);
+    BLOCK.notifies.store(0, SeqCst);
+}
