@@ -97,20 +97,42 @@ pub enum Kind {
         queued: usize,
     },
     PidFd {
-        /// Pid of a process of the dump; or of one outside.
+        /// Pid of a process of the dump; -1 when it has ended and been waited for.
         pid: i32,
     },
+    /// POSIX message queue (mq_overview(7)).
+    MessageQueue(MessageQueue),
     /// A pseudo terminal whose other end is in the dump too.
     Pty(Pty),
     /// Index in `Manifest::sockets`.
     Socket {
         socket: u32,
     },
-    /// A standard stream (or other pipe, terminal or socket) to somebody outside the dump: becomes that of
-    /// the restoring shell, or /dev/null when detached. `what` says what it was, for people.
-    External {
-        what: String,
-    },
+    /// A standard stream or terminal to somebody outside the dump: becomes that of the restoring shell, or
+    /// /dev/null when detached.
+    External(External),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct External {
+    /// What it was, for people.
+    pub what: String,
+    /// The standard stream (0, 1, 2) it is; none for a terminal on other descriptors only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stream: Option<u8>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub terminal: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MessageQueue {
+    /// Name as mq_open(3) takes it, with the leading slash.
+    pub name: String,
+    pub mode: u32,
+    /// Attributes it was made with, and how many messages stood in it (they cannot be read without taking them).
+    pub max_messages: i64,
+    pub message_size: i64,
+    pub messages: i64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -120,7 +142,7 @@ pub struct Pipe {
     pub write_end: bool,
     /// F_GETPIPE_SZ, bytes.
     pub capacity: u32,
-    /// What was in it, base64; packets of an O_DIRECT pipe each on their own. Stored once a pipe.
+    /// What was in it, base64; if that is more than one piece, each is a packet (O_DIRECT). Stored once a pipe.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub content: Vec<crate::image::Bytes>,
 }

@@ -2,7 +2,10 @@
 
 pub mod arch;
 pub mod batch;
+pub mod fds;
+pub mod kcmp;
 pub mod mem;
 pub mod pagemap;
+pub mod pidfd;
 pub mod tracee;
 pub mod vdso;

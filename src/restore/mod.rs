@@ -1,5 +1,7 @@
 //! From an image to running processes.
 
+pub mod files;
+
 use std::path::PathBuf;
 
 use serde::Serialize;

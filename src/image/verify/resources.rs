@@ -107,9 +107,19 @@ fn description(manifest: &Manifest, d: &Description) -> Result<()> {
             );
             Ok(())
         }
+        // -1: it has ended and been waited for.
+        Kind::PidFd { pid: -1 } => Ok(()),
         Kind::PidFd { pid } => id("pid", *pid),
+        Kind::MessageQueue(queue) => text("name", &queue.name, PATH_MAX),
         Kind::Socket { socket } => index("socket", *socket, manifest.sockets.len()),
-        Kind::External { what } => text("description", what, PATH_MAX),
+        Kind::External(external) => {
+            ensure!(
+                external.stream.is_none_or(|s| s <= 2),
+                "it is standard stream {:?}",
+                external.stream
+            );
+            text("description", &external.what, PATH_MAX)
+        }
         Kind::Pty(_) | Kind::EventFd { .. } | Kind::SignalFd { .. } => Ok(()),
     }
 }

@@ -1,0 +1,137 @@
+//! /proc/PID/fdinfo/FD (proc_pid_fdinfo(5)).
+
+use std::collections::HashMap;
+
+use anyhow::{Context, Result, bail};
+
+use crate::image::files::{Lock, LockClass};
+
+/// What every descriptor has, and the raw lines of its kind.
+#[derive(Debug, Default)]
+pub struct FdInfo {
+    /// Access mode and status flags, with O_CLOEXEC if the descriptor has it.
+    pub flags: i32,
+    pub pos: i64,
+    pub locks: Vec<Lock>,
+    /// `name: value` lines; of repeated names the last.
+    values: HashMap<String, String>,
+    /// Lines as they are.
+    pub lines: Vec<String>,
+}
+
+impl FdInfo {
+    /// Reads /proc/`dir`/fdinfo/`fd`; `dir` is a pid or "self".
+    pub fn read(dir: &str, fd: i32) -> Result<Self> {
+        let path = format!("/proc/{dir}/fdinfo/{fd}");
+        let text = std::fs::read_to_string(&path).with_context(|| path.clone())?;
+        Self::parse(&text).with_context(|| path)
+    }
+
+    pub fn parse(text: &str) -> Result<Self> {
+        let mut info = Self::default();
+        for line in text.lines() {
+            if let Some(rest) = line.strip_prefix("lock:") {
+                info.locks.push(lock(rest)?);
+                continue;
+            }
+            if let Some((name, value)) = line.split_once(':') {
+                info.values
+                    .insert(name.trim().to_owned(), value.trim().to_owned());
+            }
+            info.lines.push(line.to_owned());
+        }
+        info.flags = i32::from_str_radix(info.text("flags")?, 8).context("flags")?;
+        info.pos = info.text("pos")?.parse().context("pos")?;
+        Ok(info)
+    }
+
+    /// The text of line `name`.
+    pub fn text(&self, name: &str) -> Result<&str> {
+        match self.values.get(name) {
+            Some(v) => Ok(v),
+            None => bail!("no line \"{name}:\""),
+        }
+    }
+
+    pub fn decimal<T: std::str::FromStr<Err = std::num::ParseIntError>>(
+        &self,
+        name: &str,
+    ) -> Result<T> {
+        self.text(name)?
+            .parse()
+            .with_context(|| format!("line \"{name}:\""))
+    }
+
+    pub fn hex(&self, name: &str) -> Result<u64> {
+        u64::from_str_radix(self.text(name)?, 16).with_context(|| format!("line \"{name}:\""))
+    }
+
+    /// A pair of `seconds, nanoseconds` in brackets, in nanoseconds.
+    pub fn timespec(&self, name: &str) -> Result<i64> {
+        let text = self.text(name)?;
+        let (s, n) = text
+            .trim_matches(['(', ')'])
+            .split_once(',')
+            .with_context(|| format!("line \"{name}:\" is no pair"))?;
+        let (s, n): (i64, i64) = (s.trim().parse()?, n.trim().parse()?);
+        Ok(s.saturating_mul(1_000_000_000).saturating_add(n))
+    }
+}
+
+/// `1: FLOCK  ADVISORY  WRITE 359 00:13:11691 0 EOF` (fs/locks.c, lock_get_status).
+fn lock(line: &str) -> Result<Lock> {
+    let fields: Vec<&str> = line.split_whitespace().collect();
+    let [_, class, _, kind, _, _, start, end] = fields[..] else {
+        bail!("lock line \"{line}\" is not understood");
+    };
+    let class = match class {
+        "FLOCK" => LockClass::Flock,
+        "OFDLCK" => LockClass::Ofd,
+        "POSIX" => LockClass::Posix,
+        other => bail!("a lock of kind {other} cannot be carried; give it up first"),
+    };
+    let start: i64 = start.parse().context("lock start")?;
+    let len = match end {
+        "EOF" => 0,
+        end => {
+            end.parse::<i64>()
+                .context("lock end")?
+                .saturating_sub(start)
+                + 1
+        }
+    };
+    Ok(Lock {
+        class,
+        exclusive: kind == "WRITE",
+        start,
+        len,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn locks_are_read_with_their_range() {
+        let info = FdInfo::parse(
+            "pos:\t5\nflags:\t02100002\nmnt_id:\t24\nino:\t9\n\
+             lock:\t1: POSIX  ADVISORY  WRITE 359 00:13:11691 10 19\n\
+             lock:\t2: FLOCK  ADVISORY  READ 359 00:13:11691 0 EOF\n",
+        )
+        .unwrap();
+        assert_eq!(info.pos, 5);
+        assert_eq!(info.flags & libc::O_CLOEXEC, libc::O_CLOEXEC);
+        assert_eq!(info.locks[0].len, 10);
+        assert!(info.locks[0].exclusive && !info.locks[1].exclusive);
+        assert_eq!(info.locks[1].class, LockClass::Flock);
+    }
+
+    #[test]
+    fn a_lease_is_refused() {
+        assert!(
+            FdInfo::parse("pos:\t0\nflags:\t00\nlock:\t1: LEASE  ACTIVE    WRITE 3 00:1:2 0 EOF\n")
+                .is_err()
+        );
+    }
+}

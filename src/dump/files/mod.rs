@@ -1,0 +1,405 @@
+//! Descriptors of stopped processes, read from outside.
+//!
+//! Every descriptor is duplicated into this process (pidfd_getfd), where it can be asked with ordinary calls
+//! that change nothing: the duplicate shares the open file description, so nothing here may move a position,
+//! set a flag or consume a byte. Descriptions that several descriptors share are told apart with kcmp.
+
+mod anon;
+mod fdinfo;
+mod paths;
+mod pipes;
+
+use std::cmp::Ordering;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::{File, Metadata};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+
+use anyhow::{Context, Result};
+
+use crate::dump::tables::Tables;
+use crate::error::{Classify, Failure};
+use crate::image::files::{Description, DescriptionId, External, Fd, Kind, Lock, LockClass, Owner};
+use crate::kernel::{fds, kcmp, pidfd};
+pub use fdinfo::FdInfo;
+
+/// The sockets' side of a dump.
+pub trait Sockets {
+    /// Index in `Manifest::sockets` of the socket open as `fd` in process `pid` and, in this process, as
+    /// `socket`. Called once for each description.
+    fn socket(&mut self, pid: i32, fd: i32, socket: BorrowedFd<'_>) -> Result<u32>;
+
+    /// Asked when all processes have been seen: what the socket leads to if that is outside the dump and it
+    /// can only become a stream of the restoring shell ("unix stream to process 7 (sshd)"). Such a socket is
+    /// carried as a standard stream and refused elsewhere.
+    fn outside(&mut self, _index: u32) -> Option<String> {
+        None
+    }
+}
+
+/// What [`FileDumper::finish`] gives.
+#[derive(Debug, Default)]
+pub struct Dumped {
+    pub descriptions: Vec<Description>,
+    /// Descriptor tables by pid.
+    pub fds: BTreeMap<i32, Vec<Fd>>,
+    /// Record locks (F_SETLK) by pid.
+    pub locks: BTreeMap<i32, Vec<(DescriptionId, Lock)>>,
+}
+
+/// Collects the descriptors of all processes of a dump.
+pub struct FileDumper {
+    pids: BTreeSet<i32>,
+    open: Vec<Open>,
+    /// Descriptions by device and inode number, in kcmp's order.
+    by_inode: HashMap<(u64, u64), Vec<DescriptionId>>,
+    fds: BTreeMap<i32, Vec<Fd>>,
+    locks: BTreeMap<i32, Vec<(DescriptionId, Lock)>>,
+}
+
+/// One description, and a duplicate of it in this process.
+struct Open {
+    own: File,
+    place: Place,
+    pipe: bool,
+    description: Description,
+}
+
+/// Where a description was met first, for messages.
+#[derive(Debug, Clone)]
+struct Place {
+    /// Process; 0 for a descriptor in flight.
+    pid: i32,
+    fd: i32,
+    /// What /proc/PID/fd/FD points to.
+    link: String,
+}
+
+impl Place {
+    /// An error that says which descriptor cannot be carried, why, and what to do about it.
+    fn refuse(&self, why: &str, way_out: &str) -> anyhow::Error {
+        Failure::Refused.because(format!("{self}: {why}; {way_out}"))
+    }
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.pid == 0 {
+            return write!(f, "descriptor in flight ({})", self.link);
+        }
+        write!(f, "process {}", self.pid)?;
+        if let Ok(comm) = std::fs::read_to_string(format!("/proc/{}/comm", self.pid)) {
+            write!(f, " ({})", comm.trim_end())?;
+        }
+        write!(f, ": fd {} ({})", self.fd, self.link)
+    }
+}
+
+/// What is known of a descriptor when its kind is to be found.
+struct Seen<'a> {
+    place: &'a Place,
+    own: &'a File,
+    meta: &'a Metadata,
+    info: &'a FdInfo,
+}
+
+impl FileDumper {
+    /// For a dump of these processes.
+    pub fn new(pids: &[i32]) -> Self {
+        // A duplicate of every description is held until the end. Not worth an error before it runs short.
+        if let Ok((_, hard)) =
+            nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
+        {
+            let _ = nix::sys::resource::setrlimit(
+                nix::sys::resource::Resource::RLIMIT_NOFILE,
+                hard,
+                hard,
+            );
+        }
+        Self {
+            pids: pids.iter().copied().collect(),
+            open: Vec::new(),
+            by_inode: HashMap::new(),
+            fds: BTreeMap::new(),
+            locks: BTreeMap::new(),
+        }
+    }
+
+    /// Reads the descriptor table of process `pid`, which stands still. `tid` is a living thread of it (its
+    /// leader may be dead) and `pidfd` that thread's (see [`pidfd::open_thread`]).
+    pub fn process(
+        &mut self,
+        pid: i32,
+        tid: i32,
+        pidfd: BorrowedFd<'_>,
+        tables: &mut Tables,
+        sockets: &mut dyn Sockets,
+    ) -> Result<()> {
+        one_table(pid, tid)?;
+        let mut table = Vec::new();
+        for fd in numbers(tid)? {
+            let own = pidfd::get_fd(pidfd, fd)
+                .with_context(|| format!("process {pid}: fd {fd}: pidfd_getfd"))?;
+            let info = FdInfo::read(&tid.to_string(), fd)
+                .with_context(|| format!("process {pid}: fd {fd}"))
+                .or_failure(Failure::Refused)?;
+            let description = self.describe(pid, fd, own, &info, tables, sockets)?;
+            table.push(Fd {
+                fd,
+                description,
+                cloexec: info.flags & libc::O_CLOEXEC != 0,
+            });
+            let posix = info.locks.iter().filter(|l| l.class == LockClass::Posix);
+            let locks = self.locks.entry(pid).or_default();
+            for lock in posix {
+                // Listed under every descriptor of the description.
+                if !locks.contains(&(description, lock.clone())) {
+                    locks.push((description, lock.clone()));
+                }
+            }
+        }
+        self.fds.insert(pid, table);
+        Ok(())
+    }
+
+    /// Index of the description behind a descriptor of this process, for descriptors in flight (SCM_RIGHTS)
+    /// that were peeked.
+    pub fn adopt(
+        &mut self,
+        own: OwnedFd,
+        tables: &mut Tables,
+        sockets: &mut dyn Sockets,
+    ) -> Result<DescriptionId> {
+        let fd = own.as_raw_fd();
+        let info = FdInfo::read("self", fd)?;
+        self.describe(0, fd, own, &info, tables, sockets)
+    }
+
+    /// What is left to find out once all descriptors are known: which end belongs to which.
+    pub fn finish(mut self, tables: &mut Tables, sockets: &mut dyn Sockets) -> Result<Dumped> {
+        self.pipes()?;
+        self.socket_partners(sockets);
+        self.split_streams(tables)?;
+        Ok(Dumped {
+            descriptions: self.open.into_iter().map(|o| o.description).collect(),
+            fds: self.fds,
+            locks: self.locks,
+        })
+    }
+
+    fn describe(
+        &mut self,
+        pid: i32,
+        fd: i32,
+        own: OwnedFd,
+        info: &FdInfo,
+        tables: &mut Tables,
+        sockets: &mut dyn Sockets,
+    ) -> Result<DescriptionId> {
+        let own = File::from(own);
+        let meta = own
+            .metadata()
+            .with_context(|| format!("process {pid}: fd {fd}: fstat"))?;
+        let key = (meta.dev(), meta.ino());
+        let known = self.by_inode.entry(key).or_default();
+        let at = match search(known, &self.open, &own)? {
+            Ok(at) => return Ok(known[at]),
+            Err(at) => at,
+        };
+        let id = self.open.len() as DescriptionId;
+        known.insert(at, id);
+
+        let link = std::fs::read_link(format!("/proc/self/fd/{}", own.as_raw_fd()))
+            .with_context(|| format!("process {pid}: fd {fd}: readlink"))?;
+        let place = Place {
+            pid,
+            fd,
+            link: link.to_string_lossy().into_owned(),
+        };
+        if link.to_str().is_none() {
+            return Err(place.refuse("its name is not UTF-8", "rename it"));
+        }
+        let seen = Seen {
+            place: &place,
+            own: &own,
+            meta: &meta,
+            info,
+        };
+        let kind = self.kind(&seen, tables, sockets)?;
+        let description = Description {
+            flags: info.flags & !libc::O_CLOEXEC,
+            pos: info.pos,
+            owner: owner(&own, info.flags).with_context(|| format!("{place}: F_GETOWN_EX"))?,
+            locks: info
+                .locks
+                .iter()
+                .filter(|l| l.class != LockClass::Posix)
+                .cloned()
+                .collect(),
+            kind,
+        };
+        self.open.push(Open {
+            own,
+            place,
+            pipe: meta.mode() & libc::S_IFMT == libc::S_IFIFO,
+            description,
+        });
+        Ok(id)
+    }
+
+    fn kind(
+        &self,
+        seen: &Seen<'_>,
+        tables: &mut Tables,
+        sockets: &mut dyn Sockets,
+    ) -> Result<Kind> {
+        let file_type = seen.meta.mode() & libc::S_IFMT;
+        if seen.info.flags & libc::O_PATH != 0 {
+            return paths::kind(seen, tables);
+        }
+        // Objects without a name come as "anon_inode:[..]", "pidfd:[..]", "net:[..]"; some of them call
+        // themselves regular files on newer kernels.
+        match file_type {
+            libc::S_IFSOCK => Ok(Kind::Socket {
+                socket: sockets.socket(seen.place.pid, seen.place.fd, seen.own.as_fd())?,
+            }),
+            libc::S_IFIFO => pipes::kind(seen, tables),
+            _ if !seen.place.link.starts_with('/') => anon::kind(seen, &self.pids),
+            libc::S_IFCHR => paths::device(seen, tables),
+            _ => paths::kind(seen, tables),
+        }
+    }
+
+    fn socket_partners(&mut self, sockets: &mut dyn Sockets) {
+        for open in &mut self.open {
+            if let Kind::Socket { socket } = open.description.kind
+                && let Some(what) = sockets.outside(socket)
+            {
+                open.description.kind = Kind::External(External {
+                    what,
+                    stream: None,
+                    terminal: false,
+                });
+            }
+        }
+    }
+
+    /// Gives each standard stream that leads outside a description of its own: at the restore each becomes
+    /// that stream of the restoring shell, which need not share them as the old one did.
+    fn split_streams(&mut self, tables: &mut Tables) -> Result<()> {
+        for id in 0..self.open.len() {
+            let Kind::External(external) = &self.open[id].description.kind else {
+                continue;
+            };
+            let mut streams: BTreeMap<i32, DescriptionId> = BTreeMap::new();
+            let of_it = |f: &&mut Fd| f.description as usize == id && f.fd <= 2;
+            for fd in self.fds.values_mut().flatten().filter(of_it) {
+                streams.insert(fd.fd, id as DescriptionId);
+            }
+            if streams.is_empty() && !external.terminal {
+                let open = &self.open[id];
+                if !open.pipe {
+                    return Err(open.place.refuse(
+                        &format!("it is a {}", external.what),
+                        "dump the other side too (--tree), or close it",
+                    ));
+                }
+                // Pipes that programs inherit from whatever started them and never use are common.
+                tables.warn(format!(
+                    "{}: is a {}; it leads to /dev/null after a restore",
+                    open.place, external.what
+                ));
+            }
+            let external = external.clone();
+            for (n, (&stream, target)) in streams.iter_mut().enumerate() {
+                let mut description = self.open[id].description.clone();
+                description.kind = Kind::External(External {
+                    stream: Some(stream as u8),
+                    ..external.clone()
+                });
+                if n == 0 {
+                    self.open[id].description = description;
+                    continue;
+                }
+                *target = self.open.len() as DescriptionId;
+                let open = Open {
+                    own: self.open[id].own.try_clone()?,
+                    place: self.open[id].place.clone(),
+                    pipe: self.open[id].pipe,
+                    description,
+                };
+                self.open.push(open);
+            }
+            for fd in self.fds.values_mut().flatten().filter(of_it) {
+                if let Some(&target) = streams.get(&fd.fd) {
+                    fd.description = target;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where among `known`, which is in kcmp's order, the description behind `own` is or belongs.
+fn search(known: &[DescriptionId], open: &[Open], own: &File) -> Result<Result<usize, usize>> {
+    let me = std::process::id() as i32;
+    let (mut low, mut high) = (0, known.len());
+    while low < high {
+        let middle = low + (high - low) / 2;
+        let other = &open[known[middle] as usize].own;
+        match kcmp::files(me, other.as_raw_fd(), me, own.as_raw_fd())? {
+            Ordering::Equal => return Ok(Ok(middle)),
+            Ordering::Less => low = middle + 1,
+            Ordering::Greater => high = middle,
+        }
+    }
+    Ok(Err(low))
+}
+
+/// Numbers of the open descriptors of a thread, rising.
+fn numbers(tid: i32) -> Result<Vec<i32>> {
+    let path = format!("/proc/{tid}/fd");
+    let mut numbers = Vec::new();
+    for entry in std::fs::read_dir(&path).with_context(|| path.clone())? {
+        let name = entry.with_context(|| path.clone())?.file_name();
+        if let Some(fd) = name.to_str().and_then(|n| n.parse().ok()) {
+            numbers.push(fd);
+        }
+    }
+    numbers.sort_unstable();
+    Ok(numbers)
+}
+
+/// Refuses a process whose threads do not share one descriptor table (unshare(CLONE_FILES)).
+fn one_table(pid: i32, tid: i32) -> Result<()> {
+    let path = format!("/proc/{pid}/task");
+    for entry in std::fs::read_dir(&path).with_context(|| path.clone())? {
+        let name = entry.with_context(|| path.clone())?.file_name();
+        let Some(other) = name.to_str().and_then(|n| n.parse::<i32>().ok()) else {
+            continue;
+        };
+        // A dead leader has no table; a thread that is gone has none either.
+        if other != tid
+            && std::fs::read_dir(format!("/proc/{other}/fd")).is_ok_and(|mut d| d.next().is_some())
+            && !kcmp::same_table(tid, other)?
+        {
+            return Err(Failure::Refused.because(format!(
+                "process {pid}: thread {other} has a descriptor table of its own (unshare CLONE_FILES), which cannot be carried"
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn owner(own: &File, flags: i32) -> nix::Result<Option<Owner>> {
+    if flags & libc::O_PATH != 0 {
+        return Ok(None);
+    }
+    let owner = fds::owner(own.as_fd())?;
+    let signal = fds::signal(own.as_fd())?;
+    Ok((owner.pid != 0 || signal != 0).then_some(Owner {
+        who: owner.who,
+        id: owner.pid,
+        signal,
+    }))
+}

@@ -1,0 +1,97 @@
+//! What was opened by a name: regular files, directories, devices, and O_PATH of anything.
+
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+
+use anyhow::{Context, Result};
+use nix::sys::stat::{major, minor};
+
+use super::Seen;
+use crate::dump::tables::Tables;
+use crate::image::files::{External, Kind, MessageQueue};
+
+/// Character devices that are the same on every machine (linux/major.h, admin-guide/devices.txt):
+/// null, zero, full, random, urandom.
+const MEMORY_DEVICES: [(u64, u64); 5] = [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)];
+const MQUEUE_MAGIC: nix::sys::statfs::FsType = nix::sys::statfs::FsType(0x19800202);
+
+/// A file that is found by its path again, or whose content has to be carried because it is not.
+pub(super) fn kind(seen: &Seen<'_>, tables: &mut Tables) -> Result<Kind> {
+    let link = &seen.place.link;
+    let file_type = seen.meta.mode() & libc::S_IFMT;
+    let same = std::fs::symlink_metadata(link)
+        .is_ok_and(|m| (m.dev(), m.ino()) == (seen.meta.dev(), seen.meta.ino()));
+    if same {
+        return Ok(Kind::Path {
+            file: tables.file(link, seen.meta, false),
+            file_type,
+            rdev: seen.meta.rdev(),
+        });
+    }
+    if link.starts_with("/secretmem") {
+        return Err(seen.place.refuse(
+            "it is secret memory (memfd_secret), which nobody else may read",
+            "close it first",
+        ));
+    }
+    if file_type != libc::S_IFREG {
+        return Err(seen.place.refuse(
+            "its name is gone, or names something else now, and only regular files are carried",
+            "close it, or put it back in its place",
+        ));
+    }
+    let fs = nix::sys::statfs::fstatfs(seen.own.as_fd())
+        .with_context(|| format!("{}: fstatfs", seen.place))?;
+    if fs.filesystem_type() == MQUEUE_MAGIC {
+        return message_queue(seen);
+    }
+    if seen.meta.nlink() > 0 {
+        tables.warn(format!(
+            "{}: has another name than it was opened by (or its mount is hidden); its content is carried, its identity is not",
+            seen.place
+        ));
+    }
+    let memory = tables
+        .shared_file(seen.own.as_fd(), link)
+        .with_context(|| seen.place.to_string())?;
+    Ok(Kind::Memory { memory })
+}
+
+/// A character device.
+pub(super) fn device(seen: &Seen<'_>, tables: &mut Tables) -> Result<Kind> {
+    let rdev = seen.meta.rdev();
+    if MEMORY_DEVICES.contains(&(major(rdev), minor(rdev))) {
+        return kind(seen, tables);
+    }
+    use std::io::IsTerminal;
+    if seen.own.is_terminal() {
+        return Ok(Kind::External(External {
+            what: format!("terminal {}", seen.place.link),
+            stream: None,
+            terminal: true,
+        }));
+    }
+    Err(seen.place.refuse(
+        "devices other than null, zero, full, random, urandom and terminals hold state that nobody can carry",
+        "close it before the dump",
+    ))
+}
+
+/// Files of the mqueue file system are queues that mq_open(3) finds under their name.
+fn message_queue(seen: &Seen<'_>) -> Result<Kind> {
+    let what = || format!("{}: mq_getattr", seen.place);
+    if seen.meta.nlink() == 0 {
+        return Err(seen.place.refuse(
+            "it is a message queue whose name was removed (mq_unlink)",
+            "close it first",
+        ));
+    }
+    let queue = crate::kernel::fds::message_queue(seen.own.as_fd()).with_context(what)?;
+    Ok(Kind::MessageQueue(MessageQueue {
+        name: seen.place.link.clone(),
+        mode: seen.meta.mode() & 0o7777,
+        max_messages: queue.max_messages,
+        message_size: queue.message_size,
+        messages: queue.messages,
+    }))
+}
