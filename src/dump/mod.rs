@@ -1,5 +1,19 @@
 //! From running processes to an image.
 
+mod carry;
+pub mod files;
+mod hold;
+mod maps;
+mod memory;
+mod process;
+mod queries;
+mod resume;
+mod run;
+pub mod tables;
+mod threads;
+
+pub use run::run;
+
 use std::path::PathBuf;
 
 use serde::Serialize;
@@ -51,12 +65,4 @@ pub struct Report {
     pub memory: String,
     /// What could not be carried and does not matter much, for people.
     pub warnings: Vec<String>,
-}
-
-/// Makes an image.
-///
-/// # Errors
-/// Classified (see [`crate::error`]); the processes are as they were.
-pub fn run(_options: &Options) -> anyhow::Result<Report> {
-    anyhow::bail!("dump is not built yet")
 }

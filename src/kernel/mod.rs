@@ -2,10 +2,14 @@
 
 pub mod arch;
 pub mod batch;
+pub mod body;
 pub mod fds;
 pub mod kcmp;
 pub mod mem;
 pub mod pagemap;
 pub mod pidfd;
+pub mod remote;
+pub mod sched;
 pub mod tracee;
+pub mod uffd;
 pub mod vdso;

@@ -73,6 +73,19 @@ impl Pagemap {
         )
     }
 
+    /// Address of the first page that [`Pagemap::private`] would give.
+    pub fn first_private(&self, start: u64, end: u64) -> Result<Option<u64>> {
+        let mut first = None;
+        let found = self.private(start, end, &mut |at, _| {
+            first = Some(at);
+            anyhow::bail!("found")
+        });
+        match (first, found) {
+            (None, Err(e)) => Err(e),
+            _ => Ok(first),
+        }
+    }
+
     /// Pages in `start..end` that are there at all.
     pub fn populated(
         &self,

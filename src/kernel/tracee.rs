@@ -345,7 +345,7 @@ impl Tracee {
                         r.rip
                     )
                 }
-                Stop::Signal(_) | Stop::Syscall => self.cont(0)?,
+                Stop::Signal(_) | Stop::Syscall | Stop::Event(_) => self.cont(0)?,
                 other => bail!("restorer code in {} ended early: {other:?}", self.tid),
             }
         }

@@ -1,6 +1,17 @@
 //! From an image to running processes.
 
+mod creds;
 pub mod files;
+mod layout;
+mod memory;
+mod open;
+mod process;
+mod run;
+mod signals;
+mod threads;
+
+use open::Opened;
+pub use run::run;
 
 use std::path::PathBuf;
 
@@ -44,12 +55,4 @@ pub struct Outcome {
     pub report: Report,
     /// Pid, for us, of the first process when it is our child: the one to wait for.
     pub child: Option<i32>,
-}
-
-/// Restores an image. `started` is the start of mistctl.
-///
-/// # Errors
-/// Classified (see [`crate::error`]); nothing half-restored is left.
-pub fn run(_options: &Options, _started: std::time::Instant) -> anyhow::Result<Outcome> {
-    anyhow::bail!("restore is not built yet")
 }

@@ -358,8 +358,13 @@ impl Asm {
         ] {
             self.mov(r, v);
         }
+        self.jump(rip);
+    }
+
+    /// Jumps to an absolute address; no register is changed.
+    pub fn jump(&mut self, to: u64) {
         self.raw(&[0xff, 0x25, 0, 0, 0, 0]); // jmp [rip+0]
-        self.raw(&rip.to_le_bytes());
+        self.raw(&to.to_le_bytes());
     }
 }
 
@@ -392,6 +397,19 @@ impl Call {
         // A result nobody can mistake for one until the call was made.
         out.extend_from_slice(&(-(libc::ENOSYS as i64)).to_le_bytes());
     }
+}
+
+/// XCR0: the xstate components the kernel lets user space use; 0 where there is no xsave.
+pub fn xfeatures() -> u64 {
+    use std::arch::x86_64::__cpuid;
+    const OSXSAVE: u32 = 1 << 27;
+    if __cpuid(1).ecx & OSXSAVE == 0 {
+        return 0;
+    }
+    let (low, high): (u32, u32);
+    // SAFETY: xgetbv with ecx = 0 reads XCR0 and exists when OSXSAVE is set.
+    unsafe { core::arch::asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") high) };
+    u64::from(high) << 32 | u64::from(low)
 }
 
 core::arch::global_asm!(

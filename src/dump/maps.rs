@@ -1,0 +1,233 @@
+//! Mappings of a process and what is behind them.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+
+use anyhow::{Context, Result};
+use procfs::process::{MMPermissions, MMapPath, MemoryMap, Process, VmFlags};
+
+use super::tables::{Content, Tables};
+use crate::error::Failure;
+use crate::image::memory::{Backing, SharedKind, Vma};
+use crate::kernel::arch::TASK_SIZE;
+
+/// Reads /proc/PID/maps; flags (which cost a walk over all page tables) are added by [`add_flags`].
+pub fn read(pid: i32, tables: &mut Tables) -> Result<Vec<Vma>> {
+    let maps = Process::new(pid)
+        .and_then(|p| p.maps())
+        .with_context(|| format!("reading mappings of process {pid}"))?;
+    let mut vmas = Vec::new();
+    for m in &maps {
+        if m.address.0 < TASK_SIZE {
+            vmas.push(vma(pid, m, tables)?);
+        }
+    }
+    Ok(vmas)
+}
+
+fn vma(pid: i32, m: &MemoryMap, tables: &mut Tables) -> Result<Vma> {
+    let shared = m.perms.contains(MMPermissions::SHARED);
+    let mut v = Vma {
+        start: m.address.0,
+        end: m.address.1,
+        prot: prot(m.perms),
+        shared,
+        offset: m.offset,
+        backing: Backing::Anonymous,
+        flags: Vec::new(),
+        name: None,
+        guards: Vec::new(),
+    };
+    let refuse = |what: &str, way_out: &str| {
+        Failure::Refused.because(format!(
+            "process {pid} maps {what} at {:#x}-{:#x}, which cannot be carried; {way_out}",
+            m.address.0, m.address.1
+        ))
+    };
+    match &m.pathname {
+        MMapPath::Heap | MMapPath::Stack | MMapPath::TStack(_) | MMapPath::Anonymous => {}
+        MMapPath::Vdso => v.backing = kernel("vdso"),
+        MMapPath::Vvar => v.backing = kernel("vvar"),
+        MMapPath::Other(n) if n == "vvar_vclock" => v.backing = kernel("vvar_vclock"),
+        MMapPath::Other(n) if n.starts_with("anon:") => {
+            v.name = Some(n["anon:".len()..].to_owned())
+        }
+        MMapPath::Other(n) if n.starts_with("anon_shmem:") => {
+            v.name = Some(n["anon_shmem:".len()..].to_owned());
+            v.backing = behind(pid, m, "/dev/zero (deleted)", tables)?;
+        }
+        MMapPath::Vsys(_) => v.backing = sysv(pid, m, tables)?,
+        MMapPath::Path(p) => {
+            let path = p.to_string_lossy().into_owned();
+            if path.starts_with("anon_inode:") {
+                return Err(refuse(&path, "let the program close it first"));
+            }
+            if path == "/anon_hugepage (deleted)" && !shared {
+                return Ok(v);
+            }
+            v.backing = behind(pid, m, &path, tables)?;
+        }
+        other => {
+            return Err(refuse(
+                &format!("{other:?}"),
+                "it is of a kind mistctl does not know",
+            ));
+        }
+    }
+    Ok(v)
+}
+
+fn kernel(which: &str) -> Backing {
+    Backing::Kernel {
+        which: which.to_owned(),
+    }
+}
+
+fn prot(p: MMPermissions) -> i32 {
+    let bit = |has, bit| if p.contains(has) { bit } else { 0 };
+    bit(MMPermissions::READ, libc::PROT_READ)
+        | bit(MMPermissions::WRITE, libc::PROT_WRITE)
+        | bit(MMPermissions::EXECUTE, libc::PROT_EXEC)
+}
+
+/// The mapped file itself, whatever its path names by now (proc(5), map_files).
+pub fn open_mapped(pid: i32, start: u64, end: u64) -> Result<File> {
+    let path = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
+    File::open(&path).with_context(|| {
+        format!("opening {path} (CAP_CHECKPOINT_RESTORE lets mistctl see mapped files)")
+    })
+}
+
+fn behind(pid: i32, m: &MemoryMap, path: &str, tables: &mut Tables) -> Result<Backing> {
+    let (start, end) = m.address;
+    let shared = m.perms.contains(MMPermissions::SHARED);
+    // The common case costs one stat: the path still names the mapped inode.
+    if let Ok(meta) = std::fs::metadata(path)
+        && meta.ino() == m.inode
+        && same_device(meta.dev(), m.dev)
+    {
+        if meta.file_type().is_file() {
+            return Ok(Backing::File {
+                file: tables.file(path, &meta, false),
+            });
+        }
+        if path == "/dev/zero" && !shared {
+            return Ok(Backing::Anonymous);
+        }
+        return Err(Failure::Refused.because(format!(
+            "process {pid} maps the device {path} at {start:#x}-{end:#x}, which cannot be carried; \
+             let the program close it first"
+        )));
+    }
+    let file = open_mapped(pid, start, end)?;
+    let meta = file.metadata()?;
+    let bare = path.strip_suffix(" (deleted)").unwrap_or(path);
+    if bare == "/dev/zero" {
+        let (memory, new) = tables.shared(meta.dev(), meta.ino(), || {
+            Ok((meta.size(), SharedKind::Anonymous))
+        })?;
+        if new {
+            tables.contents.push(Content { memory, file });
+        }
+        return Ok(Backing::Shared { memory });
+    }
+    if meta.nlink() == 0 && shared || bare.starts_with("/memfd:") {
+        let memory = tables.shared_file(file.as_fd(), path)?;
+        return Ok(Backing::Shared { memory });
+    }
+    // A file without this name any more, mapped privately: the image carries it like any library.
+    Ok(Backing::File {
+        file: tables.file(bare, &meta, true),
+    })
+}
+
+/// Some file systems show another device number in maps than in stat; the inode number decides then.
+fn same_device(stat: u64, maps: (i32, i32)) -> bool {
+    let (major, minor) = (nix::sys::stat::major(stat), nix::sys::stat::minor(stat));
+    (major, minor) == (maps.0 as u64, maps.1 as u64) || maps.0 == 0
+}
+
+fn sysv(pid: i32, m: &MemoryMap, tables: &mut Tables) -> Result<Backing> {
+    let MMapPath::Vsys(key) = m.pathname else {
+        return Ok(Backing::Anonymous);
+    };
+    let file = open_mapped(pid, m.address.0, m.address.1)?;
+    let meta = file.metadata()?;
+    // ipc/shm.c names the segment's inode after its shmid.
+    let shmid = m.inode as i32;
+    let (memory, new) = tables.shared(meta.dev(), meta.ino(), || {
+        Ok((
+            meta.size(),
+            SharedKind::SysV {
+                key,
+                shmid,
+                mode: meta.mode() & 0o777,
+                uid: meta.uid(),
+                gid: meta.gid(),
+            },
+        ))
+    })?;
+    if new {
+        tables.contents.push(Content { memory, file });
+    }
+    Ok(Backing::Shared { memory })
+}
+
+const CODES: [(VmFlags, &str); 15] = [
+    (VmFlags::GD, "gd"),
+    (VmFlags::LO, "lo"),
+    (VmFlags::SR, "sr"),
+    (VmFlags::RR, "rr"),
+    (VmFlags::DC, "dc"),
+    (VmFlags::DE, "de"),
+    (VmFlags::NR, "nr"),
+    (VmFlags::AC, "ac"),
+    (VmFlags::HT, "ht"),
+    (VmFlags::WF, "wf"),
+    (VmFlags::DD, "dd"),
+    (VmFlags::HG, "hg"),
+    (VmFlags::NH, "nh"),
+    (VmFlags::MG, "mg"),
+    (VmFlags::SF, "sf"),
+];
+
+/// Adds VmFlags as /proc/`of`/smaps shows them: `of` is the process, or a copy of it that has all its
+/// mappings but those marked DONTFORK, which are all a copy lacks.
+pub fn add_flags(vmas: &mut [Vma], of: i32, is_copy: bool) -> Result<()> {
+    let maps = Process::new(of)
+        .and_then(|p| p.smaps())
+        .with_context(|| format!("reading the flags of mappings of process {of}"))?;
+    let by_start: HashMap<u64, &MemoryMap> = maps.iter().map(|m| (m.address.0, m)).collect();
+    for v in vmas {
+        v.flags = match by_start.get(&v.start) {
+            Some(m) => CODES
+                .iter()
+                .filter(|(flag, _)| m.extension.vm_flags.contains(*flag))
+                .map(|(_, code)| (*code).to_owned())
+                .collect(),
+            None if is_copy => vec!["dc".to_owned()],
+            None => Vec::new(),
+        };
+    }
+    Ok(())
+}
+
+impl Vma {
+    pub fn has(&self, code: &str) -> bool {
+        self.flags.iter().any(|f| f == code)
+    }
+
+    pub fn len(&self) -> u64 {
+        self.end - self.start
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub fn is_kernel(&self) -> bool {
+        matches!(self.backing, Backing::Kernel { .. })
+    }
+}

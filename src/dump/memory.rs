@@ -1,0 +1,223 @@
+//! Memory into the image: which pages, read from where, by two threads.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, mpsc};
+
+use anyhow::{Context, Result, anyhow};
+use indicatif::ProgressBar;
+
+use super::tables::Content;
+use crate::image::memory::{Backing, SharedMemory, SpaceId, Vma};
+use crate::image::pages::PagesWriter;
+use crate::kernel::arch::PAGE;
+use crate::kernel::mem::{Mem, vm_read};
+use crate::kernel::pagemap::Pagemap;
+
+/// Bytes read and written at once: two of them fit the second-level caches.
+const PIECE: u64 = 1 << 20;
+const WORKERS: usize = 2;
+
+/// A run of pages to copy.
+struct Piece {
+    space: SpaceId,
+    start: u64,
+    end: u64,
+    /// Index in the list of sources.
+    source: usize,
+    readable: bool,
+}
+
+/// A process to read from, and the mappings to read.
+pub struct Source<'a> {
+    /// The process, or its copy.
+    pub pid: i32,
+    pub space: SpaceId,
+    pub vmas: Vec<&'a Vma>,
+}
+
+/// True when a mapping's pages are in the process's own part of the image.
+fn is_private(v: &Vma) -> bool {
+    !v.shared && !v.is_kernel()
+}
+
+/// Copies the private pages of all sources. Returns the bytes looked at.
+pub fn copy(sources: &[Source], pages: &PagesWriter, bar: &ProgressBar) -> Result<u64> {
+    let (send, receive) = mpsc::sync_channel::<Piece>(64);
+    let receive = Mutex::new(receive);
+    let mems: Vec<Mem> = sources
+        .iter()
+        .map(|s| Mem::open(s.pid))
+        .collect::<Result<_>>()?;
+    let total = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        let work = || -> Result<()> {
+            let mut buffer = vec![0u8; PIECE as usize];
+            loop {
+                let next = receive
+                    .lock()
+                    .map_err(|_| anyhow!("a copying thread panicked"))?
+                    .recv();
+                let Ok(piece) = next else { return Ok(()) };
+                let Some(mem) = mems.get(piece.source) else {
+                    return Ok(());
+                };
+                let out = &mut buffer[..(piece.end - piece.start) as usize];
+                read_piece(mem, &piece, out)?;
+                pages.put(piece.space, piece.start, out)?;
+                total.fetch_add(out.len() as u64, Ordering::Relaxed);
+                bar.inc(out.len() as u64);
+            }
+        };
+        let workers: Vec<_> = (0..WORKERS).map(|_| scope.spawn(work)).collect();
+        let sent = scan(sources, &send);
+        drop(send);
+        let mut result = Ok(());
+        for w in workers {
+            let r = w
+                .join()
+                .unwrap_or_else(|_| Err(anyhow!("a copying thread panicked")));
+            result = result.and(r);
+        }
+        // A worker's error is the cause of the scanner's.
+        result.and(sent)
+    })?;
+    Ok(total.into_inner())
+}
+
+fn scan(sources: &[Source], send: &mpsc::SyncSender<Piece>) -> Result<()> {
+    for (source, s) in sources.iter().enumerate() {
+        let pagemap = Pagemap::open(s.pid)?;
+        for v in s.vmas.iter().filter(|v| is_private(v)) {
+            let readable = v.prot & libc::PROT_READ != 0;
+            pagemap.private(v.start, v.end, &mut |start, end| {
+                let mut at = start;
+                while at < end {
+                    let next = (at + PIECE).min(end);
+                    let piece = Piece {
+                        space: s.space,
+                        start: at,
+                        end: next,
+                        source,
+                        readable,
+                    };
+                    if send.send(piece).is_err() {
+                        // The workers have ended with an error, which is told instead.
+                        return Ok(());
+                    }
+                    at = next;
+                }
+                Ok(())
+            })?;
+        }
+    }
+    Ok(())
+}
+
+fn read_piece(mem: &Mem, piece: &Piece, out: &mut [u8]) -> Result<()> {
+    let mut done = 0;
+    while piece.readable && done < out.len() {
+        match vm_read(mem.pid, piece.start + done as u64, &mut out[done..]) {
+            Ok(n) if n > 0 => done += n,
+            _ => break,
+        }
+    }
+    // What cannot be read by its own protection can be through /proc/PID/mem.
+    mem.read(piece.start + done as u64, &mut out[done..])
+}
+
+/// Copies mappings whose content a clone does not have. The process stands still meanwhile.
+pub fn copy_stopped(pid: i32, space: SpaceId, vmas: &[&Vma], pages: &PagesWriter) -> Result<u64> {
+    let source = Source {
+        pid,
+        space,
+        vmas: vmas.to_vec(),
+    };
+    copy(&[source], pages, &ProgressBar::hidden())
+}
+
+/// Anonymous mappings that hold something in `pid` and nothing in its copy (MADV_WIPEONFORK), that the
+/// copy has not at all (MADV_DONTFORK), or that a fork shares pages of at a price (huge TLB pages).
+pub fn not_copied(pid: i32, copy: i32, vmas: &[Vma]) -> Result<Vec<&Vma>> {
+    let there = procfs::process::Process::new(copy)
+        .and_then(|p| p.maps())
+        .with_context(|| format!("reading mappings of the copy of process {pid}"))?;
+    let starts: std::collections::HashSet<u64> = there.iter().map(|m| m.address.0).collect();
+    let (ours, theirs) = (Pagemap::open(pid)?, Pagemap::open(copy)?);
+    let mut all = Vec::new();
+    for v in vmas.iter().filter(|v| is_private(v)) {
+        if !starts.contains(&v.start) || v.has("ht") {
+            all.push(v);
+        } else if v.backing == Backing::Anonymous
+            && let Some(first) = ours.first_private(v.start, v.end)?
+            && theirs.first_private(first, first + PAGE)?.is_none()
+        {
+            all.push(v);
+        }
+    }
+    Ok(all)
+}
+
+/// Copies objects of shared memory, holes left out. The processes stand still meanwhile.
+pub fn copy_contents(
+    contents: &[Content],
+    shared: &[SharedMemory],
+    pages: &PagesWriter,
+) -> Result<u64> {
+    let mut buffer = vec![0u8; PIECE as usize];
+    let mut total = 0;
+    for c in contents {
+        let Some(object) = shared.get(c.memory as usize) else {
+            continue;
+        };
+        let mut at = 0;
+        while at < object.size {
+            let Some((start, end)) = next_data(&c.file, at, object.size)? else {
+                break;
+            };
+            let mut from = start - start % PAGE;
+            while from < end {
+                let len = (end - from).min(PIECE) as usize;
+                let padded = len.next_multiple_of(PAGE as usize);
+                let out = &mut buffer[..padded];
+                out[len..].fill(0);
+                c.file
+                    .read_exact_at(&mut out[..len], from)
+                    .with_context(|| format!("reading shared memory object {}", c.memory))?;
+                pages.put(object.space, from, out)?;
+                total += len as u64;
+                from += len as u64;
+            }
+            at = end;
+        }
+    }
+    Ok(total)
+}
+
+/// Guard pages of every anonymous mapping.
+pub fn add_guards(of: i32, vmas: &mut [Vma]) -> Result<()> {
+    let pagemap = Pagemap::open(of)?;
+    for v in vmas.iter_mut().filter(|v| !v.is_kernel() && !v.has("ht")) {
+        let mut guards = Vec::new();
+        pagemap.guards(v.start, v.end, &mut |start, end| {
+            guards.push((start, end));
+            Ok(())
+        })?;
+        v.guards = guards;
+    }
+    Ok(())
+}
+
+/// The next run of bytes at or after `from` that is not a hole; None when there is none before `size`.
+fn next_data(file: &File, from: u64, size: u64) -> Result<Option<(u64, u64)>> {
+    use nix::unistd::{Whence, lseek};
+    let start = match lseek(file, from as i64, Whence::SeekData) {
+        Ok(at) => at as u64,
+        Err(nix::errno::Errno::ENXIO) => return Ok(None),
+        // A file system that knows no holes.
+        Err(_) => return Ok((from < size).then_some((from, size))),
+    };
+    let end = lseek(file, start as i64, Whence::SeekHole).map_or(size, |at| at as u64);
+    Ok((start < size).then_some((start, end.min(size))))
+}

@@ -1,0 +1,262 @@
+//! What threads of a process share, as /proc shows it; and what cannot be carried.
+
+use std::os::unix::fs::MetadataExt;
+
+use anyhow::{Context, Result};
+use procfs::process::{Process as Proc, Stat, Status};
+
+use super::queries;
+use super::tables::Tables;
+use crate::error::{Classify, Failure};
+use crate::image::process::{Limit, MmLayout, Process, State};
+
+/// Refuses what no dump can carry, before anything is stopped.
+pub fn check(pid: i32, inside: &[i32]) -> Result<()> {
+    let refuse = |what: String| Err(Failure::Refused.because(what));
+    let proc = Proc::new(pid)
+        .or_failure(Failure::NoSuchProcess)
+        .with_context(|| format!("there is no process {pid}"))?;
+    let status = proc
+        .status()
+        .with_context(|| format!("reading the status of process {pid}"))?;
+    if status.tgid != pid {
+        return refuse(format!(
+            "{pid} is a thread of process {}; dump that process",
+            status.tgid
+        ));
+    }
+    if status.state.starts_with('Z') {
+        if inside.first() == Some(&pid) {
+            return Err(Failure::NoSuchProcess.because(format!(
+                "process {pid} has ended and waits for its parent to take its status"
+            )));
+        }
+        return Ok(());
+    }
+    if status.vmsize.is_none() {
+        return refuse(format!(
+            "process {pid} ({}) is a kernel thread",
+            status.name
+        ));
+    }
+    if ancestors().contains(&pid) {
+        return refuse(format!(
+            "process {pid} ({}) is the shell or another ancestor that this mistctl runs in; dump it \
+             from elsewhere",
+            status.name
+        ));
+    }
+    if status.tracerpid != 0 {
+        return Err(Failure::Busy.because(format!(
+            "process {pid} is being traced by process {} (a debugger or another mistctl); nothing \
+             was changed, try again when that has ended",
+            status.tracerpid
+        )));
+    }
+    check_owner(pid, &status)?;
+    for ns in ["mnt", "net", "uts", "ipc", "pid", "user"] {
+        let of = |who: &str| {
+            std::fs::metadata(format!("/proc/{who}/ns/{ns}"))
+                .map(|m| m.ino())
+                .ok()
+        };
+        let theirs = of(&pid.to_string());
+        if theirs.is_some() && theirs != of("self") {
+            return refuse(format!(
+                "process {pid} is in another {ns} namespace than mistctl; run mistctl inside its \
+                 container or host (nsenter -t {pid} -a mistctl dump ...)"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Run through file capabilities, mistctl serves processes of its caller only.
+fn check_owner(pid: i32, status: &Status) -> Result<()> {
+    let me = nix::unistd::getuid().as_raw();
+    let theirs = [status.ruid, status.euid, status.suid];
+    if me != 0 && theirs.iter().any(|u| *u != me) {
+        return Err(Failure::Refused.because(format!(
+            "process {pid} belongs to user {}, and you are user {me}: only its owner or root may \
+             dump it",
+            status.ruid
+        )));
+    }
+    Ok(())
+}
+
+fn ancestors() -> Vec<i32> {
+    let mut all = vec![std::process::id() as i32];
+    let mut at = nix::unistd::getppid().as_raw();
+    while at > 1 && !all.contains(&at) {
+        all.push(at);
+        at = Proc::new(at).and_then(|p| p.stat()).map_or(0, |s| s.ppid);
+    }
+    // The init of a pid namespace is not one's shell.
+    all
+}
+
+/// The process and, with `tree`, all its descendants: parents before children.
+pub fn tree(pid: i32, tree: bool) -> Vec<i32> {
+    let mut all = vec![pid];
+    let mut next = 0;
+    while tree && next < all.len() {
+        let of = all[next];
+        next += 1;
+        let Ok(tasks) = Proc::new(of).and_then(|p| p.tasks()) else {
+            continue;
+        };
+        for t in tasks.flatten() {
+            let Ok(children) = t.children() else { continue };
+            for c in children {
+                if !all.contains(&(c as i32)) && c != std::process::id() {
+                    all.push(c as i32);
+                }
+            }
+        }
+    }
+    all
+}
+
+/// What can be read of a process from outside. Mappings, threads, descriptors and the answers to
+/// [`queries::Queries`] are added by the caller.
+pub fn read(pid: i32, tables: &mut Tables) -> Result<(Process, queries::Queries)> {
+    let ctx = || format!("reading the state of process {pid}");
+    let proc = Proc::new(pid).with_context(ctx)?;
+    let stat = proc.stat().with_context(ctx)?;
+    let mut p = empty(&stat);
+    if stat.state == 'Z' {
+        p.state = State::Zombie {
+            status: stat.exit_code.unwrap_or(0),
+        };
+        return Ok((p, queries::Queries { timers: Vec::new() }));
+    }
+    let status = proc.status().with_context(ctx)?;
+    let timers = std::fs::read_to_string(format!("/proc/{pid}/timers")).unwrap_or_default();
+    p.posix_timers = queries::parse_timers(&timers)?;
+    p.umask = status.umask.unwrap_or(0o22);
+    p.limits = limits(pid)?;
+    let personality =
+        std::fs::read_to_string(format!("/proc/{pid}/personality")).with_context(ctx)?;
+    p.personality = u64::from_str_radix(personality.trim(), 16).with_context(ctx)?;
+    let adj = std::fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).with_context(ctx)?;
+    p.oom_score_adj = adj.trim().parse().with_context(ctx)?;
+    p.mm = mm_layout(pid, &stat)?;
+    p.exe = link(pid, "exe", tables)?;
+    p.cwd = link(pid, "cwd", tables)?;
+    p.root = link(pid, "root", tables)?;
+    let timers = p.posix_timers.iter().map(|t| t.id).collect();
+    Ok((p, queries::Queries { timers }))
+}
+
+fn empty(stat: &Stat) -> Process {
+    Process {
+        pid: stat.pid,
+        ppid: stat.ppid,
+        pgid: stat.pgrp,
+        sid: stat.session,
+        state: State::Running,
+        comm: stat.comm.clone(),
+        exit_signal: stat.exit_signal.unwrap_or(libc::SIGCHLD),
+        threads: Vec::new(),
+        space: 0,
+        vmas: Vec::new(),
+        mm: MmLayout::default(),
+        exe: 0,
+        cwd: 0,
+        root: 0,
+        fds: Vec::new(),
+        locks: Vec::new(),
+        sigactions: Vec::new(),
+        pending: Vec::new(),
+        itimers: Vec::new(),
+        posix_timers: Vec::new(),
+        limits: Vec::new(),
+        umask: 0,
+        personality: 0,
+        oom_score_adj: 0,
+        dumpable: 1,
+        child_subreaper: false,
+        thp_disable: false,
+        mdwe: 0,
+        notes: Vec::new(),
+    }
+}
+
+fn mm_layout(pid: i32, stat: &Stat) -> Result<MmLayout> {
+    let path = format!("/proc/{pid}/auxv");
+    let auxv = std::fs::read(&path).with_context(|| format!("reading {path}"))?;
+    Ok(MmLayout {
+        start_code: stat.startcode,
+        end_code: stat.endcode,
+        start_data: stat.start_data.unwrap_or(0),
+        end_data: stat.end_data.unwrap_or(0),
+        start_brk: stat.start_brk.unwrap_or(0),
+        brk: 0,
+        start_stack: stat.startstack,
+        arg_start: stat.arg_start.unwrap_or(0),
+        arg_end: stat.arg_end.unwrap_or(0),
+        env_start: stat.env_start.unwrap_or(0),
+        env_end: stat.env_end.unwrap_or(0),
+        auxv: auxv
+            .chunks_exact(8)
+            .map(|c| u64::from_le_bytes(c.try_into().unwrap_or_default()))
+            .collect(),
+    })
+}
+
+fn link(pid: i32, which: &str, tables: &mut Tables) -> Result<u32> {
+    let link = format!("/proc/{pid}/{which}");
+    let target = std::fs::read_link(&link).with_context(|| format!("reading {link}"))?;
+    let meta = std::fs::metadata(&link).with_context(|| format!("looking through {link}"))?;
+    let text = target.to_string_lossy();
+    let bare = text.strip_suffix(" (deleted)").unwrap_or(&text);
+    let deleted = meta.nlink() == 0;
+    Ok(tables.file(if deleted { bare } else { &text }, &meta, deleted))
+}
+
+/// Resource limits by the names /proc/PID/limits uses; prlimit(2) on another user's process needs
+/// CAP_SYS_RESOURCE.
+const LIMITS: [(&str, u32); 16] = [
+    ("Max cpu time", libc::RLIMIT_CPU),
+    ("Max file size", libc::RLIMIT_FSIZE),
+    ("Max data size", libc::RLIMIT_DATA),
+    ("Max stack size", libc::RLIMIT_STACK),
+    ("Max core file size", libc::RLIMIT_CORE),
+    ("Max resident set", libc::RLIMIT_RSS),
+    ("Max processes", libc::RLIMIT_NPROC),
+    ("Max open files", libc::RLIMIT_NOFILE),
+    ("Max locked memory", libc::RLIMIT_MEMLOCK),
+    ("Max address space", libc::RLIMIT_AS),
+    ("Max file locks", libc::RLIMIT_LOCKS),
+    ("Max pending signals", libc::RLIMIT_SIGPENDING),
+    ("Max msgqueue size", libc::RLIMIT_MSGQUEUE),
+    ("Max nice priority", libc::RLIMIT_NICE),
+    ("Max realtime priority", libc::RLIMIT_RTPRIO),
+    ("Max realtime timeout", libc::RLIMIT_RTTIME),
+];
+
+fn limits(pid: i32) -> Result<Vec<Limit>> {
+    let path = format!("/proc/{pid}/limits");
+    let text = std::fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+    let value = |s: Option<&str>| match s {
+        Some("unlimited") => Some(u64::MAX),
+        Some(n) => n.parse().ok(),
+        None => None,
+    };
+    let mut all = Vec::new();
+    for (name, resource) in LIMITS {
+        let Some(line) = text.lines().find(|l| l.starts_with(name)) else {
+            continue;
+        };
+        let mut words = line[name.len()..].split_whitespace();
+        if let (Some(soft), Some(hard)) = (value(words.next()), value(words.next())) {
+            all.push(Limit {
+                resource,
+                soft,
+                hard,
+            });
+        }
+    }
+    Ok(all)
+}

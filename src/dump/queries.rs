@@ -1,0 +1,246 @@
+//! What only a process itself can be asked: the calls of its batch and how their answers are read.
+
+use anyhow::{Context, Result};
+
+use crate::image::process::Process;
+use crate::image::signals::{AltStack, ITimer, SigAction};
+use crate::kernel::arch::Call;
+use crate::kernel::batch::Batch;
+
+const SIGNALS: u64 = 64;
+const SIGACTION_SIZE: u64 = 32;
+const TIMERS_MAX: usize = 128;
+
+const PR_GET_MDWE: u64 = 66;
+const PR_GET_THP_DISABLE: u64 = 42;
+pub const PR_GET_TID_ADDRESS: u64 = 40;
+
+// Offsets in the batch's data area.
+const AT_ACTIONS: u64 = 0;
+const AT_ITIMERS: u64 = AT_ACTIONS + SIGNALS * SIGACTION_SIZE;
+const AT_SUBREAPER: u64 = AT_ITIMERS + 3 * 32;
+const AT_PDEATHSIG: u64 = AT_SUBREAPER + 8;
+const LEADER_LEN: u64 = 32;
+const AT_LEADER: u64 = AT_PDEATHSIG + 8;
+const AT_TIMERS: u64 = AT_LEADER + LEADER_LEN;
+
+/// The batch of one process.
+pub struct Queries {
+    /// Ids of POSIX timers (/proc/PID/timers).
+    pub timers: Vec<i32>,
+}
+
+/// Places of answers in the results, in the order of [`Queries::calls`].
+mod at {
+    const PRCTLS: usize = 64 + 3;
+    pub const DUMPABLE: usize = PRCTLS;
+    pub const THP_DISABLE: usize = PRCTLS + 1;
+    pub const MDWE: usize = PRCTLS + 2;
+    pub const SUBREAPER: usize = PRCTLS + 3;
+    pub const BRK: usize = PRCTLS + 5;
+    pub const TIMERS: usize = PRCTLS + 8;
+}
+
+impl Queries {
+    pub fn calls(&self, data: u64) -> Vec<Call> {
+        let mut v = Vec::new();
+        for sig in 1..=SIGNALS {
+            let at = data + AT_ACTIONS + (sig - 1) * SIGACTION_SIZE;
+            v.push(Call::new(libc::SYS_rt_sigaction, &[sig, 0, at, 8]));
+        }
+        for which in 0..3 {
+            v.push(Call::new(
+                libc::SYS_getitimer,
+                &[which, data + AT_ITIMERS + which * 32],
+            ));
+        }
+        let prctl = |a: u64, b: u64| Call::new(libc::SYS_prctl, &[a, b, 0, 0, 0]);
+        v.push(prctl(libc::PR_GET_DUMPABLE as u64, 0));
+        v.push(prctl(PR_GET_THP_DISABLE, 0));
+        v.push(prctl(PR_GET_MDWE, 0));
+        v.push(prctl(
+            libc::PR_GET_CHILD_SUBREAPER as u64,
+            data + AT_SUBREAPER,
+        ));
+        v.push(prctl(libc::PR_GET_PDEATHSIG as u64, data + AT_PDEATHSIG));
+        v.push(Call::new(libc::SYS_brk, &[0]));
+        v.extend(thread_calls(data + AT_LEADER));
+        for (i, id) in self.timers.iter().take(TIMERS_MAX).enumerate() {
+            let at = data + AT_TIMERS + i as u64 * 32;
+            v.push(Call::new(libc::SYS_timer_gettime, &[*id as u64, at]));
+            v.push(Call::new(libc::SYS_timer_getoverrun, &[*id as u64]));
+        }
+        v
+    }
+
+    /// Puts the answers into `p`, whose timers stand in the order of `self.timers`. Returns what the
+    /// leader's own calls gave.
+    pub fn answers(&self, batch: &Batch, p: &mut Process) -> Result<ThreadAnswers> {
+        let results = batch.results();
+        let result = |i: usize| results.get(i).copied().unwrap_or(-1);
+        let data = batch.data(0, (AT_TIMERS + 32 * TIMERS_MAX as u64) as usize)?;
+        let word = |at: u64| word(&data, at);
+        for sig in 1..=SIGNALS {
+            let at = AT_ACTIONS + (sig - 1) * SIGACTION_SIZE;
+            let a = SigAction {
+                signal: sig as i32,
+                handler: word(at),
+                flags: word(at + 8),
+                restorer: word(at + 16),
+                mask: word(at + 24),
+            };
+            let asked = results.get(sig as usize - 1).is_some_and(|r| *r == 0);
+            if asked && (a.handler, a.flags, a.mask) != (0, 0, 0) {
+                p.sigactions.push(a);
+            }
+        }
+        for which in 0..3 {
+            let at = AT_ITIMERS + which * 32;
+            let us = |at| word(at) as i64 * 1_000_000 + word(at + 8) as i64;
+            let t = ITimer {
+                which: which as i32,
+                interval_us: us(at),
+                left_us: us(at + 16),
+            };
+            if t.left_us != 0 {
+                p.itimers.push(t);
+            }
+        }
+        p.dumpable = result(at::DUMPABLE) as i32;
+        p.thp_disable = result(at::THP_DISABLE) == 1;
+        p.mdwe = result(at::MDWE).max(0) as u32;
+        p.child_subreaper = result(at::SUBREAPER) == 0 && word(AT_SUBREAPER) as i32 != 0;
+        p.mm.brk = result(at::BRK) as u64;
+        for (i, t) in p.posix_timers.iter_mut().enumerate().take(TIMERS_MAX) {
+            let at = AT_TIMERS + i as u64 * 32;
+            let ns = |at| word(at) as i64 * 1_000_000_000 + word(at + 8) as i64;
+            t.interval_ns = ns(at);
+            t.left_ns = ns(at + 16);
+            t.overrun = results
+                .get(at::TIMERS + 2 * i + 1)
+                .map_or(0, |r| (*r).max(0) as i32);
+        }
+        let mut leader = ThreadAnswers::read(&data[AT_LEADER as usize..][..LEADER_LEN as usize]);
+        leader.pdeathsig = word(AT_PDEATHSIG) as i32;
+        Ok(leader)
+    }
+}
+
+/// What one thread's own calls gave.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ThreadAnswers {
+    pub altstack: AltStack,
+    pub clear_child_tid: u64,
+    pub pdeathsig: i32,
+}
+
+impl ThreadAnswers {
+    /// Bytes that [`thread_calls`] have written.
+    pub const LEN: usize = LEADER_LEN as usize;
+
+    pub fn read(b: &[u8]) -> Self {
+        Self {
+            altstack: AltStack {
+                sp: word(b, 0),
+                flags: word(b, 8) as i32,
+                size: word(b, 16),
+            },
+            clear_child_tid: word(b, 24),
+            pdeathsig: 0,
+        }
+    }
+}
+
+/// sigaltstack and PR_GET_TID_ADDRESS, with their results at `data`.
+pub fn thread_calls(data: u64) -> [Call; 2] {
+    [
+        Call::new(libc::SYS_sigaltstack, &[0, data]),
+        Call::new(libc::SYS_prctl, &[PR_GET_TID_ADDRESS, data + 24, 0, 0, 0]),
+    ]
+}
+
+fn word(b: &[u8], at: u64) -> u64 {
+    b.get(at as usize..at as usize + 8)
+        .and_then(|s| s.try_into().ok())
+        .map_or(0, u64::from_le_bytes)
+}
+
+/// Parses /proc/PID/timers (fs/proc/base.c, show_timer).
+pub fn parse_timers(text: &str) -> Result<Vec<crate::image::signals::PosixTimer>> {
+    use crate::image::signals::PosixTimer;
+    let mut all: Vec<PosixTimer> = Vec::new();
+    for line in text.lines() {
+        let Some((key, value)) = line.split_once(':') else {
+            continue;
+        };
+        let value = value.trim();
+        let bad = || format!("/proc/PID/timers has an unknown line {line:?}");
+        if key == "ID" {
+            all.push(PosixTimer {
+                id: value.parse().with_context(bad)?,
+                clock: 0,
+                signal: 0,
+                value: 0,
+                notify: 0,
+                tid: 0,
+                left_ns: 0,
+                interval_ns: 0,
+                overrun: 0,
+            });
+            continue;
+        }
+        let Some(t) = all.last_mut() else { continue };
+        match key {
+            "signal" => {
+                let (sig, val) = value.split_once('/').with_context(bad)?;
+                t.signal = sig.parse().with_context(bad)?;
+                t.value =
+                    u64::from_str_radix(val.trim_start_matches("0x"), 16).with_context(bad)?;
+            }
+            "notify" => {
+                // signal/pid.N, none/pid.N, thread/tid.N
+                let (how, who) = value.split_once('/').with_context(bad)?;
+                let (kind, id) = who.split_once('.').with_context(bad)?;
+                t.notify = match how {
+                    "none" => libc::SIGEV_NONE,
+                    _ if kind == "tid" => libc::SIGEV_THREAD_ID,
+                    _ => libc::SIGEV_SIGNAL,
+                };
+                t.tid = id.parse().with_context(bad)?;
+            }
+            "ClockID" => t.clock = value.parse().with_context(bad)?,
+            _ => {}
+        }
+    }
+    Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timers_are_read() {
+        let t = parse_timers(
+            "ID: 3\nsignal: 14/00000000deadbeef\nnotify: signal/pid.77\nClockID: 1\n\
+             ID: 9\nsignal: 34/0000000000000001\nnotify: signal/tid.78\nClockID: 0\n",
+        )
+        .unwrap();
+        assert_eq!(
+            (t[0].id, t[0].signal, t[0].value, t[0].notify),
+            (3, 14, 0xdead_beef, 0)
+        );
+        assert_eq!(
+            (t[1].id, t[1].notify, t[1].tid),
+            (9, libc::SIGEV_THREAD_ID, 78)
+        );
+        assert!(parse_timers("ID: x\n").is_err());
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_text_is_read_or_refused(text in ".{0,300}") {
+            let _ = parse_timers(&text);
+        }
+    }
+}

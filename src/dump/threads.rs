@@ -1,0 +1,130 @@
+//! Threads: registers, and what the kernel keeps for each.
+
+use anyhow::{Context, Result, bail};
+use procfs::process::Status;
+
+use super::queries::ThreadAnswers;
+use super::resume;
+use crate::error::Failure;
+use crate::image::process::Creds;
+use crate::image::signals::PendingSignal;
+use crate::image::threads::Thread;
+use crate::kernel::batch::Held;
+use crate::kernel::mem::Mem;
+use crate::kernel::sched;
+
+/// Everything of a held thread that can be seen from outside; [`complete`] adds the rest.
+pub fn read(pid: i32, held: &Held) -> Result<Thread> {
+    let t = held.tracee;
+    if held.regs.is_32bit() {
+        return Err(Failure::Refused.because(format!(
+            "process {pid} is a 32-bit program (thread {}); mistctl carries 64-bit programs only",
+            t.tid
+        )));
+    }
+    let status = status(pid, t.tid)?;
+    if status.seccomp.unwrap_or(0) != 0 {
+        return Err(Failure::Refused.because(format!(
+            "thread {} of process {pid} has a seccomp filter, which cannot be carried; start the \
+             program without its sandbox",
+            t.tid
+        )));
+    }
+    let (robust_list, robust_list_len) = t.robust_list()?;
+    Ok(Thread {
+        tid: t.tid,
+        regs: held.regs.to_bytes().into(),
+        xstate: t.xstate()?.into(),
+        resume: resume::of(held),
+        comm: comm(pid, t.tid)?,
+        sigmask: held.sigmask,
+        pending: pending(held, false)?,
+        altstack: Default::default(),
+        rseq: t.rseq()?,
+        robust_list,
+        robust_list_len,
+        clear_child_tid: 0,
+        sched: sched::get(t.tid)?,
+        cpus_allowed: sched::affinity(t.tid)?.into(),
+        timer_slack_ns: number(&format!("/proc/{}/timerslack_ns", t.tid)).unwrap_or(50_000),
+        pdeathsig: 0,
+        creds: creds(&status),
+    })
+}
+
+/// Adds what the thread itself was asked.
+pub fn complete(thread: &mut Thread, a: &ThreadAnswers) {
+    thread.altstack = a.altstack;
+    thread.clear_child_tid = a.clear_child_tid;
+    thread.pdeathsig = a.pdeathsig;
+}
+
+pub fn pending(held: &Held, shared: bool) -> Result<Vec<PendingSignal>> {
+    let all = held.tracee.pending(shared)?;
+    Ok(all
+        .into_iter()
+        .map(|info| PendingSignal { info: info.into() })
+        .collect())
+}
+
+/// A thread that stands inside a restartable sequence goes on at its abort handler: after the stop it
+/// may run on another CPU, and what it has computed so far would be wrong (rseq(2), kernel/rseq.c).
+pub fn abort_rseq(held: &mut Held, mem: &Mem) -> Result<()> {
+    const CS_OFFSET: u64 = 8;
+    let Some(area) = held.tracee.rseq()? else {
+        return Ok(());
+    };
+    let cs = mem.read_u64(area.pointer + CS_OFFSET)?;
+    if cs == 0 {
+        return Ok(());
+    }
+    // struct rseq_cs: version, flags, start_ip, post_commit_offset, abort_ip. A stale pointer to
+    // unmapped memory is the program's business until the kernel looks at it.
+    let mut b = [0u8; 32];
+    if mem.read(cs, &mut b).is_err() {
+        return Ok(());
+    }
+    let word = |i: usize| u64::from_le_bytes(b[i..i + 8].try_into().unwrap_or_default());
+    let (start, len, abort) = (word(8), word(16), word(24));
+    if held.regs.rip.wrapping_sub(start) < len {
+        held.regs.rip = abort;
+        mem.write(area.pointer + CS_OFFSET, &0u64.to_le_bytes())?;
+    }
+    Ok(())
+}
+
+pub fn status(pid: i32, tid: i32) -> Result<Status> {
+    use procfs::FromRead;
+    let path = format!("/proc/{pid}/task/{tid}/status");
+    Status::from_file(&path).with_context(|| format!("reading {path}"))
+}
+
+fn comm(pid: i32, tid: i32) -> Result<String> {
+    let path = format!("/proc/{pid}/task/{tid}/comm");
+    let text = std::fs::read(&path).with_context(|| format!("reading {path}"))?;
+    Ok(String::from_utf8_lossy(text.strip_suffix(b"\n").unwrap_or(&text)).into_owned())
+}
+
+pub fn number(path: &str) -> Result<u64> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("reading {path}"))?;
+    match text.trim().parse() {
+        Ok(n) => Ok(n),
+        Err(_) => bail!("{path} holds {:?}, not a number", text.trim()),
+    }
+}
+
+fn creds(s: &Status) -> Creds {
+    Creds {
+        uids: [s.ruid, s.euid, s.suid, s.fuid],
+        gids: [s.rgid, s.egid, s.sgid, s.fgid],
+        groups: s.groups.clone(),
+        cap_inheritable: s.capinh,
+        cap_permitted: s.capprm,
+        cap_effective: s.capeff,
+        cap_bounding: s.capbnd.unwrap_or(0),
+        cap_ambient: s.capamb.unwrap_or(0),
+        // Asked of the process itself.
+        securebits: 0,
+        no_new_privs: s.nonewprivs.unwrap_or(0) != 0,
+    }
+}

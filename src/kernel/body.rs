@@ -1,0 +1,97 @@
+//! A fresh process to be rebuilt: a fork of us that does nothing.
+
+use std::io;
+
+use anyhow::{Context, Result};
+
+/// Forks a child that waits for signals for ever and dies with us; `pid` is the id it is to have
+/// (clone3(2), set_tid: CAP_CHECKPOINT_RESTORE). It shares our descriptors' descriptions.
+///
+/// Call it from a single-threaded program: the child has only the calling thread.
+pub fn fork_idle(pid: Option<i32>) -> io::Result<i32> {
+    let set_tid = pid.map(|p| [p]);
+    let parent = std::process::id() as i32;
+    let mut args = libc::clone_args {
+        exit_signal: libc::SIGCHLD as u64,
+        ..zeroed_args()
+    };
+    if let Some(ids) = &set_tid {
+        args.set_tid = ids.as_ptr() as u64;
+        args.set_tid_size = 1;
+    }
+    // SAFETY: `args` is a live clone_args of the size passed, without CLONE_VM: the child goes on in its
+    // own copy of memory, and calls nothing but async-signal-safe functions.
+    let r = unsafe {
+        libc::syscall(
+            libc::SYS_clone3,
+            &raw mut args,
+            size_of::<libc::clone_args>(),
+        )
+    };
+    if r == 0 {
+        idle(parent);
+    }
+    if r < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(r as i32)
+    }
+}
+
+fn zeroed_args() -> libc::clone_args {
+    libc::clone_args {
+        flags: 0,
+        pidfd: 0,
+        child_tid: 0,
+        parent_tid: 0,
+        exit_signal: 0,
+        stack: 0,
+        stack_size: 0,
+        tls: 0,
+        set_tid: 0,
+        set_tid_size: 0,
+        cgroup: 0,
+    }
+}
+
+fn idle(parent: i32) -> ! {
+    loop {
+        // SAFETY: async-signal-safe calls with plain numbers. Whoever forked us and died before this
+        // line is found out by the parent's id.
+        unsafe {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            if libc::getppid() != parent {
+                libc::_exit(0);
+            }
+            libc::pause();
+        }
+    }
+}
+
+/// Whether `pid` could be given to a new process or thread here.
+pub fn is_free(pid: i32) -> bool {
+    !std::path::Path::new(&format!("/proc/{pid}")).exists()
+}
+
+/// A hint for the errors of set_tid.
+pub fn explain_set_tid(pid: i32, e: io::Error) -> anyhow::Error {
+    let why = match e.raw_os_error() {
+        Some(libc::EEXIST) => format!("pid {pid} is taken"),
+        Some(libc::EPERM) => {
+            format!("choosing pid {pid} needs CAP_CHECKPOINT_RESTORE (see `mistctl check`)")
+        }
+        _ => format!("pid {pid} cannot be given to a new process"),
+    };
+    Err::<(), _>(e)
+        .context(why)
+        .err()
+        .unwrap_or_else(|| anyhow::anyhow!("clone3"))
+}
+
+/// Unused results of calls that only matter when they fail.
+pub fn check(what: &str, r: i64) -> Result<()> {
+    if r < 0 {
+        return Err(io::Error::from_raw_os_error(-r as i32)).with_context(|| what.to_owned());
+    }
+    Ok(())
+}

@@ -1,0 +1,390 @@
+//! System calls in a process that is being rebuilt and dies with us (PTRACE_O_EXITKILL).
+//!
+//! ```text
+//! area   code (one page) | call table | arguments and results
+//! ```
+
+use std::rc::Rc;
+
+use anyhow::{Context, Result, anyhow, bail};
+
+use super::arch::{Asm, CALL_SIZE, Call, Regs, syscall_stub};
+use super::mem::Mem;
+use super::tracee::{Stop, Tracee};
+
+/// Bytes of the area that a body under construction keeps mapped.
+pub const AREA: u64 = 1 << 20;
+const TABLE: u64 = 4096;
+const DATA: u64 = 256 * 1024;
+const CALLS_MAX: usize = (DATA - TABLE) as usize / CALL_SIZE - 1;
+const OPTIONS: i32 = libc::PTRACE_O_EXITKILL
+    | libc::PTRACE_O_TRACECLONE
+    | libc::PTRACE_O_TRACEFORK
+    | libc::PTRACE_O_TRACESYSGOOD;
+
+/// An argument of a remote call.
+#[derive(Debug, Clone, Copy)]
+pub enum Arg<'a> {
+    Val(u64),
+    /// Address of a copy of these bytes in the process.
+    In(&'a [u8]),
+}
+
+impl From<i32> for Arg<'_> {
+    fn from(v: i32) -> Self {
+        Self::Val(i64::from(v) as u64)
+    }
+}
+
+impl From<u64> for Arg<'_> {
+    fn from(v: u64) -> Self {
+        Self::Val(v)
+    }
+}
+
+impl<'a> From<&'a [u8]> for Arg<'a> {
+    fn from(v: &'a [u8]) -> Self {
+        Self::In(v)
+    }
+}
+
+struct Queued {
+    call: Call,
+    what: String,
+    /// Its failure is an error.
+    must: bool,
+}
+
+/// The rebuilt process's memory and area, common to its threads.
+struct Shared {
+    pid: i32,
+    mem: Mem,
+    area: u64,
+}
+
+/// One thread of a body, stopped, that makes calls for us.
+pub struct Remote {
+    pub tracee: Tracee,
+    shared: Rc<Shared>,
+    queue: Vec<Queued>,
+    data: Vec<u8>,
+    /// What failed of the calls that may.
+    pub warnings: Vec<String>,
+}
+
+impl Remote {
+    /// Seizes a fork of ours, maps the area and puts our code there. `area` is a free address.
+    pub fn attach(pid: i32, area: u64) -> Result<Self> {
+        let tracee = Tracee::seize(pid, OPTIONS)
+            .with_context(|| format!("tracing the new process {pid}"))?;
+        tracee.interrupt()?;
+        if tracee.wait_interrupted()?.is_none() {
+            bail!("the new process {pid} has ended");
+        }
+        let shared = Shared {
+            pid,
+            mem: Mem::open(pid)?,
+            area,
+        };
+        let r = Self {
+            tracee,
+            shared: Rc::new(shared),
+            queue: Vec::new(),
+            data: Vec::new(),
+            warnings: Vec::new(),
+        };
+        tracee.set_sigmask(!0)?;
+        let rwx = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+        let args = [area, AREA, rwx as u64, flags as u64, u64::MAX, 0];
+        let got = r.by_stub(libc::SYS_mmap, &args)?;
+        if got as u64 != area {
+            bail!("mapping {AREA} bytes at {area:#x} of process {pid}: result {got}");
+        }
+        r.write_code()?;
+        Ok(r)
+    }
+
+    /// The area was inherited from the parent body by fork; we are told of the child by an event.
+    pub fn adopt(pid: i32, parent: &Remote) -> Result<Self> {
+        let tracee = Tracee { tid: pid };
+        match tracee.wait()? {
+            Stop::Interrupt { .. } => {}
+            other => bail!("the new process {pid} ended: {other:?}"),
+        }
+        let shared = Shared {
+            pid,
+            mem: Mem::open(pid)?,
+            area: parent.shared.area,
+        };
+        Ok(Self {
+            tracee,
+            shared: Rc::new(shared),
+            queue: Vec::new(),
+            data: Vec::new(),
+            warnings: Vec::new(),
+        })
+    }
+
+    /// Another thread of the same process, from its first stop on.
+    pub fn thread(&self, tid: i32) -> Result<Self> {
+        let tracee = Tracee { tid };
+        match tracee.wait()? {
+            Stop::Interrupt { .. } => {}
+            other => bail!("the new thread {tid} ended: {other:?}"),
+        }
+        Ok(Self {
+            tracee,
+            shared: Rc::clone(&self.shared),
+            queue: Vec::new(),
+            data: Vec::new(),
+            warnings: Vec::new(),
+        })
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.shared.pid
+    }
+
+    pub fn mem(&self) -> &Mem {
+        &self.shared.mem
+    }
+
+    /// First address of the area.
+    pub fn area(&self) -> u64 {
+        self.shared.area
+    }
+
+    fn write_code(&self) -> Result<()> {
+        let mut a = Asm::new();
+        a.interpreter(self.shared.area + TABLE);
+        a.int3();
+        self.shared.mem.write(self.shared.area, a.bytes())
+    }
+
+    /// One call through `syscall; int3` in our own text, before the area is there.
+    fn by_stub(&self, nr: i64, args: &[u64]) -> Result<i64> {
+        let c = Call::new(nr, args);
+        let mut r = Regs {
+            rip: syscall_stub(),
+            orig_rax: u64::MAX,
+            rax: nr as u64,
+            ..self.tracee.regs()?
+        };
+        [r.rdi, r.rsi, r.rdx, r.r10, r.r8, r.r9] = c.args;
+        self.tracee.set_regs(&r)?;
+        self.tracee.run_to_trap()?;
+        Ok(self.tracee.regs()?.rax as i64)
+    }
+
+    /// Queues a call that must not fail; `what` says what it does, for the error.
+    pub fn must(&mut self, what: impl Into<String>, nr: i64, args: &[Arg]) -> Result<()> {
+        self.push(what.into(), nr, args, true)
+    }
+
+    /// Queues a call whose failure is a warning.
+    pub fn may(&mut self, what: impl Into<String>, nr: i64, args: &[Arg]) -> Result<()> {
+        self.push(what.into(), nr, args, false)
+    }
+
+    /// Queues a call on a structure that holds its own addresses: `make` is told where its `len` bytes will
+    /// be, and gives them and the call.
+    pub fn must_with(
+        &mut self,
+        what: &str,
+        len: usize,
+        make: &dyn Fn(u64) -> (Vec<u8>, Call),
+    ) -> Result<()> {
+        if self.data.len() + len > (AREA - DATA) as usize || self.queue.len() >= CALLS_MAX {
+            self.flush()?;
+        }
+        let (bytes, call) = make(self.shared.area + DATA + self.data.len() as u64);
+        self.data.extend_from_slice(&bytes);
+        self.data.resize(self.data.len().next_multiple_of(16), 0);
+        self.queue.push(Queued {
+            call,
+            what: what.to_owned(),
+            must: true,
+        });
+        Ok(())
+    }
+
+    /// Makes a call now, after all that are queued, and gives its result (negative errno).
+    pub fn call(&mut self, nr: i64, args: &[Arg]) -> Result<i64> {
+        self.flush()?;
+        self.push(String::new(), nr, args, false)?;
+        let results = self.execute()?;
+        self.queue.clear();
+        self.data.clear();
+        results
+            .first()
+            .copied()
+            .context("a remote call gave no result")
+    }
+
+    /// Bytes that the last [`Remote::call`] wrote at the `Arg::In` that began `offset` bytes into its data.
+    pub fn output(&self, offset: u64, len: usize) -> Result<Vec<u8>> {
+        self.shared
+            .mem
+            .read_vec(self.shared.area + DATA + offset, len)
+    }
+
+    fn push(&mut self, what: String, nr: i64, args: &[Arg], must: bool) -> Result<()> {
+        let need: usize = args
+            .iter()
+            .map(|a| {
+                if let Arg::In(b) = a {
+                    b.len().next_multiple_of(16)
+                } else {
+                    0
+                }
+            })
+            .sum();
+        let room = (AREA - DATA) as usize;
+        if need > room {
+            bail!("{what}: {need} bytes of arguments are too many");
+        }
+        if self.data.len() + need > room || self.queue.len() >= CALLS_MAX {
+            self.flush()?;
+        }
+        let mut values = Vec::with_capacity(6);
+        for a in args {
+            values.push(match a {
+                Arg::Val(v) => *v,
+                Arg::In(b) => {
+                    let at = self.shared.area + DATA + self.data.len() as u64;
+                    self.data.extend_from_slice(b);
+                    self.data.resize(self.data.len().next_multiple_of(16), 0);
+                    at
+                }
+            });
+        }
+        self.queue.push(Queued {
+            call: Call::new(nr, &values),
+            what,
+            must,
+        });
+        Ok(())
+    }
+
+    /// Makes all queued calls.
+    pub fn flush(&mut self) -> Result<()> {
+        if self.queue.is_empty() {
+            return Ok(());
+        }
+        let results = self.execute()?;
+        self.data.clear();
+        for (q, r) in std::mem::take(&mut self.queue).iter().zip(results) {
+            if (-4095..0).contains(&r) {
+                let e = std::io::Error::from_raw_os_error(-r as i32);
+                if q.must {
+                    return Err(anyhow!(e).context(format!("process {}: {}", self.pid(), q.what)));
+                }
+                self.warnings
+                    .push(format!("process {}: {}: {e}", self.pid(), q.what));
+            }
+        }
+        Ok(())
+    }
+
+    fn execute(&mut self) -> Result<Vec<i64>> {
+        let mem = &self.shared.mem;
+        let mut table = Vec::with_capacity((self.queue.len() + 1) * CALL_SIZE);
+        self.queue.iter().for_each(|q| q.call.encode(&mut table));
+        table.resize(table.len() + 8, 0);
+        if !self.data.is_empty() {
+            mem.write(self.shared.area + DATA, &self.data)?;
+        }
+        mem.write(self.shared.area + TABLE, &table)?;
+        let r = Regs {
+            rip: self.shared.area,
+            orig_rax: u64::MAX,
+            eflags: 0x202,
+            ..self.tracee.regs()?
+        };
+        self.tracee.set_regs(&r)?;
+        self.tracee.run_to_trap().with_context(|| {
+            let names: Vec<&str> = self.queue.iter().map(|q| q.what.as_str()).take(3).collect();
+            format!("while a restored process did: {} ...", names.join(", "))
+        })?;
+        let mut table = vec![0; self.queue.len() * CALL_SIZE];
+        mem.read(self.shared.area + TABLE, &mut table)?;
+        Ok(table
+            .chunks_exact(CALL_SIZE)
+            .map(|c| i64::from_le_bytes(c[64..72].try_into().unwrap_or_default()))
+            .collect())
+    }
+
+    /// clone3 with these flags (and exit signal 0); the child or thread stops under our hand before its
+    /// first instruction. Its id; a refusal is an `io::Error`.
+    pub fn clone_thread(&mut self, flags: u64, tid: Option<i32>) -> Result<i32> {
+        self.clone_with(flags, 0, tid)
+    }
+
+    /// A child process that is a copy of this body.
+    pub fn fork(&mut self, exit_signal: i32, pid: Option<i32>) -> Result<i32> {
+        self.clone_with(0, exit_signal, pid)
+    }
+
+    fn clone_with(&mut self, flags: u64, exit_signal: i32, id: Option<i32>) -> Result<i32> {
+        const ARGS: usize = 88;
+        self.flush()?;
+        self.must_with("clone3", ARGS + 8, &|at| {
+            // struct clone_args, and the id it points to behind it.
+            let words = [
+                flags,
+                0,
+                0,
+                0,
+                exit_signal as u64,
+                0,
+                0,
+                0,
+                if id.is_some() { at + ARGS as u64 } else { 0 },
+                u64::from(id.is_some()),
+                0,
+            ];
+            let mut b: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+            b.extend(id.unwrap_or(0).to_le_bytes());
+            (b, Call::new(libc::SYS_clone3, &[at, ARGS as u64]))
+        })?;
+        let r = self.execute()?;
+        self.queue.clear();
+        self.data.clear();
+        match r.first().copied().unwrap_or(0) {
+            r if r < 0 => Err(std::io::Error::from_raw_os_error(-r as i32).into()),
+            r => Ok(r as i32),
+        }
+    }
+
+    /// One call through two bytes at `place`, and the thread is stopped behind it: for unmapping the area
+    /// itself. The bytes are put back.
+    pub fn by_step(&self, place: u64, nr: i64, args: &[u64]) -> Result<i64> {
+        let old = self.shared.mem.read_vec(place, 2)?;
+        self.shared.mem.write(place, &[0x0f, 0x05])?;
+        let c = Call::new(nr, args);
+        let mut r = Regs {
+            rip: place,
+            orig_rax: u64::MAX,
+            rax: nr as u64,
+            eflags: 0x202,
+            ..self.tracee.regs()?
+        };
+        [r.rdi, r.rsi, r.rdx, r.r10, r.r8, r.r9] = c.args;
+        self.tracee.set_regs(&r)?;
+        self.tracee.step()?;
+        loop {
+            match self.tracee.wait()? {
+                Stop::Signal(libc::SIGTRAP) => break,
+                Stop::Interrupt { .. } | Stop::Syscall => self.tracee.step()?,
+                other => bail!(
+                    "process {} ended while being rebuilt: {other:?}",
+                    self.pid()
+                ),
+            }
+        }
+        let result = self.tracee.regs()?.rax as i64;
+        self.shared.mem.write(place, &old)?;
+        Ok(result)
+    }
+}

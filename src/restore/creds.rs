@@ -1,0 +1,157 @@
+//! Credentials: never more than the caller of mistctl has.
+
+use anyhow::{Context, Result};
+
+use crate::error::Failure;
+use crate::image::process::{Creds, Process};
+use crate::kernel::remote::{Arg, Remote};
+
+/// Our own.
+pub fn ours() -> Result<Creds> {
+    let s = procfs::process::Process::myself()
+        .and_then(|p| p.status())
+        .context("reading our own credentials")?;
+    Ok(Creds {
+        uids: [s.ruid, s.euid, s.suid, s.fuid],
+        gids: [s.rgid, s.egid, s.sgid, s.fgid],
+        groups: s.groups,
+        cap_inheritable: s.capinh,
+        cap_permitted: s.capprm,
+        cap_effective: s.capeff,
+        cap_bounding: s.capbnd.unwrap_or(0),
+        cap_ambient: s.capamb.unwrap_or(0),
+        securebits: 0,
+        no_new_privs: s.nonewprivs.unwrap_or(0) != 0,
+    })
+}
+
+/// Images are untrusted: an ordinary user restores processes of that user alone.
+pub fn check(p: &Process, ours: &Creds) -> Result<()> {
+    let me = ours.uids[0];
+    for c in p.threads.iter().map(|t| &t.creds) {
+        let foreign = c.uids.iter().any(|u| *u != me)
+            || c.gids
+                .iter()
+                .any(|g| !ours.gids.contains(g) && !ours.groups.contains(g));
+        if me != 0 && (foreign || c.cap_permitted | c.cap_ambient | c.cap_inheritable != 0) {
+            return Err(Failure::Refused.because(format!(
+                "process {} of the image ran as user {} with privileges you (user {me}) do not have; \
+                 root can restore it",
+                p.pid, c.uids[1]
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn capability_sets(effective: u64, permitted: u64, inheritable: u64) -> Vec<u8> {
+    let mut b = Vec::with_capacity(24);
+    for shift in [0, 32] {
+        for set in [effective, permitted, inheritable] {
+            b.extend(((set >> shift) as u32).to_le_bytes());
+        }
+    }
+    b
+}
+
+/// Sets a thread's credentials. Bits that nobody here has are left out.
+pub fn set(r: &mut Remote, c: &Creds, ours: &Creds) -> Result<()> {
+    let privileged = ours.uids[0] == 0;
+    if privileged {
+        if c.groups != ours.groups {
+            let groups: Vec<u8> = c.groups.iter().flat_map(|g| g.to_le_bytes()).collect();
+            r.must(
+                "groups",
+                libc::SYS_setgroups,
+                &[(c.groups.len() as u64).into(), Arg::In(&groups)],
+            )?;
+        }
+        for cap in 0..64u64 {
+            if ours.cap_bounding & !c.cap_bounding & (1 << cap) != 0 {
+                r.must(
+                    "bounding set",
+                    libc::SYS_prctl,
+                    &[libc::PR_CAPBSET_DROP.into(), cap.into()],
+                )?;
+            }
+        }
+    }
+    let ids = |v: &[u32; 4]| v.map(u64::from);
+    if c.gids != ours.gids || c.uids != ours.uids {
+        r.must(
+            "keeping capabilities",
+            libc::SYS_prctl,
+            &[libc::PR_SET_KEEPCAPS.into(), 1u64.into()],
+        )?;
+        let g = ids(&c.gids);
+        r.must(
+            "group ids",
+            libc::SYS_setresgid,
+            &[g[0].into(), g[1].into(), g[2].into()],
+        )?;
+        r.must("group id for files", libc::SYS_setfsgid, &[g[3].into()])?;
+        let u = ids(&c.uids);
+        r.must(
+            "user ids",
+            libc::SYS_setresuid,
+            &[u[0].into(), u[1].into(), u[2].into()],
+        )?;
+        r.must("user id for files", libc::SYS_setfsuid, &[u[3].into()])?;
+    }
+    // _LINUX_CAPABILITY_VERSION_3 for this thread.
+    let mut header = 0x2008_0522u32.to_le_bytes().to_vec();
+    header.extend(0u32.to_le_bytes());
+    let permitted = c.cap_permitted & ours.cap_permitted;
+    let sets = capability_sets(
+        c.cap_effective & permitted,
+        permitted,
+        c.cap_inheritable & ours.cap_permitted,
+    );
+    if privileged && c.securebits != ours.securebits {
+        r.must(
+            "securebits",
+            libc::SYS_prctl,
+            &[
+                libc::PR_SET_SECUREBITS.into(),
+                u64::from(c.securebits).into(),
+            ],
+        )?;
+    }
+    if (c.cap_effective, c.cap_permitted, c.cap_inheritable)
+        != (ours.cap_effective, ours.cap_permitted, ours.cap_inheritable)
+        || c.uids != ours.uids
+    {
+        r.must(
+            "capabilities",
+            libc::SYS_capset,
+            &[Arg::In(&header), Arg::In(&sets)],
+        )?;
+    }
+    for cap in (0..64u64).filter(|cap| c.cap_ambient & (1 << cap) != 0) {
+        r.may(
+            "ambient capabilities",
+            libc::SYS_prctl,
+            &[
+                libc::PR_CAP_AMBIENT.into(),
+                libc::PR_CAP_AMBIENT_RAISE.into(),
+                cap.into(),
+                0u64.into(),
+                0u64.into(),
+            ],
+        )?;
+    }
+    if c.no_new_privs {
+        r.must(
+            "no_new_privs",
+            libc::SYS_prctl,
+            &[
+                libc::PR_SET_NO_NEW_PRIVS.into(),
+                1u64.into(),
+                0u64.into(),
+                0u64.into(),
+                0u64.into(),
+            ],
+        )?;
+    }
+    Ok(())
+}

@@ -1,0 +1,445 @@
+//! Stripping a body to our code, and giving it the program's address space.
+
+use anyhow::{Context, Result, bail};
+use procfs::process::{MMapPath, Process as Proc};
+
+use super::Opened;
+use crate::image::memory::{Backing, SpaceId, Vma};
+use crate::image::pages::PagesReader;
+use crate::image::process::Process;
+use crate::kernel::arch::{Asm, Call, PAGE, TASK_SIZE};
+use crate::kernel::mem::Mem;
+use crate::kernel::remote::{self, Arg, Remote};
+use crate::kernel::vdso;
+
+/// Space behind the area for the kernel's own mappings while everything else is replaced.
+const PARKING: u64 = 256 * 1024;
+
+/// A free range for the area and the parking place, in the program's address space and in ours.
+pub fn area(processes: &[Process]) -> Result<u64> {
+    let ours = Proc::myself()
+        .and_then(|p| p.maps())
+        .context("reading our own mappings")?;
+    let mut taken: Vec<(u64, u64)> = ours.iter().map(|m| m.address).collect();
+    taken.extend(
+        processes
+            .iter()
+            .flat_map(|p| &p.vmas)
+            .map(|v| (v.start, v.end)),
+    );
+    taken.sort_unstable();
+    let len = remote::AREA + PARKING;
+    let mut at = 1 << 32;
+    for (start, end) in taken {
+        if start >= at + len {
+            break;
+        }
+        at = at.max(end);
+    }
+    if at + len > TASK_SIZE {
+        bail!("the address space has no free {len} bytes for the restorer");
+    }
+    Ok(at)
+}
+
+/// The kernel's own mappings of a process: [vvar], [vvar_vclock], [vdso], from low to high.
+#[derive(Debug, Clone)]
+struct Group {
+    parts: Vec<(u64, u64)>,
+    vdso: (u64, u64),
+}
+
+impl Group {
+    fn of(maps: impl Iterator<Item = (u64, u64, &'static str)>) -> Option<Self> {
+        let mut parts = Vec::new();
+        let mut vdso = None;
+        for (start, end, which) in maps {
+            parts.push((start, end));
+            if which == "vdso" {
+                vdso = Some((start, end));
+            }
+        }
+        parts.sort_unstable();
+        Some(Self { parts, vdso: vdso? })
+    }
+
+    fn start(&self) -> u64 {
+        self.parts.first().map_or(0, |p| p.0)
+    }
+
+    fn end(&self) -> u64 {
+        self.parts.last().map_or(0, |p| p.1)
+    }
+
+    fn len(&self) -> u64 {
+        self.end() - self.start()
+    }
+
+    /// Same parts at the same distances.
+    fn same_shape(&self, other: &Self) -> bool {
+        let shape = |g: &Self| -> Vec<(u64, u64)> {
+            g.parts
+                .iter()
+                .map(|p| (p.0 - g.start(), p.1 - g.start()))
+                .collect()
+        };
+        shape(self) == shape(other) && self.vdso.0 - self.start() == other.vdso.0 - other.start()
+    }
+
+    fn moved_to(&self, start: u64) -> Self {
+        let to = |a: u64| a - self.start() + start;
+        Self {
+            parts: self.parts.iter().map(|p| (to(p.0), to(p.1))).collect(),
+            vdso: (to(self.vdso.0), to(self.vdso.1)),
+        }
+    }
+}
+
+fn group_of_body(pid: i32) -> Result<Group> {
+    let maps = Proc::new(pid)
+        .and_then(|p| p.maps())
+        .context("reading the body's mappings")?;
+    let named = maps.iter().filter_map(|m| {
+        let which = match &m.pathname {
+            MMapPath::Vdso => "vdso",
+            MMapPath::Vvar => "vvar",
+            MMapPath::Other(n) if n == "vvar_vclock" => "vvar_vclock",
+            _ => return None,
+        };
+        Some((m.address.0, m.address.1, which))
+    });
+    Group::of(named).context("this kernel gives processes no vDSO")
+}
+
+fn group_of_image(p: &Process) -> Option<Group> {
+    Group::of(p.vmas.iter().filter_map(|v| match &v.backing {
+        Backing::Kernel { which } => Some((
+            v.start,
+            v.end,
+            if which == "vdso" { "vdso" } else { "vvar" },
+        )),
+        _ => None,
+    }))
+}
+
+/// What the kernel's mappings became.
+pub struct Stripped {
+    /// The vDSO that works here.
+    pub vdso: (u64, u64),
+    /// Redirection of the program's vDSO to this kernel's: bytes to put at addresses, once its pages are
+    /// filled.
+    pub redirect: Vec<(u64, Vec<u8>)>,
+}
+
+/// Unmaps all of the body but the area; the kernel's mappings go where the program has them when they are
+/// the same, else to a hole, and the program's vDSO is turned into jumps.
+pub fn strip(body: &mut Remote, p: &Process, pages: &PagesReader) -> Result<Stripped> {
+    // What our libc registered must be gone before its memory is.
+    if let Some(r) = body.tracee.rseq()? {
+        const UNREGISTER: u64 = 1;
+        body.must(
+            "unregistering rseq",
+            libc::SYS_rseq,
+            &[
+                r.pointer.into(),
+                u64::from(r.size).into(),
+                UNREGISTER.into(),
+                u64::from(r.signature).into(),
+            ],
+        )?;
+    }
+    let mut group = group_of_body(body.pid())?;
+    let parking = body.area() + remote::AREA;
+    if group.len() > PARKING {
+        bail!(
+            "the vDSO and its data are {} bytes long; there is room for {PARKING}",
+            group.len()
+        );
+    }
+    group = move_group(body, &group, parking)?;
+    let (from, to) = (body.area(), parking + group.len());
+    unmap(body, 0, from)?;
+    unmap(body, to, TASK_SIZE)?;
+    body.flush()?;
+    let Some(wanted) = group_of_image(p) else {
+        return Ok(Stripped {
+            vdso: group.vdso,
+            redirect: Vec::new(),
+        });
+    };
+    let here = body
+        .mem()
+        .read_vec(group.vdso.0, (group.vdso.1 - group.vdso.0) as usize)?;
+    let there = vdso_of_image(p.space, wanted.vdso, pages)?;
+    if wanted.same_shape(&group) && same_contents(&here, &there)? {
+        let group = move_group(body, &group, wanted.start())?;
+        body.flush()?;
+        return Ok(Stripped {
+            vdso: group.vdso,
+            redirect: Vec::new(),
+        });
+    }
+    let place =
+        hole(&p.vmas, body.area(), group.len()).context("no room for this kernel's vDSO")?;
+    let group = move_group(body, &group, place)?;
+    body.flush()?;
+    let mut redirect = vec![(wanted.vdso.0, there.clone())];
+    let ours = vdso::symbols(&here)?;
+    for (name, at) in vdso::symbols(&there)? {
+        let Some((_, target)) = ours.iter().find(|(n, _)| *n == name) else {
+            bail!("the program's vDSO has {name}, this kernel's has not");
+        };
+        let mut a = Asm::new();
+        a.jump(group.vdso.0 + target);
+        redirect.push((wanted.vdso.0 + at, a.bytes().to_vec()));
+    }
+    Ok(Stripped {
+        vdso: group.vdso,
+        redirect,
+    })
+}
+
+fn unmap(body: &mut Remote, from: u64, to: u64) -> Result<()> {
+    if to > from {
+        body.must(
+            "unmapping the body",
+            libc::SYS_munmap,
+            &[from.into(), (to - from).into()],
+        )?;
+    }
+    Ok(())
+}
+
+fn move_group(body: &mut Remote, g: &Group, start: u64) -> Result<Group> {
+    let to = g.moved_to(start);
+    let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
+    if start == g.start() {
+        return Ok(to);
+    }
+    for (old, new) in g.parts.iter().zip(&to.parts) {
+        let len = old.1 - old.0;
+        body.must(
+            "moving the vDSO (kernels that seal it allow no restore)",
+            libc::SYS_mremap,
+            &[
+                old.0.into(),
+                len.into(),
+                len.into(),
+                flags.into(),
+                new.0.into(),
+            ],
+        )?;
+    }
+    Ok(to)
+}
+
+fn vdso_of_image(space: SpaceId, at: (u64, u64), pages: &PagesReader) -> Result<Vec<u8>> {
+    let mut out = vec![0u8; (at.1 - at.0) as usize];
+    for b in pages.blocks_in(space, at.0, at.1) {
+        let b = b?;
+        let mut block = vec![0; b.bytes()];
+        pages.read(&b, &mut block)?;
+        for (i, page) in block.chunks(PAGE as usize).enumerate() {
+            let addr = b.addr + i as u64 * PAGE;
+            if addr >= at.0 && addr < at.1 {
+                let o = (addr - at.0) as usize;
+                out[o..o + page.len()].copy_from_slice(page);
+            }
+        }
+    }
+    Ok(out)
+}
+
+/// ELF contents alone: what stands behind them is dead.
+fn same_contents(a: &[u8], b: &[u8]) -> Result<bool> {
+    let (la, Ok(lb)) = (vdso::elf_len(a)? as usize, vdso::elf_len(b)) else {
+        return Ok(false);
+    };
+    Ok(la == lb as usize && a[..la] == b[..la])
+}
+
+fn hole(vmas: &[Vma], area: u64, len: u64) -> Option<u64> {
+    const MARGIN: u64 = 1 << 20;
+    let mut at = area + remote::AREA + PARKING;
+    for v in vmas.iter().filter(|v| v.end > area) {
+        if v.start >= at + len + MARGIN {
+            break;
+        }
+        at = at.max(v.end + MARGIN);
+    }
+    (at + len < TASK_SIZE).then_some(at)
+}
+
+/// Maps everything the program had mapped; private memory is still empty.
+pub fn map(body: &mut Remote, p: &Process, opened: &Opened, redirected: bool) -> Result<()> {
+    for v in &p.vmas {
+        let mut flags = libc::MAP_FIXED_NOREPLACE;
+        flags |= if v.shared {
+            libc::MAP_SHARED
+        } else {
+            libc::MAP_PRIVATE
+        };
+        if v.has("nr") {
+            flags |= libc::MAP_NORESERVE;
+        }
+        if v.has("gd") {
+            flags |= libc::MAP_GROWSDOWN;
+        }
+        if v.has("ht") && v.backing == Backing::Anonymous {
+            flags |= libc::MAP_HUGETLB;
+        }
+        let fd = match &v.backing {
+            Backing::Kernel { which } if which == "vdso" && redirected => None,
+            Backing::Kernel { .. } => continue,
+            Backing::Anonymous => None,
+            Backing::File { file } => {
+                Some(opened.file(*file, v.shared && v.prot & libc::PROT_WRITE != 0)?)
+            }
+            Backing::Shared { memory } => Some(opened.shared(*memory)?),
+        };
+        if fd.is_none() {
+            flags |= libc::MAP_ANONYMOUS;
+        }
+        body.must(
+            format!("mapping {:#x}-{:#x}", v.start, v.end),
+            libc::SYS_mmap,
+            &[
+                v.start.into(),
+                v.len().into(),
+                v.prot.into(),
+                flags.into(),
+                fd.unwrap_or(-1).into(),
+                if fd.is_some() {
+                    v.offset.into()
+                } else {
+                    0u64.into()
+                },
+            ],
+        )?;
+        if let Some(name) = &v.name {
+            const PR_SET_VMA: u64 = 0x5356_4d41;
+            let text = format!("{name}\0");
+            body.may(
+                format!("naming the mapping at {:#x}", v.start),
+                libc::SYS_prctl,
+                &[
+                    PR_SET_VMA.into(),
+                    0u64.into(),
+                    v.start.into(),
+                    v.len().into(),
+                    Arg::In(text.as_bytes()),
+                ],
+            )?;
+        }
+    }
+    body.flush()
+}
+
+/// Marks that memory has besides its content: advice, locks, guard pages. Content is in place.
+pub fn advise(body: &mut Remote, p: &Process) -> Result<()> {
+    const ADVICE: [(&str, i32); 8] = [
+        ("dc", libc::MADV_DONTFORK),
+        ("wf", libc::MADV_WIPEONFORK),
+        ("dd", libc::MADV_DONTDUMP),
+        ("hg", libc::MADV_HUGEPAGE),
+        ("nh", libc::MADV_NOHUGEPAGE),
+        ("mg", libc::MADV_MERGEABLE),
+        ("sr", libc::MADV_SEQUENTIAL),
+        ("rr", libc::MADV_RANDOM),
+    ];
+    const MADV_GUARD_INSTALL: i32 = 102;
+    for v in p.vmas.iter().filter(|v| !v.is_kernel()) {
+        for (code, advice) in ADVICE {
+            if v.has(code) {
+                body.may(
+                    format!("madvise({advice}) of {:#x}-{:#x}", v.start, v.end),
+                    libc::SYS_madvise,
+                    &[v.start.into(), v.len().into(), advice.into()],
+                )?;
+            }
+        }
+        for (start, end) in &v.guards {
+            body.must(
+                format!("guard pages at {start:#x}"),
+                libc::SYS_madvise,
+                &[
+                    (*start).into(),
+                    (end - start).into(),
+                    MADV_GUARD_INSTALL.into(),
+                ],
+            )?;
+        }
+        if v.has("lo") {
+            body.may(
+                format!("locking {:#x}-{:#x}", v.start, v.end),
+                libc::SYS_mlock,
+                &[v.start.into(), v.len().into()],
+            )?;
+        }
+    }
+    body.flush()
+}
+
+/// Where code and data, heap, stack, arguments and environment are (prctl(2), PR_SET_MM_MAP), auxv, exe.
+pub fn set_mm(body: &mut Remote, p: &Process, exe_fd: Option<i32>, vdso: u64) -> Result<()> {
+    const AT_SYSINFO_EHDR: u64 = 33;
+    let m = &p.mm;
+    let mut auxv = m.auxv.clone();
+    for pair in auxv.chunks_mut(2) {
+        // The dynamic linker has read it long ago; a program that looks again finds this kernel's.
+        if pair.first() == Some(&AT_SYSINFO_EHDR)
+            && let Some(v) = pair.get_mut(1)
+        {
+            *v = vdso;
+        }
+    }
+    let auxv: Vec<u8> = auxv.iter().flat_map(|w| w.to_le_bytes()).collect();
+    let words = [
+        m.start_code,
+        m.end_code,
+        m.start_data,
+        m.end_data,
+        m.start_brk,
+        m.brk,
+        m.start_stack,
+        m.arg_start,
+        m.arg_end,
+        m.env_start,
+        m.env_end,
+    ];
+    // struct prctl_mm_map: eleven addresses, pointer to auxv, its size, exe_fd. The auxv is passed by
+    // address, so it stands in front in the same argument.
+    let auxv_len = auxv.len();
+    let mut block = auxv;
+    block.resize(block.len().next_multiple_of(16), 0);
+    let map_offset = block.len() as u64;
+    block.extend(words.iter().flat_map(|w| w.to_le_bytes()));
+    let len = words.len() as u64 * 8 + 16;
+    body.must_with(
+        "setting up heap, stack and program addresses (PR_SET_MM_MAP)",
+        block.len() + 16,
+        &|at| {
+            let mut data = block.clone();
+            data.extend(at.to_le_bytes());
+            data.extend((auxv_len as u32).to_le_bytes());
+            data.extend((exe_fd.unwrap_or(-1) as u32).to_le_bytes());
+            let args = [
+                libc::PR_SET_MM as u64,
+                libc::PR_SET_MM_MAP as u64,
+                at + map_offset,
+                len,
+                0,
+            ];
+            (data, Call::new(libc::SYS_prctl, &args))
+        },
+    )?;
+    body.flush()
+}
+
+/// Writes bytes whatever the protection is.
+pub fn poke(mem: &Mem, writes: &[(u64, Vec<u8>)]) -> Result<()> {
+    for (at, bytes) in writes {
+        mem.write(*at, bytes)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,120 @@
+//! Filling memory: anonymous pages through userfaultfd, modified copies of file pages by writing.
+
+use std::os::fd::AsFd;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use anyhow::{Context, Result, anyhow, bail};
+use indicatif::ProgressBar;
+
+use crate::image::memory::{Backing, Vma};
+use crate::image::pages::{PagesReader, Run};
+use crate::image::process::Process;
+use crate::kernel::mem::Mem;
+use crate::kernel::pidfd;
+use crate::kernel::remote::Remote;
+use crate::kernel::uffd::{Copied, Uffd};
+
+/// Bytes given at once: they stay in a second-level cache between being read, checked and copied.
+const PIECE: usize = 256 << 10;
+const WORKERS: usize = 2;
+
+/// A userfaultfd of the body, with us and with it.
+pub fn attach(body: &mut Remote) -> Result<Uffd> {
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+    let fd = body.call(libc::SYS_userfaultfd, &[flags.into()])?;
+    if fd < 0 {
+        return Err(std::io::Error::from_raw_os_error(-fd as i32))
+            .context("userfaultfd (needs CAP_SYS_PTRACE or vm.unprivileged_userfaultfd)");
+    }
+    let pidfd = pidfd::open(body.pid())?;
+    let ours = pidfd::get_fd(pidfd.as_fd(), fd as i32).context("taking the body's userfaultfd")?;
+    body.must(
+        "closing the userfaultfd",
+        libc::SYS_close,
+        &[(fd as u64).into()],
+    )?;
+    Ok(Uffd(ours))
+}
+
+/// True for mappings that userfaultfd fills.
+fn by_uffd(v: &Vma) -> bool {
+    v.backing == Backing::Anonymous && !v.shared && !v.has("ht")
+}
+
+/// True for mappings with pages in the process's own part of the image.
+fn has_pages(v: &Vma) -> bool {
+    !v.shared && !v.is_kernel()
+}
+
+/// Fills all memory of a process, verifying every block. Bytes filled.
+pub fn fill(
+    uffd: &Uffd,
+    mem: &Mem,
+    p: &Process,
+    pages: &PagesReader,
+    bar: &ProgressBar,
+) -> Result<u64> {
+    uffd.api(0)?;
+    for v in p.vmas.iter().filter(|v| by_uffd(v)) {
+        uffd.register_missing(v.start, v.len())?;
+    }
+    let total = AtomicU64::new(0);
+    let runs = Mutex::new(p.vmas.iter().filter(|v| has_pages(v)).flat_map(|v| {
+        let direct = by_uffd(v);
+        pages
+            .runs(p.space, v.start, v.end, PIECE)
+            .map(move |r| (direct, r))
+    }));
+    std::thread::scope(|scope| {
+        let work = || -> Result<()> {
+            let mut buffer = vec![0u8; PIECE];
+            let mut scratch = Vec::new();
+            loop {
+                let next = runs
+                    .lock()
+                    .map_err(|_| anyhow!("a filling thread panicked"))?
+                    .next();
+                let Some((direct, run)) = next else {
+                    return Ok(());
+                };
+                let run: Run = run?;
+                let out = buffer
+                    .get_mut(..run.bytes())
+                    .with_context(|| format!("a run of {} bytes", run.bytes()))?;
+                pages.read_run(&run, out, &mut scratch)?;
+                if direct {
+                    put(uffd, run.addr(), out)?;
+                } else {
+                    mem.write(run.addr(), out)?;
+                }
+                total.fetch_add(out.len() as u64, Ordering::Relaxed);
+                bar.inc(out.len() as u64);
+            }
+        };
+        let second: Vec<_> = (1..WORKERS).map(|_| scope.spawn(work)).collect();
+        let mut result = work();
+        for w in second {
+            result = result.and(
+                w.join()
+                    .unwrap_or_else(|_| Err(anyhow!("a filling thread panicked"))),
+            );
+        }
+        result
+    })?;
+    for v in p.vmas.iter().filter(|v| by_uffd(v)) {
+        uffd.unregister(v.start, v.len())?;
+    }
+    Ok(total.into_inner())
+}
+
+fn put(uffd: &Uffd, addr: u64, data: &[u8]) -> Result<()> {
+    let mut done = 0;
+    loop {
+        match uffd.copy(addr + done as u64, &data[done..])? {
+            Copied::Done => return Ok(()),
+            Copied::Again(n) => done += n as usize,
+            other => bail!("filling {} bytes at {addr:#x}: {other:?}", data.len()),
+        }
+    }
+}
