@@ -64,20 +64,23 @@ EXIT CODES
     1    failed; programs that were running before are unharmed
     2    the command line makes no sense
     3    no process has this pid, or it ended before it was saved
-    4    busy: another mistctl holds the store's lock, or a debugger holds the process; try again later
-    5    refused: this process cannot be carried (the message names what is in the way, and the way out)
+    4    busy: another mistctl holds the store's lock, or a debugger
+         holds the process; try again later
+    5    refused: this process cannot be carried, or is not yours
+         (the message names what is in the way, and the way out)
     6    the image is damaged, of another version, or no image at all
     125  a restore failed, and left nothing behind
 
-`mistctl restore` in the foreground otherwise ends as the restored program does: with its status, or with
-128 + N when signal N ended it.
+    `mistctl restore` in the foreground otherwise ends as the restored
+    program does: with its status, or 128 + N when signal N ended it.
 
-With --json a command prints exactly one object on standard output; when it fails that is
-{\"error\": MESSAGE, \"failure\": NAME, \"exit\": CODE}.
+    With --json a command prints exactly one object on standard output;
+    when it fails: {\"error\": MESSAGE, \"failure\": NAME, \"exit\": CODE}.
 
 PRIVILEGES
-    mistctl runs as root, or for an ordinary user through file capabilities: it then serves only this user's
-    processes and images. `mistctl check` tells what is missing, and prints the setcap line that adds it.";
+    mistctl runs as root, or for an ordinary user through file
+    capabilities: it then serves only this user's processes and images.
+    `mistctl check` tells what is missing, and how to add it.";
 
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
@@ -87,7 +90,8 @@ pub fn main() -> ExitCode {
         Err(e) => return usage(&e),
     };
     let json = cli.command.json();
-    match cli.command.run(started) {
+    // First of all: what mistctl may do is settled before it looks at anything the caller names.
+    match mistctl::kernel::caps::start().and_then(|_| cli.command.run(started)) {
         Ok(code) => code,
         Err(e) => fail(&e, json),
     }

@@ -3,11 +3,13 @@
 pub mod arch;
 pub mod batch;
 pub mod body;
+pub mod caps;
 pub mod fds;
 pub mod kcmp;
 pub mod mem;
 pub mod pagemap;
 pub mod pidfd;
+pub mod probe;
 pub mod remote;
 pub mod sched;
 pub mod tracee;
