@@ -1,6 +1,7 @@
 //! What goes to standard output and standard error. Nothing here panics when a reader went away.
 
 use std::io::{ErrorKind, IsTerminal, Write};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
@@ -39,6 +40,51 @@ pub fn note(line: &str) {
 /// Whether progress can be shown: standard error is a terminal.
 pub fn progress() -> bool {
     std::io::stderr().is_terminal()
+}
+
+/// A progress bar over bytes, on standard error; it appears when something takes longer than a moment, and
+/// leaves no trace.
+pub struct Bar {
+    bar: indicatif::ProgressBar,
+    shown: bool,
+    since: Instant,
+}
+
+impl Bar {
+    pub fn new(what: &'static str, shown: bool) -> Bar {
+        let bar = indicatif::ProgressBar::hidden();
+        let style = "{msg} {bar:40} {bytes}/{total_bytes} {binary_bytes_per_sec}";
+        bar.set_style(
+            indicatif::ProgressStyle::with_template(style)
+                .unwrap_or_else(|_| indicatif::ProgressStyle::default_bar()),
+        );
+        bar.set_message(what);
+        Bar {
+            bar,
+            shown,
+            since: Instant::now(),
+        }
+    }
+
+    /// So many bytes are done, of so many.
+    pub fn at(&self, done: u64, total: u64) {
+        const MOMENT: Duration = Duration::from_millis(300);
+        if !self.shown || self.since.elapsed() < MOMENT {
+            return;
+        }
+        if self.bar.is_hidden() {
+            self.bar
+                .set_draw_target(indicatif::ProgressDrawTarget::stderr());
+        }
+        self.bar.set_length(total);
+        self.bar.set_position(done);
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
 }
 
 /// "8.4 MiB", three digits.

@@ -1,7 +1,14 @@
-//! `mistctl show`: what an image holds, for people.
+//! `mistctl show`: what an image holds.
+
+mod describe;
+mod here;
+mod summary;
+mod text;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+
+use mistctl::image::Image;
 
 use super::{out, stores};
 
@@ -20,7 +27,12 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let image = stores::newest(&args.image)?;
-    let _ = (out::bytes(0), super::timestamp::shown(0));
-    anyhow::bail!("{}: cannot be shown yet", image.display())
+    let image = Image::open(&stores::newest(&args.image)?)?;
+    let summary = summary::Summary::of(&image)?;
+    if args.json {
+        out::object(&summary)?;
+    } else {
+        out::print(&text::text(&summary))?;
+    }
+    Ok(ExitCode::SUCCESS)
 }

@@ -3,6 +3,9 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use mistctl::error::{Classify, Failure};
+use mistctl::image::Image;
+
 use super::{out, stores};
 
 /// Check every checksum and every reference of an image
@@ -16,7 +19,12 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let image = stores::newest(&args.image)?;
-    let _ = out::bytes(0);
-    anyhow::bail!("{}: cannot be verified yet", image.display())
+    let image = Image::open(&stores::newest(&args.image)?)?;
+    let bar = out::Bar::new("verifying", out::progress());
+    image
+        .verify(&mut |done, total| bar.at(done, total))
+        .or_failure(Failure::Damaged)?;
+    drop(bar);
+    out::print(&format!("{}: sound", image.path().display()))?;
+    Ok(ExitCode::SUCCESS)
 }

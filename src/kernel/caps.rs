@@ -29,7 +29,7 @@ pub struct Need {
 /// What file capabilities should give. CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH are left out on purpose: files are
 /// always opened with the rights of the user who calls. So are CAP_SETUID, CAP_SETGID and CAP_KILL: an ordinary
 /// user's processes need none of them.
-pub const NEEDS: [Need; 5] = [
+pub const NEEDS: [Need; 6] = [
     Need {
         capability: Capability::CAP_SYS_PTRACE,
         used_for: "seize processes that are no children of mistctl, where Yama forbids it; userfaultfd with fork events",
@@ -43,7 +43,12 @@ pub const NEEDS: [Need; 5] = [
     Need {
         capability: Capability::CAP_SYS_ADMIN,
         used_for: "make pid and time namespaces",
-        without: "programs from another boot or host see CLOCK_MONOTONIC jump; ids that are taken cannot be had",
+        without: "ids that are taken here cannot be had; no time namespaces",
+    },
+    Need {
+        capability: Capability::CAP_SYS_TIME,
+        used_for: "set the clocks of a time namespace; the host's clocks are never touched",
+        without: "programs from another boot or host see CLOCK_MONOTONIC jump",
     },
     Need {
         capability: Capability::CAP_NET_ADMIN,

@@ -72,6 +72,12 @@ pub fn host() -> Host {
     }
 }
 
+/// Components of xstate that this kernel keeps for a process (XCR0), a bit each, if that can be found out.
+pub fn xfeatures() -> Option<u64> {
+    let foreign = trials::foreign().ok()?;
+    (foreign.xstate >= 0).then_some(foreign.xfeatures as u64)
+}
+
 #[derive(Default)]
 struct List(Vec<Feature>);
 
@@ -295,6 +301,7 @@ fn name_of(c: Capability) -> &'static str {
         Capability::CAP_SYS_PTRACE => "CAP_SYS_PTRACE",
         Capability::CAP_CHECKPOINT_RESTORE => "CAP_CHECKPOINT_RESTORE",
         Capability::CAP_SYS_ADMIN => "CAP_SYS_ADMIN",
+        Capability::CAP_SYS_TIME => "CAP_SYS_TIME",
         Capability::CAP_NET_ADMIN => "CAP_NET_ADMIN",
         Capability::CAP_SYS_RESOURCE => "CAP_SYS_RESOURCE",
         _ => "another capability",
@@ -443,7 +450,7 @@ fn restoring(list: &mut List) {
         GROUP,
         "time namespaces",
         ok(trials::unshare(libc::CLONE_NEWTIME)),
-        "a program from another boot or host sees CLOCK_MONOTONIC jump",
+        "a program from another boot or host sees CLOCK_MONOTONIC jump; needs CAP_SYS_ADMIN and CAP_SYS_TIME",
     );
     list.add(
         GROUP,
