@@ -104,7 +104,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     match (&args.output, args.keep) {
         (Some(dir), Some(keep)) => {
             let store = stores::Locked::open(dir)?;
-            let image = store.new_name(SystemTime::now());
+            let image = store.new_name(SystemTime::now())?;
             let report = mistctl::dump::run(&options(args, image, Some(dir.clone())))?;
             store.keep_newest(keep as usize)?;
             if args.json {

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use mistctl::error::Failure;
-use mistctl::restore::{Options, Report};
+use mistctl::restore::{Options, Outcome, Report};
 
 use super::{foreground, out, stores};
 
@@ -61,16 +61,7 @@ EXAMPLES
         pid=$(mistctl restore --detach /var/lib/mist/work)";
 
 pub fn run(args: &Args, started: Instant) -> anyhow::Result<ExitCode> {
-    let image = stores::newest(&args.image)?;
-    let options = Options {
-        image,
-        detach: args.detach,
-        same_pid: args.same_pid,
-        lazy: args.lazy,
-        stopped: args.stopped,
-        progress: !args.json && out::progress(),
-    };
-    let outcome = mistctl::restore::run(&options, started).map_err(own_failure)?;
+    let outcome = newest_sound(args, started)?;
     // The program runs: from here on nothing may end mistctl with an error that hides the program's status.
     if args.json {
         let _ = out::object(&outcome.report);
@@ -81,6 +72,34 @@ pub fn run(args: &Args, started: Instant) -> anyhow::Result<ExitCode> {
         Some(pid) if !args.detach => Ok(ExitCode::from(foreground::follow(pid))),
         _ => Ok(ExitCode::SUCCESS),
     }
+}
+
+/// Restores the image, or of a store the newest that is sound: that one is damaged may show only when its memory
+/// is read, and then nothing of it is left and the one before is as good.
+fn newest_sound(args: &Args, started: Instant) -> anyhow::Result<Outcome> {
+    let mut images = stores::candidates(&args.image)?.into_iter().peekable();
+    let mut first = None;
+    while let Some(image) = images.next() {
+        let options = Options {
+            image,
+            detach: args.detach,
+            same_pid: args.same_pid,
+            lazy: args.lazy,
+            stopped: args.stopped,
+            progress: !args.json && out::progress(),
+        };
+        match mistctl::restore::run(&options, started) {
+            Ok(outcome) => return Ok(outcome),
+            Err(e) if Failure::of(&e) == Failure::Damaged && images.peek().is_some() => {
+                out::note(&format!("mistctl: {e:#}; trying the image before it"));
+                first = first.or(Some(e));
+            }
+            Err(e) => return Err(own_failure(first.unwrap_or(e))),
+        }
+    }
+    Err(first.unwrap_or_else(|| {
+        Failure::Damaged.because(format!("{}: holds no image", args.image.display()))
+    }))
 }
 
 /// A failure that has no code of its own is told apart from a restored program that ended with status 1.

@@ -8,8 +8,6 @@ mod text;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use mistctl::image::Image;
-
 use super::{out, stores};
 
 /// Show what an image holds
@@ -27,7 +25,7 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let image = Image::open(&stores::newest(&args.image)?)?;
+    let image = stores::open(&args.image)?;
     let summary = summary::Summary::of(&image)?;
     if args.json {
         out::object(&summary)?;

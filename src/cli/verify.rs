@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use mistctl::error::{Classify, Failure};
-use mistctl::image::Image;
 
 use super::{out, stores};
 
@@ -19,7 +18,7 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let image = Image::open(&stores::newest(&args.image)?)?;
+    let image = stores::open(&args.image)?;
     let bar = out::Bar::new("verifying", out::progress());
     image
         .verify(&mut |done, total| bar.at(done, total))

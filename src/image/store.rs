@@ -11,6 +11,8 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, OFlag, RenameFlags};
 use nix::sys::stat::Mode;
 
+use crate::error::Failure;
+
 use super::objects::{self, ObjectsWriter};
 use super::pagemap::Pagemap;
 use super::pages::{Finished, PagesReader, PagesWriter};
@@ -339,7 +341,9 @@ impl Image {
     /// # Errors
     /// One that says what is wrong with the image, whatever it is.
     pub fn open(path: &Path) -> Result<Self> {
-        Self::open_inner(path).with_context(|| format!("image {}", path.display()))
+        Self::open_inner(path)
+            .map_err(damaged)
+            .with_context(|| format!("image {}", path.display()))
     }
 
     fn open_inner(path: &Path) -> Result<Self> {
@@ -392,6 +396,7 @@ impl Image {
     /// The first thing that is wrong.
     pub fn verify(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
         self.verify_inner(progress)
+            .map_err(damaged)
             .with_context(|| format!("image {}", self.path.display()))
     }
 
@@ -436,6 +441,20 @@ impl Image {
         objects::open_verified(&self.dir, name)
             .with_context(|| format!("image {}", self.path.display()))
     }
+}
+
+/// What is wrong with an image is damage, unless it could not even be looked at.
+fn damaged(e: anyhow::Error) -> anyhow::Error {
+    let denied = |c: &(dyn std::error::Error + 'static)| {
+        matches!(
+            c.downcast_ref(),
+            Some(Errno::EACCES | Errno::EPERM | Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)
+        )
+    };
+    if e.chain().any(denied) {
+        return e;
+    }
+    Failure::Damaged.with(e)
 }
 
 /// The file `checksums`.
