@@ -101,6 +101,7 @@ EXAMPLES
 
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     process_exists(args.pid)?;
+    mistctl::kernel::caps::caller()?.may_dump(args.pid)?;
     match (&args.output, args.keep) {
         (Some(dir), Some(keep)) => {
             let store = stores::Locked::open(dir)?;

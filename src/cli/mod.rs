@@ -116,7 +116,7 @@ impl Command {
             Command::Verify(a) => verify::run(&a),
             Command::Check(a) => check::run(&a),
             Command::Completions(a) => completions::run(&a, &mut Cli::command()),
-            Command::Man(a) => man::run(&a, &mut Cli::command()),
+            Command::Man(a) => man::run(&a, &Cli::command()),
         }
     }
 }

@@ -390,6 +390,16 @@ impl Image {
         &self.path
     }
 
+    /// User that the image's directory belongs to, as it was opened.
+    ///
+    /// # Errors
+    /// When the kernel cannot say.
+    pub fn owner(&self) -> Result<u32> {
+        let stat = nix::sys::stat::fstat(&self.dir)
+            .with_context(|| format!("fstat: image {}", self.path.display()))?;
+        Ok(stat.st_uid)
+    }
+
     /// Reads every page and every object and checks them. `progress` is told bytes done and in all.
     ///
     /// # Errors

@@ -14,6 +14,7 @@ use anyhow::{Context, bail};
 use caps::{CapSet, Capability};
 
 use crate::error::Failure;
+use crate::image::Manifest;
 use crate::image::process::Creds;
 
 /// A capability that mistctl makes use of.
@@ -218,6 +219,21 @@ impl Caller {
                 "is not dumpable (prctl(2), PR_SET_DUMPABLE): it keeps secrets even from you"
                     .to_owned(),
             );
+        }
+        Ok(())
+    }
+
+    /// Whether the caller may restore an image that belongs to `image_uid` (owner of its directory, as opened):
+    /// [`Caller::may_become`] for every thread in it.
+    ///
+    /// # Errors
+    /// `Refused`, naming the process.
+    pub fn may_restore(&self, manifest: &Manifest, image_uid: u32) -> anyhow::Result<()> {
+        for process in &manifest.processes {
+            for thread in &process.threads {
+                self.may_become(&thread.creds, image_uid)
+                    .with_context(|| format!("process {}", process.pid))?;
+            }
         }
         Ok(())
     }
