@@ -92,10 +92,15 @@ struct Spec {
     without: Vec<(String, String)>,
     tree: bool,
     tcp_established: bool,
+    peer: bool,
     stdout: bool,
     user: bool,
     setsid: bool,
     stopped: bool,
+    /// A word of the error with which a dump may refuse this program.
+    may_refuse: Option<String>,
+    /// A word of the error with which a dump has to refuse it.
+    refused: Option<String>,
 }
 
 impl Spec {
@@ -115,11 +120,14 @@ impl Spec {
                 "cflags" => spec.cflags.extend(words),
                 "variants" => spec.variants.extend(words),
                 "tree" => spec.tree = true,
-                "tcp-established" => spec.tcp_established = true,
+                "tcp-established" => (spec.tcp_established, spec.peer) = (true, true),
+                "peer" => spec.peer = true,
                 "stdout" => spec.stdout = true,
                 "user" => spec.user = true,
                 "setsid" => spec.setsid = true,
                 "stopped" => spec.stopped = true,
+                "may-refuse" => spec.may_refuse = Some(words.collect::<Vec<_>>().join(" ")),
+                "refused" => spec.refused = Some(words.collect::<Vec<_>>().join(" ")),
                 word if Mode::ALL.iter().any(|m| m.without() == word) => {
                     let reason = words.collect::<Vec<_>>().join(" ");
                     spec.without.push((word.to_owned(), reason));
@@ -215,6 +223,10 @@ fn tests() -> Result<(Vec<Trial>, Skipped)> {
         let built: Arc<OnceLock<Result<PathBuf, String>>> = Arc::default();
         for variant in &spec.variants {
             for mode in Mode::ALL {
+                // There is no image to restore.
+                if spec.refused.is_some() && mode.absences() > 0 {
+                    continue;
+                }
                 let mut name = format!("programs::{}", spec.name());
                 if !variant.is_empty() {
                     name = format!("{name}::{variant}");
@@ -358,6 +370,7 @@ impl Test {
         if let Some(why) = self.start()? {
             return Ok(Some(why));
         }
+        let mut away = false;
         match self.mode {
             Mode::Alone => {}
             Mode::GoOn => {
@@ -366,14 +379,17 @@ impl Test {
                     self.unharmed()?;
                 }
             }
-            Mode::Kill | Mode::Lazy => self.dump(true)?,
+            Mode::Kill | Mode::Lazy => away = self.dump(true)?,
             Mode::Twice => {
-                self.dump(true)?;
-                self.restore_detached()?;
-                self.dump(true)?;
+                away = self.dump(true)?;
+                if away {
+                    self.restore_detached()?;
+                    self.dump(true)?;
+                }
             }
         }
-        if self.mode.absences() == 0 {
+        if !away {
+            // Nothing happened to it, or nothing that it may see.
             self.go()?;
             let mut child = self.program.take().context("the program is gone")?;
             let status = common::wait_child(&mut child, "the program's end", LIMIT)?;
@@ -427,7 +443,7 @@ impl Test {
             fs::set_permissions(&self.dir, open)?;
             command.uid(65534).gid(65534);
         }
-        if self.spec.tcp_established {
+        if self.spec.peer {
             let peer = Peer::start()?;
             command.env("MIST_PEER", peer.address.port().to_string());
             self.peer = Some(peer);
@@ -503,7 +519,8 @@ impl Test {
         self.dir.join(format!("image{}", self.dumps))
     }
 
-    fn dump(&mut self, and_kill: bool) -> Result<()> {
+    /// Whether it was saved; false: it was refused, as the program's directives allow.
+    fn dump(&mut self, and_kill: bool) -> Result<bool> {
         self.dumps += 1;
         let mut command = mistctl();
         command.arg("dump").arg(self.pid.to_string());
@@ -522,7 +539,21 @@ impl Test {
         let output = run(command, &self.dir, "dump", LIMIT).with_context(|| what.clone())?;
         let stderr = common::both(&output);
         if !output.status.success() {
+            let (must, may) = (&self.spec.refused, &self.spec.may_refuse);
+            if let Some(text) = must.as_ref().or(may.as_ref())
+                && stderr.contains(text.as_str())
+            {
+                if self.image().exists() {
+                    bail!("{what} was refused, but left {}", self.image().display());
+                }
+                self.unharmed()
+                    .with_context(|| format!("{what}: {stderr}"))?;
+                return Ok(false);
+            }
             bail!("{what} ended with {}: {stderr}", ending(output.status));
+        }
+        if let Some(why) = &self.spec.refused {
+            bail!("{what}, wanted a refusal for `{why}`, got an image");
         }
         let text = String::from_utf8_lossy(&output.stdout);
         let json: serde_json::Value = serde_json::from_str(&text)
@@ -542,7 +573,7 @@ impl Test {
                 Ok((left.count() == 0).then_some(()))
             })?;
         }
-        Ok(())
+        Ok(true)
     }
 
     /// After a dump that left the program running: untraced, not stopped.

@@ -11,11 +11,14 @@
 //   // mist: cflags -pthread          more arguments for cc
 //   // mist: variants a b c           one test per variant, which is passed as argv[1]
 //   // mist: tree                     dump with --tree
-//   // mist: tcp-established          dump with --tcp-established; $MIST_PEER is a peer outside
+//   // mist: tcp-established          dump with --tcp-established; implies peer
+//   // mist: peer                     $MIST_PEER is the port of a TCP peer outside
 //   // mist: stdout                   stdout is a pipe to the harness, which expects "after"
 //   // mist: user                     run the program as uid and gid 65534
 //   // mist: setsid                   the program leads a session of its own
 //   // mist: stopped                  the program is group-stopped while it waits
+//   // mist: refused TEXT             a dump has to fail with TEXT in its error, and to harm nobody
+//   // mist: may-refuse TEXT          a dump may do so
 //   // mist: no-go-on REASON          leave this mode out; likewise no-lazy, no-twice, no-kill
 #ifndef MIST_H
 #define MIST_H
