@@ -152,7 +152,8 @@ pub fn descriptor(m: &Manifest, fd: &Fd) -> String {
             .sockets
             .get(*socket as usize)
             .map_or_else(|| "?".to_owned(), self::socket),
-        Kind::External { what } => format!("outside: {what}"),
+        Kind::MessageQueue(q) => format!("message queue {}, {mode}", q.name),
+        Kind::External(e) => format!("outside: {}", e.what),
     }
 }
 
