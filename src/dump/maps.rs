@@ -158,14 +158,16 @@ fn sysv(pid: i32, m: &MemoryMap, tables: &mut Tables) -> Result<Backing> {
     // ipc/shm.c names the segment's inode after its shmid.
     let shmid = m.inode as i32;
     let (memory, new) = tables.shared(meta.dev(), meta.ino(), || {
+        let s = crate::kernel::shm::stat(shmid)?;
+        let (mode, uid, gid) = (s.mode, s.uid, s.gid);
         Ok((
             meta.size(),
             SharedKind::SysV {
                 key,
                 shmid,
-                mode: meta.mode() & 0o777,
-                uid: meta.uid(),
-                gid: meta.gid(),
+                mode,
+                uid,
+                gid,
             },
         ))
     })?;

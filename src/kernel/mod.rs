@@ -12,6 +12,8 @@ pub mod pidfd;
 pub mod probe;
 pub mod remote;
 pub mod sched;
+pub mod shm;
 pub mod tracee;
 pub mod uffd;
+pub mod undertaker;
 pub mod vdso;

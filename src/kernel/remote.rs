@@ -357,6 +357,39 @@ impl Remote {
         }
     }
 
+    /// Ends the process with this wait status, as a zombie for its parent.
+    pub fn die(self, status: i32) -> Result<()> {
+        let t = self.tracee;
+        let (nr, args) = if libc::WIFSIGNALED(status) {
+            (
+                libc::SYS_kill,
+                [self.pid() as u64, libc::WTERMSIG(status) as u64],
+            )
+        } else {
+            (libc::SYS_exit_group, [libc::WEXITSTATUS(status) as u64, 0])
+        };
+        let mut a = Asm::new();
+        // Dispositions are the default; a mask would hold the signal back.
+        a.syscall(nr, &args);
+        a.syscall(libc::SYS_exit_group, &[0]);
+        self.shared.mem.write(self.shared.area + TABLE, a.bytes())?;
+        let r = Regs {
+            rip: self.shared.area + TABLE,
+            orig_rax: u64::MAX,
+            ..t.regs()?
+        };
+        t.set_regs(&r)?;
+        t.set_sigmask(0)?;
+        t.cont(0)?;
+        loop {
+            match t.wait()? {
+                Stop::Exited(_) | Stop::Killed(_) => return Ok(()),
+                Stop::Signal(s) => t.cont(s)?,
+                _ => t.cont(0)?,
+            }
+        }
+    }
+
     /// One call through two bytes at `place`, and the thread is stopped behind it: for unmapping the area
     /// itself. The bytes are put back.
     pub fn by_step(&self, place: u64, nr: i64, args: &[u64]) -> Result<i64> {

@@ -1,9 +1,12 @@
 //! Stripping a body to our code, and giving it the program's address space.
 
+use std::os::fd::AsRawFd;
+
 use anyhow::{Context, Result, bail};
 use procfs::process::{MMapPath, Process as Proc};
 
 use super::Opened;
+use super::shared::SharedObjects;
 use crate::image::memory::{Backing, SpaceId, Vma};
 use crate::image::pages::PagesReader;
 use crate::image::process::Process;
@@ -271,7 +274,13 @@ fn hole(vmas: &[Vma], area: u64, len: u64) -> Option<u64> {
 }
 
 /// Maps everything the program had mapped; private memory is still empty.
-pub fn map(body: &mut Remote, p: &Process, opened: &Opened, redirected: bool) -> Result<()> {
+pub fn map(
+    body: &mut Remote,
+    p: &Process,
+    opened: &Opened,
+    shared: &SharedObjects,
+    redirected: bool,
+) -> Result<()> {
     for v in &p.vmas {
         let mut flags = libc::MAP_FIXED_NOREPLACE;
         flags |= if v.shared {
@@ -295,7 +304,16 @@ pub fn map(body: &mut Remote, p: &Process, opened: &Opened, redirected: bool) ->
             Backing::File { file } => {
                 Some(opened.file(*file, v.shared && v.prot & libc::PROT_WRITE != 0)?)
             }
-            Backing::Shared { memory } => Some(opened.shared(*memory)?),
+            Backing::Shared { memory } => {
+                match (shared.fds.get(memory), shared.segments.get(memory)) {
+                    (Some(fd), _) => Some(fd.as_raw_fd()),
+                    (None, Some(segment)) => {
+                        attach_segment(body, v, segment.id)?;
+                        continue;
+                    }
+                    (None, None) => bail!("shared memory object {memory} was not made"),
+                }
+            }
         };
         if fd.is_none() {
             flags |= libc::MAP_ANONYMOUS;
@@ -333,6 +351,23 @@ pub fn map(body: &mut Remote, p: &Process, opened: &Opened, redirected: bool) ->
         }
     }
     body.flush()
+}
+
+/// A System V segment is mapped whole; what the program has unmapped of it is unmapped again.
+fn attach_segment(body: &mut Remote, v: &Vma, id: i32) -> Result<()> {
+    let flags = if v.prot & libc::PROT_WRITE == 0 {
+        libc::SHM_RDONLY
+    } else {
+        0
+    };
+    if v.offset != 0 {
+        bail!("the segment at {:#x} is mapped from its middle on", v.start);
+    }
+    body.must(
+        format!("attaching shared memory segment {id} at {:#x}", v.start),
+        libc::SYS_shmat,
+        &[id.into(), v.start.into(), flags.into()],
+    )
 }
 
 /// Marks that memory has besides its content: advice, locks, guard pages. Content is in place.

@@ -7,8 +7,10 @@ mod memory;
 mod open;
 mod process;
 mod run;
+mod shared;
 mod signals;
 mod threads;
+mod tree;
 
 use open::Opened;
 pub use run::run;

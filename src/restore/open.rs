@@ -15,18 +15,14 @@ use crate::image::store::Image;
 #[derive(Default)]
 pub struct Opened {
     files: BTreeMap<(u32, bool), OwnedFd>,
-    shared: BTreeMap<u32, OwnedFd>,
     executables: BTreeMap<u32, OwnedFd>,
     pub warnings: Vec<String>,
 }
 
 impl Opened {
-    /// Opens what the mappings of all processes need. `shared` are the objects of shared memory.
-    pub fn new(image: &Image, shared: BTreeMap<u32, OwnedFd>, floor: i32) -> Result<Self> {
-        let mut me = Self {
-            shared,
-            ..Self::default()
-        };
+    /// Opens what the mappings of all processes need.
+    pub fn new(image: &Image, floor: i32) -> Result<Self> {
+        let mut me = Self::default();
         let manifest = &image.manifest;
         let mut wanted = BTreeSet::new();
         for v in manifest.processes.iter().flat_map(|p| &p.vmas) {
@@ -54,13 +50,6 @@ impl Opened {
             .get(&(index, writable))
             .map(AsRawFd::as_raw_fd)
             .with_context(|| format!("file {index} of the image was not opened"))
-    }
-
-    pub fn shared(&self, index: u32) -> Result<i32> {
-        self.shared
-            .get(&index)
-            .map(AsRawFd::as_raw_fd)
-            .with_context(|| format!("shared memory {index} of the image was not made"))
     }
 
     pub fn executable(&self, index: u32) -> Option<i32> {

@@ -1,0 +1,266 @@
+//! The processes of an image as bodies: who forks whom, sessions, process groups, the dead.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::{Context, Result, bail};
+
+use crate::image::process::{Process, State};
+use crate::kernel::body;
+use crate::kernel::remote::Remote;
+use crate::kernel::tracee::Stop;
+
+/// Bodies by the pid in the image; ids by the one in the image.
+pub struct Bodies {
+    pub remotes: BTreeMap<i32, Remote>,
+    pub ids: BTreeMap<i32, i32>,
+    pub warnings: Vec<String>,
+    same_ids: bool,
+}
+
+impl Bodies {
+    /// Forks every process of the image: the first from us, the others from their parents. With
+    /// `same_ids` each gets the id it had.
+    pub fn create(
+        processes: &[Process],
+        area: u64,
+        same_ids: bool,
+        detach: bool,
+        born: &mut dyn FnMut(i32) -> Result<()>,
+    ) -> Result<Self> {
+        let Some(root) = processes.first() else {
+            bail!("the image holds no process")
+        };
+        let pid = body::fork_idle(same_ids.then_some(root.pid))
+            .map_err(|e| body::explain_set_tid(root.pid, e))?;
+        born(pid)?;
+        let remote = Remote::attach(pid, area)?;
+        let mut me = Self {
+            remotes: BTreeMap::from([(root.pid, remote)]),
+            ids: BTreeMap::from([(root.pid, pid)]),
+            warnings: Vec::new(),
+            same_ids,
+        };
+        let inside: BTreeSet<i32> = processes.iter().map(|p| p.pid).collect();
+        // The first process stands in our session, unless it led one, or is to live without us.
+        let ours = root.sid;
+        if detach && root.sid != root.pid && !inside.contains(&root.sid) {
+            me.setsid(root.pid)?;
+        }
+        me.descend(root, processes, ours, born)?;
+        me.groups(processes, &inside, root, detach)?;
+        Ok(me)
+    }
+
+    fn remote(&mut self, pid: i32) -> Result<&mut Remote> {
+        self.remotes
+            .get_mut(&pid)
+            .with_context(|| format!("process {pid} of the image has no body"))
+    }
+
+    fn setsid(&mut self, pid: i32) -> Result<()> {
+        let r = self.remote(pid)?;
+        r.must("making a session", libc::SYS_setsid, &[])?;
+        r.flush()
+    }
+
+    /// Forks the children of `p`, whose body stands in session `session`: those that stay in it first,
+    /// then, when `p` leads a session of its own, those that belong there.
+    fn descend(
+        &mut self,
+        p: &Process,
+        all: &[Process],
+        session: i32,
+        born: &mut dyn FnMut(i32) -> Result<()>,
+    ) -> Result<()> {
+        let children: Vec<&Process> = all.iter().skip(1).filter(|c| c.ppid == p.pid).collect();
+        let leads = p.sid == p.pid;
+        for c in children
+            .iter()
+            .filter(|c| leads && c.sid == session && c.sid != p.sid)
+        {
+            self.fork(p.pid, c, all, session, born)?;
+        }
+        if leads {
+            self.setsid(p.pid)?;
+        }
+        for c in children
+            .iter()
+            .filter(|c| !(leads && c.sid == session && c.sid != p.sid))
+        {
+            if c.sid != p.sid && c.sid != c.pid {
+                self.warnings.push(format!(
+                    "process {}: the leader of its session {} is gone; it joins its parent's session {}",
+                    c.pid, c.sid, p.sid
+                ));
+            }
+            self.fork(p.pid, c, all, p.sid, born)?;
+        }
+        Ok(())
+    }
+
+    fn fork(
+        &mut self,
+        parent: i32,
+        c: &Process,
+        all: &[Process],
+        session: i32,
+        born: &mut dyn FnMut(i32) -> Result<()>,
+    ) -> Result<()> {
+        let wanted = self.same_ids.then_some(c.pid);
+        let from = self.remote(parent)?;
+        let pid = from.fork(c.exit_signal.max(0), wanted).map_err(|e| {
+            match e.downcast::<std::io::Error>() {
+                Ok(e) => body::explain_set_tid(c.pid, e),
+                Err(e) => e,
+            }
+        })?;
+        born(pid)?;
+        let remote = Remote::adopt(pid, self.remote(parent)?)?;
+        self.ids.insert(c.pid, pid);
+        self.remotes.insert(c.pid, remote);
+        self.descend(c, all, session, born)
+    }
+
+    /// Process groups: leaders first, then members. A group whose leader is gone is made by a stand-in
+    /// with the leader's id.
+    fn groups(
+        &mut self,
+        all: &[Process],
+        inside: &BTreeSet<i32>,
+        root: &Process,
+        detach: bool,
+    ) -> Result<()> {
+        let outside = |g: i32| !inside.contains(&g);
+        let mut stand_ins: BTreeMap<i32, (i32, i32)> = BTreeMap::new();
+        for p in all.iter().filter(|p| p.pgid == p.pid && p.sid != p.pid) {
+            self.setpgid(p.pid, 0)?;
+        }
+        for p in all.iter().filter(|p| p.pgid != p.pid) {
+            if outside(p.pgid) && p.pgid == root.pgid {
+                // The caller's group (a job of its shell), or the new session's.
+                if detach && p.pid != root.pid && p.sid == root.sid {
+                    let group = self.id(root.pid);
+                    self.setpgid(p.pid, group)?;
+                }
+                continue;
+            }
+            let group = if outside(p.pgid) {
+                match stand_ins.get(&p.pgid) {
+                    Some((id, _)) => *id,
+                    None => {
+                        let id = self.stand_in(p)?;
+                        stand_ins.insert(p.pgid, (id, p.pid));
+                        id
+                    }
+                }
+            } else {
+                self.id(p.pgid)
+            };
+            self.setpgid(p.pid, group)?;
+        }
+        for (id, parent) in stand_ins.values() {
+            let r = self.remote(*parent)?;
+            r.must(
+                "ending a stand-in",
+                libc::SYS_kill,
+                &[(*id).into(), libc::SIGKILL.into()],
+            )?;
+            r.flush()?;
+            wait_dead(*id)?;
+            let r = self.remote(*parent)?;
+            let wall = u64::from(libc::__WALL as u32);
+            r.must(
+                "reaping a stand-in",
+                libc::SYS_wait4,
+                &[(*id).into(), 0u64.into(), wall.into(), 0u64.into()],
+            )?;
+            r.flush()?;
+        }
+        Ok(())
+    }
+
+    fn id(&self, old: i32) -> i32 {
+        self.ids.get(&old).copied().unwrap_or(old)
+    }
+
+    fn setpgid(&mut self, pid: i32, group: i32) -> Result<()> {
+        let r = self.remote(pid)?;
+        r.must(
+            format!("joining process group {group}"),
+            libc::SYS_setpgid,
+            &[0u64.into(), group.into()],
+        )?;
+        r.flush()
+    }
+
+    /// A child of `p`'s body that leads the group `p` was in.
+    fn stand_in(&mut self, p: &Process) -> Result<i32> {
+        let wanted = self
+            .same_ids
+            .then_some(p.pgid)
+            .filter(|g| body::is_free(*g));
+        let parent = self.remote(p.pid)?;
+        let id = parent.fork(0, wanted)?;
+        let mut leader = Remote::adopt(id, self.remote(p.pid)?)?;
+        leader.must(
+            "leading a process group",
+            libc::SYS_setpgid,
+            &[0u64.into(), 0u64.into()],
+        )?;
+        leader.flush()?;
+        Ok(id)
+    }
+
+    /// Lets those die that were dead, as they died; their parents still have default dispositions and
+    /// everything blocked, so a SIGCHLD that was taken long ago is taken again.
+    pub fn bury(&mut self, all: &[Process]) -> Result<()> {
+        let mut parents = BTreeSet::new();
+        for p in all {
+            let State::Zombie { status } = p.state else {
+                continue;
+            };
+            let Some(mut dead) = self.remotes.remove(&p.pid) else {
+                continue;
+            };
+            let comm = format!("{}\0", p.comm);
+            dead.must(
+                "name",
+                libc::SYS_prctl,
+                &[libc::PR_SET_NAME.into(), comm.as_bytes().into()],
+            )?;
+            dead.flush()?;
+            dead.die(status)?;
+            parents.insert(p.ppid);
+        }
+        for parent in parents {
+            let Some(r) = self.remotes.get_mut(&parent) else {
+                continue;
+            };
+            let set = (1u64 << (libc::SIGCHLD - 1)).to_le_bytes();
+            let now = [0u8; 16];
+            r.may(
+                "taking SIGCHLD",
+                libc::SYS_rt_sigtimedwait,
+                &[
+                    set.as_slice().into(),
+                    0u64.into(),
+                    now.as_slice().into(),
+                    8u64.into(),
+                ],
+            )?;
+            r.flush()?;
+            r.warnings.retain(|w| !w.contains("taking SIGCHLD"));
+        }
+        Ok(())
+    }
+}
+
+fn wait_dead(pid: i32) -> Result<()> {
+    let t = crate::kernel::tracee::Tracee { tid: pid };
+    loop {
+        match t.wait()? {
+            Stop::Exited(_) | Stop::Killed(_) => return Ok(()),
+            _ => t.cont(0)?,
+        }
+    }
+}
