@@ -186,9 +186,27 @@ pub struct Pty {
     /// Rows, columns, x pixels, y pixels.
     pub winsize: [u16; 4],
     pub locked: bool,
+    /// Packet mode (TIOCPKT) of the master; exclusive mode (TIOCEXCL).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub packet: bool,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub exclusive: bool,
+    /// Of a master: its slave was open once and is not any more, so that reads fail with EIO.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub hung_up: bool,
+    /// Owner and mode of the slave's device file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<PtyFile>,
     /// Bytes that stood in the pair towards this end.
     pub queued: crate::image::Bytes,
     /// Session and foreground process group it controls; 0 is none.
     pub session: i32,
     pub foreground: i32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PtyFile {
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
 }

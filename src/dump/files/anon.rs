@@ -5,9 +5,10 @@ use std::collections::BTreeSet;
 use anyhow::{Context, Result};
 
 use super::Seen;
+use crate::dump::tables::Tables;
 use crate::image::files::{Kind, TimerFd};
 
-pub(super) fn kind(seen: &Seen<'_>, pids: &BTreeSet<i32>) -> Result<Kind> {
+pub(super) fn kind(seen: &Seen<'_>, pids: &BTreeSet<i32>, tables: &mut Tables) -> Result<Kind> {
     let link = seen.place.link.as_str();
     let name = link
         .strip_prefix("anon_inode:")
@@ -16,6 +17,11 @@ pub(super) fn kind(seen: &Seen<'_>, pids: &BTreeSet<i32>) -> Result<Kind> {
         "eventfd" => event(seen),
         "signalfd" => signal(seen),
         "timerfd" => timer(seen),
+        // Entries are added when all descriptions are known.
+        "eventpoll" => Ok(Kind::Epoll {
+            entries: Vec::new(),
+        }),
+        "inotify" => super::inotify::kind(seen, tables),
         _ if seen.info.text("Pid").is_ok() => pid(seen, pids),
         _ => Err(refused(seen, name)),
     }

@@ -5,9 +5,12 @@
 //! set a flag or consume a byte. Descriptions that several descriptors share are told apart with kcmp.
 
 mod anon;
+mod epoll;
 mod fdinfo;
+mod inotify;
 mod paths;
 mod pipes;
+mod ptys;
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -62,6 +65,10 @@ struct Open {
     own: File,
     place: Place,
     pipe: bool,
+    /// Of an epoll instance: what it watches, until the descriptions are found.
+    registered: Vec<epoll::Registered>,
+    /// Of a terminal: which side of which pair.
+    side: Option<ptys::Side>,
     description: Description,
 }
 
@@ -178,6 +185,8 @@ impl FileDumper {
     /// What is left to find out once all descriptors are known: which end belongs to which.
     pub fn finish(mut self, tables: &mut Tables, sockets: &mut dyn Sockets) -> Result<Dumped> {
         self.pipes()?;
+        self.ptys(tables)?;
+        self.epolls(tables)?;
         self.socket_partners(sockets);
         self.split_streams(tables)?;
         Ok(Dumped {
@@ -225,7 +234,18 @@ impl FileDumper {
             meta: &meta,
             info,
         };
-        let kind = self.kind(&seen, tables, sockets)?;
+        let mut side = None;
+        let kind = match terminal(&seen) {
+            Some((kind, of)) => {
+                side = of;
+                kind
+            }
+            None => self.kind(&seen, tables, sockets)?,
+        };
+        let registered = match kind {
+            Kind::Epoll { .. } => epoll::registered(info).with_context(|| place.to_string())?,
+            _ => Vec::new(),
+        };
         let description = Description {
             flags: info.flags & !libc::O_CLOEXEC,
             pos: info.pos,
@@ -242,6 +262,8 @@ impl FileDumper {
             own,
             place,
             pipe: meta.mode() & libc::S_IFMT == libc::S_IFIFO,
+            registered,
+            side,
             description,
         });
         Ok(id)
@@ -264,7 +286,7 @@ impl FileDumper {
                 socket: sockets.socket(seen.place.pid, seen.place.fd, seen.own.as_fd())?,
             }),
             libc::S_IFIFO => pipes::kind(seen, tables),
-            _ if !seen.place.link.starts_with('/') => anon::kind(seen, &self.pids),
+            _ if !seen.place.link.starts_with('/') => anon::kind(seen, &self.pids, tables),
             libc::S_IFCHR => paths::device(seen, tables),
             _ => paths::kind(seen, tables),
         }
@@ -326,6 +348,8 @@ impl FileDumper {
                     own: self.open[id].own.try_clone()?,
                     place: self.open[id].place.clone(),
                     pipe: self.open[id].pipe,
+                    registered: Vec::new(),
+                    side: None,
                     description,
                 };
                 self.open.push(open);
@@ -335,9 +359,24 @@ impl FileDumper {
                     fd.description = target;
                 }
             }
+            for open in &mut self.open {
+                let Kind::Epoll { entries } = &mut open.description.kind else {
+                    continue;
+                };
+                for entry in entries.iter_mut().filter(|e| e.description as usize == id) {
+                    if let Some(&target) = streams.get(&entry.fd) {
+                        entry.description = target;
+                    }
+                }
+            }
         }
         Ok(())
     }
+}
+
+/// A device number as stat tells it of one as the kernel keeps and some /proc files show it (linux/kdev_t.h).
+fn user_dev(sdev: u64) -> u64 {
+    libc::makedev((sdev >> 20) as u32, (sdev & 0xf_ffff) as u32)
 }
 
 /// Where among `known`, which is in kcmp's order, the description behind `own` is or belongs.
@@ -354,6 +393,13 @@ fn search(known: &[DescriptionId], open: &[Open], own: &File) -> Result<Result<u
         }
     }
     Ok(Err(low))
+}
+
+fn terminal(seen: &Seen<'_>) -> Option<(Kind, Option<ptys::Side>)> {
+    let device = seen.meta.mode() & libc::S_IFMT == libc::S_IFCHR;
+    (device && seen.info.flags & libc::O_PATH == 0)
+        .then(|| ptys::kind(seen))
+        .flatten()
 }
 
 /// Numbers of the open descriptors of a thread, rising.

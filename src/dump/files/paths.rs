@@ -8,7 +8,7 @@ use nix::sys::stat::{major, minor};
 
 use super::Seen;
 use crate::dump::tables::Tables;
-use crate::image::files::{External, Kind, MessageQueue};
+use crate::image::files::{Kind, MessageQueue};
 
 /// Character devices that are the same on every machine (linux/major.h, admin-guide/devices.txt):
 /// null, zero, full, random, urandom.
@@ -57,19 +57,11 @@ pub(super) fn kind(seen: &Seen<'_>, tables: &mut Tables) -> Result<Kind> {
     Ok(Kind::Memory { memory })
 }
 
-/// A character device.
+/// A character device that is no terminal.
 pub(super) fn device(seen: &Seen<'_>, tables: &mut Tables) -> Result<Kind> {
     let rdev = seen.meta.rdev();
     if MEMORY_DEVICES.contains(&(major(rdev), minor(rdev))) {
         return kind(seen, tables);
-    }
-    use std::io::IsTerminal;
-    if seen.own.is_terminal() {
-        return Ok(Kind::External(External {
-            what: format!("terminal {}", seen.place.link),
-            stream: None,
-            terminal: true,
-        }));
     }
     Err(seen.place.refuse(
         "devices other than null, zero, full, random, urandom and terminals hold state that nobody can carry",

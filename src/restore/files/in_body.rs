@@ -7,7 +7,9 @@ use crate::image::{Process, files::Lock};
 /// Calls for the engine to make inside the bodies. All pids are those of the image.
 #[derive(Debug, Default, Clone)]
 pub struct InBody {
-    /// First: descriptors that mistctl could not open for them.
+    /// In the session leaders, after setsid: their controlling terminals.
+    pub terminals: Vec<Terminal>,
+    /// Then, first of all: descriptors that mistctl could not open for them.
     pub pidfds: Vec<PidFdOpen>,
     pub opens: Vec<OpenInBody>,
     /// fcntl(F_SETLK).
@@ -18,6 +20,17 @@ pub struct InBody {
     pub flags: Vec<SetFlags>,
     /// epoll_ctl(EPOLL_CTL_ADD).
     pub epoll: Vec<EpollAdd>,
+}
+
+/// The terminal of a session. The leader opens `path` with O_RDWR (which makes it its controlling terminal, for it
+/// has none), then ioctl(fd, TIOCSPGRP, &new id of `foreground`) with all signals blocked, then closes it.
+#[derive(Debug, Clone)]
+pub struct Terminal {
+    /// Old pid of the leader.
+    pub session: i32,
+    /// Old id of the group; 0: leave it.
+    pub foreground: i32,
+    pub path: String,
 }
 
 /// pidfd_open(new pid of `target`, flags), to become `fd`.

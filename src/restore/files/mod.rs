@@ -5,21 +5,25 @@
 //! more ado. What belongs to a process rather than to a description is listed in [`InBody`] and done there.
 
 mod anon;
+mod epoll;
 mod in_body;
+mod inotify;
 pub mod memfd;
 mod paths;
 mod pipes;
+mod ptys;
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 
 use anyhow::{Context, Result};
 
-use crate::error::Failure;
 use crate::image::Manifest;
 use crate::image::files::{Description, DescriptionId, Kind, Lock, LockClass};
 use crate::kernel::{fds, pidfd};
-pub use in_body::{EpollAdd, InBody, OpenInBody, PidFdOpen, RecordLock, SetFlags, SetOwner};
+pub use in_body::{
+    EpollAdd, InBody, OpenInBody, PidFdOpen, RecordLock, SetFlags, SetOwner, Terminal,
+};
 
 /// Circumstances of a restore that matter to descriptors.
 #[derive(Debug, Clone, Copy)]
@@ -69,6 +73,7 @@ pub fn build<'m>(
         built: Built::default(),
     };
     builder.pipes()?;
+    builder.ptys()?;
     for (id, description) in manifest.descriptions.iter().enumerate() {
         let id = id as DescriptionId;
         builder
@@ -81,6 +86,7 @@ pub fn build<'m>(
             .locks(id, description)
             .with_context(|| builder.who(id))?;
     }
+    builder.epolls()?;
     builder.in_body();
     Ok(builder.built)
 }
@@ -137,7 +143,7 @@ impl Builder<'_> {
                 fd
             }
             // Built with their other ends.
-            Kind::Pipe(_) | Kind::Fifo { .. } => return Ok(()),
+            Kind::Pipe(_) | Kind::Fifo { .. } | Kind::Pty(_) => return Ok(()),
             Kind::EventFd { count, semaphore } => anon::event(*count, *semaphore)?,
             Kind::SignalFd { mask } => anon::signal(*mask)?,
             Kind::TimerFd(timer) => {
@@ -155,9 +161,8 @@ impl Builder<'_> {
                 let fd = paths::external(external, self.surroundings.detached)?;
                 return self.keep(id, fd);
             }
-            Kind::Epoll { .. } | Kind::Inotify { .. } | Kind::Pty(_) => {
-                return Err(Failure::Damaged.because("a kind of descriptor that is not rebuilt"));
-            }
+            Kind::Epoll { .. } => epoll::empty()?,
+            Kind::Inotify { watches, .. } => inotify::instance(watches)?,
         };
         status_flags(fd.as_fd(), description.flags)?;
         self.keep(id, fd)

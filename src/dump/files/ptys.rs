@@ -1,0 +1,136 @@
+//! Terminals. A pseudo terminal whose master is in the dump is carried; any other leads outside.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::IsTerminal;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+
+use anyhow::{Context, Result};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::{FileDumper, Seen};
+use crate::dump::tables::Tables;
+use crate::image::Bytes;
+use crate::image::files::{External, Kind, Pty, PtyFile};
+use crate::kernel::{fds, tty};
+
+/// One side of a pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Side {
+    index: u32,
+    master: bool,
+}
+
+/// Which side of a pseudo terminal a terminal's descriptor is; none if it is another kind of terminal.
+fn side(seen: &Seen<'_>) -> Option<Side> {
+    if let Ok(index) = seen.info.decimal("tty-index") {
+        return Some(Side {
+            index,
+            master: true,
+        });
+    }
+    // Of /dev/tty this tells the terminal it stands for.
+    let dev = tty::device(seen.own.as_fd()).ok()?;
+    let (major, minor) = ((dev >> 8) & 0xfff, (dev & 0xff) | ((dev >> 12) & 0xfff00));
+    // UNIX98_PTY_SLAVE_MAJOR and the seven after it (linux/major.h).
+    (136..144).contains(&major).then_some(Side {
+        index: minor + (major - 136) * 256,
+        master: false,
+    })
+}
+
+/// A terminal, for the time being one to somebody outside.
+pub(super) fn kind(seen: &Seen<'_>) -> Option<(Kind, Option<Side>)> {
+    if !seen.own.is_terminal() && seen.info.text("tty-index").is_err() {
+        return None;
+    }
+    let kind = Kind::External(External {
+        what: format!("terminal {}", seen.place.link),
+        stream: None,
+        terminal: true,
+    });
+    Some((kind, side(seen)))
+}
+
+impl FileDumper {
+    /// Carries the pairs whose master is here.
+    pub(super) fn ptys(&mut self, tables: &mut Tables) -> Result<()> {
+        let sides = |open: &super::Open| open.side;
+        let masters: BTreeMap<u32, usize> = self
+            .open
+            .iter()
+            .enumerate()
+            .filter_map(|(id, o)| sides(o).filter(|s| s.master).map(|s| (s.index, id)))
+            .collect();
+        for (&index, &master) in &masters {
+            let has_slave = |o: &super::Open| o.side.is_some_and(|s| s.index == index && !s.master);
+            let slave = self.open.iter().position(has_slave);
+            let open = &self.open[master];
+            let pty = pair(&open.own, index).with_context(|| open.place.to_string())?;
+            if slave.is_none() && pty.session != 0 && !self.pids.contains(&pty.session) {
+                return Err(open.place.refuse(
+                    &format!(
+                        "it is the terminal of session {}, which is outside the dump",
+                        pty.session
+                    ),
+                    "dump that too (--tree), or end it",
+                ));
+            }
+            for id in 0..self.open.len() {
+                let Some(side) = self.open[id].side.filter(|s| s.index == index) else {
+                    continue;
+                };
+                let open = &self.open[id];
+                let waiting = fds::readable(open.own.as_fd()).unwrap_or(0);
+                if waiting > 0 {
+                    tables.warn(format!(
+                        "{}: {waiting} bytes that have not been read stay behind, for they cannot be read without being taken",
+                        open.place
+                    ));
+                }
+                self.open[id].description.kind = Kind::Pty(Pty {
+                    master: side.master,
+                    ..pty.clone()
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// State of a pair, asked of its master.
+fn pair(master: &File, index: u32) -> Result<Pty> {
+    let fd = master.as_fd();
+    let none = |r: nix::Result<i32>| match r {
+        // No session has it as its terminal; or one of another pid namespace.
+        Err(Errno::ENOTTY) => Ok(0),
+        other => other,
+    };
+    let mut polled = [PollFd::new(fd, PollFlags::empty())];
+    poll(&mut polled, PollTimeout::ZERO).context("poll of a terminal")?;
+    let hung_up = polled[0]
+        .revents()
+        .is_some_and(|r| r.contains(PollFlags::POLLHUP));
+    Ok(Pty {
+        index,
+        master: true,
+        termios: Bytes(tty::termios(fd).context("TCGETS2")?.to_vec()),
+        winsize: tty::winsize(fd).context("TIOCGWINSZ")?,
+        locked: tty::locked(fd).context("TIOCGPTLCK")?,
+        packet: tty::packet_mode(fd).context("TIOCGPKT")?,
+        exclusive: tty::exclusive(fd).unwrap_or(false),
+        hung_up,
+        file: std::fs::metadata(format!("/dev/pts/{index}"))
+            .ok()
+            .map(|m| PtyFile {
+                mode: m.mode() & 0o777,
+                uid: m.uid(),
+                gid: m.gid(),
+            }),
+        queued: Bytes::default(),
+        session: none(tty::session(fd)).context("TIOCGSID")?,
+        foreground: none(tty::foreground(fd)).context("TIOCGPGRP")?,
+    })
+}

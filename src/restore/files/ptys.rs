@@ -1,0 +1,148 @@
+//! Pseudo terminals of which both ends belong to the image.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+
+use anyhow::{Context, Result};
+
+use super::in_body::Terminal;
+use super::{Builder, status_flags};
+use crate::error::Failure;
+use crate::image::files::{DescriptionId, Kind, Pty};
+use crate::kernel::{fds, tty};
+
+/// How many numbers to pass over for the sake of an old one.
+const SKIP_MAX: u32 = 4096;
+
+impl Builder<'_> {
+    pub(super) fn ptys(&mut self) -> Result<()> {
+        let manifest = self.manifest;
+        let mut pairs: BTreeMap<u32, Vec<(DescriptionId, &Pty)>> = BTreeMap::new();
+        for (id, description) in manifest.descriptions.iter().enumerate() {
+            if let Kind::Pty(pty) = &description.kind {
+                let sides = pairs.entry(pty.index).or_default();
+                sides.push((id as DescriptionId, pty));
+            }
+        }
+        for (index, sides) in pairs {
+            self.pair(index, &sides)
+                .with_context(|| format!("pseudo terminal {index}"))?;
+        }
+        Ok(())
+    }
+
+    fn pair(&mut self, index: u32, sides: &[(DescriptionId, &Pty)]) -> Result<()> {
+        let Some(&(_, pty)) = sides.iter().find(|(_, p)| p.master) else {
+            return Err(Failure::Damaged.because("its master is not in the image"));
+        };
+        let master = master(index)?;
+        let number = tty::number(master.as_fd()).context("TIOCGPTN")?;
+        if number != index {
+            self.built.warnings.push(format!(
+                "/dev/pts/{index} is taken: the program's terminal is /dev/pts/{number} now"
+            ));
+        }
+        let path = format!("/dev/pts/{number}");
+        if let Some(file) = &pty.file {
+            // An ordinary user's terminal is that user's already.
+            let _ = std::os::unix::fs::chown(&path, Some(file.uid), Some(file.gid));
+            let mode = std::fs::Permissions::from_mode(file.mode & 0o777);
+            let _ = std::fs::set_permissions(&path, mode);
+        }
+        tty::set_locked(master.as_fd(), false).context("TIOCSPTLCK")?;
+        let flags = libc::O_RDWR | libc::O_NOCTTY;
+        // A slave that was never open reads as if it were to come; one that was opened and closed as hung up.
+        let has_slave = sides.iter().any(|(_, p)| !p.master);
+        let slave = if has_slave || pty.hung_up || pty.session != 0 {
+            Some(tty::open_peer(master.as_fd(), flags).context("TIOCGPTPEER")?)
+        } else {
+            None
+        };
+        let termios: tty::Termios2 = pty.termios[..]
+            .try_into()
+            .map_err(|_| Failure::Damaged.because("its settings have a wrong length"))?;
+        self.queued(&master, slave.as_ref(), sides)?;
+        tty::set_termios(master.as_fd(), &termios).context("TCSETS2")?;
+        tty::set_winsize(master.as_fd(), pty.winsize).context("TIOCSWINSZ")?;
+        tty::set_packet_mode(master.as_fd(), pty.packet).context("TIOCPKT")?;
+
+        for &(id, side) in sides {
+            let Some(description) = self.manifest.descriptions.get(id as usize) else {
+                continue;
+            };
+            let fd = if side.master {
+                master.try_clone()?
+            } else {
+                let mode = description.flags & libc::O_ACCMODE;
+                tty::open_peer(master.as_fd(), mode | libc::O_NOCTTY).context("TIOCGPTPEER")?
+            };
+            status_flags(fd.as_fd(), description.flags)?;
+            self.keep(id, fd)?;
+        }
+        if pty.exclusive {
+            tty::set_exclusive(master.as_fd()).context("TIOCEXCL")?;
+        }
+        if pty.locked {
+            tty::set_locked(master.as_fd(), true).context("TIOCSPTLCK")?;
+        }
+        let leader = |p: &&crate::image::Process| p.pid == pty.session && p.sid == pty.session;
+        if pty.session != 0 && self.manifest.processes.iter().any(|p| leader(&p)) {
+            self.built.in_body.terminals.push(Terminal {
+                session: pty.session,
+                foreground: pty.foreground,
+                path,
+            });
+        }
+        Ok(())
+    }
+
+    /// Puts back what stood in the pair, with settings under which nothing is echoed or changed on the way.
+    fn queued(
+        &mut self,
+        master: &OwnedFd,
+        slave: Option<&OwnedFd>,
+        sides: &[(DescriptionId, &Pty)],
+    ) -> Result<()> {
+        let Some(slave) = slave else { return Ok(()) };
+        for (_, side) in sides.iter().filter(|(_, p)| !p.queued.is_empty()) {
+            let mut raw: tty::Termios2 = side.termios[..]
+                .try_into()
+                .map_err(|_| Failure::Damaged.because("its settings have a wrong length"))?;
+            tty::transparent(&mut raw);
+            tty::set_termios(master.as_fd(), &raw).context("TCSETS2")?;
+            let from = if side.master { slave } else { master };
+            fds::set_flags(from.as_fd(), libc::O_NONBLOCK).context("F_SETFL")?;
+            let n = nix::unistd::write(from, &side.queued).context("write of what stood in it")?;
+            if n < side.queued.len() {
+                self.built.warnings.push(format!(
+                    "{} of {} bytes that stood in a terminal were lost",
+                    side.queued.len() - n,
+                    side.queued.len()
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A new master, of pair `index` if that is free. The kernel gives the lowest free number: those below are taken
+/// for the moment.
+fn master(index: u32) -> Result<OwnedFd> {
+    let open = || fds::open(c"/dev/ptmx", libc::O_RDWR | libc::O_NOCTTY).context("/dev/ptmx: open");
+    let mut below = Vec::new();
+    loop {
+        let master = open()?;
+        let number = tty::number(master.as_fd()).context("TIOCGPTN")?;
+        if number == index {
+            return Ok(master);
+        }
+        if number > index || below.len() as u32 >= SKIP_MAX {
+            // It is taken, or far away: the lowest that is free will do.
+            drop(below);
+            drop(master);
+            return open();
+        }
+        below.push(master);
+    }
+}
