@@ -7,5 +7,6 @@ pub mod dump;
 pub mod error;
 pub mod image;
 pub mod kernel;
+pub mod net;
 pub mod pvm;
 pub mod restore;

@@ -32,7 +32,17 @@ pub enum SocketState {
     Unix(Unix),
     Inet(Inet),
     Tcp(Tcp),
-    Netlink { pid: u32, groups: u32 },
+    Netlink(Netlink),
+}
+
+/// AF_NETLINK of protocol NETLINK_ROUTE.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Netlink {
+    /// Port id it was bound to; 0 is not bound.
+    pub pid: u32,
+    /// Multicast groups joined, by number (NETLINK_LIST_MEMBERSHIPS).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<u32>,
 }
 
 /// AF_UNIX of any type.
@@ -40,37 +50,67 @@ pub enum SocketState {
 pub struct Unix {
     /// sun_path as bound: empty is unnamed, a first zero byte is abstract.
     pub name: Bytes,
-    /// Directory a relative name was bound in, and owner and mode of the socket file.
+    /// The socket file it made, when it was bound to a path and is not the accepted end of a connection.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub file: Option<UnixFile>,
     /// Listening, with this backlog.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backlog: Option<u32>,
     /// Inode of the peer when that is in the dump.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peer: Option<u64>,
     /// Address of the peer (dgram sockets connected by name).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peer_name: Option<Bytes>,
-    /// SHUT_RD = 1 | SHUT_WR = 2.
+    /// The end of a connection that came out of accept(2): its name is its listener's.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub accepted: bool,
+    /// The peer was closed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub peer_closed: bool,
+    /// The peer was closed with bytes it had not read: the next call gets ECONNRESET.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub reset: bool,
+    /// The peer is alive and outside the dump; says who, for people. Such a socket is not rebuilt: who
+    /// restores puts another in its place.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub outside: Option<String>,
+    /// RCV_SHUTDOWN = 1 | SEND_SHUTDOWN = 2.
+    #[serde(default)]
     pub shutdown: u8,
     /// What this socket has received and not read, a message each (streams: runs of bytes).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub queue: Vec<UnixMessage>,
     /// Connections not accepted yet (listening sockets): each is the client's inode.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pending: Vec<u64>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnixFile {
+    /// Permission bits.
     pub mode: u32,
     pub uid: u32,
     pub gid: u32,
+    /// Directory a relative name was bound in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub directory: Option<Bytes>,
+    /// The file had been unlinked.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unlinked: bool,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnixMessage {
     pub data: Bytes,
-    /// Sender's address (dgram).
+    /// Sender's sun_path (dgram).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<Bytes>,
     /// Descriptions in flight (SCM_RIGHTS).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub descriptions: Vec<super::DescriptionId>,
     /// pid, uid, gid of SCM_CREDENTIALS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub credentials: Option<(i32, u32, u32)>,
 }
 
@@ -78,10 +118,14 @@ pub struct UnixMessage {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Inet {
     /// struct sockaddr as getsockname and getpeername give it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub local: Option<Bytes>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peer: Option<Bytes>,
     /// Datagrams that had not been read: sender's struct sockaddr and content.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub queue: Vec<(Bytes, Bytes)>,
+    #[serde(default)]
     pub shutdown: u8,
 }
 
@@ -90,18 +134,31 @@ pub struct Inet {
 pub struct Tcp {
     /// TCP_ESTABLISHED ... TCP_LISTEN, TCP_CLOSE (linux/tcp_states.h).
     pub state: u8,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub local: Option<Bytes>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peer: Option<Bytes>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backlog: Option<u32>,
     /// The other end's socket inode when that is in the dump (needs no peer outside).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peer_ino: Option<u64>,
+    /// RCV_SHUTDOWN = 1 | SEND_SHUTDOWN = 2.
+    #[serde(default)]
+    pub shutdown: u8,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub connection: Option<TcpConnection>,
+    /// Connections not accepted yet, of clients in the dump: their inodes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pending: Vec<u64>,
 }
 
 /// What TCP_REPAIR gives (net/ipv4/tcp.c, do_tcp_getsockopt).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TcpConnection {
+    /// Sequence number behind the last byte of `send_queue`, a FIN not counted.
     pub send_seq: u32,
+    /// Sequence number behind the last byte of `recv_queue`, a FIN not counted.
     pub recv_seq: u32,
     /// Sent or queued and not acknowledged; of it `unsent` bytes had not been sent.
     pub send_queue: Bytes,
@@ -112,6 +169,7 @@ pub struct TcpConnection {
     pub rcv_wscale: Option<u8>,
     pub sack: bool,
     pub timestamps: bool,
+    /// TCP_TIMESTAMP: the clock that its time stamps show.
     pub timestamp: u32,
     /// struct tcp_repair_window, raw.
     pub window: Bytes,

@@ -218,8 +218,8 @@ fn socket(s: &Socket) -> String {
                 _ => format!("TCP {local}"),
             }
         }
-        SocketState::Netlink { groups, .. } => {
-            format!("netlink, protocol {}, groups {groups:#x}", s.protocol)
+        SocketState::Netlink(n) => {
+            format!("netlink, protocol {}, groups {:?}", s.protocol, n.groups)
         }
     }
 }

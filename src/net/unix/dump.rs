@@ -1,0 +1,370 @@
+//! Unix sockets, state -> image.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+
+use anyhow::{Context, Result, bail};
+
+use super::{ESTABLISHED, LISTEN, display, is_path, name, strip};
+use crate::error::Failure;
+use crate::image::Bytes;
+use crate::image::sockets::{Unix, UnixFile, UnixMessage};
+use crate::kernel::guardian::{Guardian, Undo};
+use crate::kernel::sock_diag::UnixDiag;
+use crate::kernel::socket::{self, Received};
+use crate::kernel::sockopt::{self, Queue};
+use crate::net::{Describe, Diag, Met, SocketDumper, bytes};
+
+/// Peeks what a unix socket has received, descriptors in flight included.
+pub(crate) fn read_queue(
+    d: &mut SocketDumper<'_>,
+    index: usize,
+    describe: &mut Describe<'_>,
+) -> Result<Vec<UnixMessage>> {
+    let Some(met) = d.met.get(index) else {
+        return Ok(Vec::new());
+    };
+    let mut warning = None;
+    let messages = peek(met, d.guardian(), &mut warning)
+        .with_context(|| format!("{}: reading its queue", met.place()))?;
+    let (pid, dgram) = (met.pid, met.kind == libc::SOCK_DGRAM);
+    d.warnings.extend(warning);
+    let mut queue = Vec::new();
+    for (data, received) in messages {
+        let mut descriptions = Vec::new();
+        for fd in received.fds {
+            descriptions.push(
+                describe(d, fd)
+                    .with_context(|| format!("pid {pid}: a descriptor in flight in a socket"))?,
+            );
+        }
+        queue.push(UnixMessage {
+            data: Bytes(data),
+            from: if dgram {
+                bytes(name(&received.from))
+            } else {
+                None
+            },
+            descriptions,
+            credentials: received.credentials,
+        });
+    }
+    Ok(queue)
+}
+
+type Peeked = Vec<(Vec<u8>, Received)>;
+
+fn peek(met: &Met, guardian: &Guardian, warning: &mut Option<String>) -> Result<Peeked> {
+    let listening = sockopt::get_int(&met.fd, libc::SOL_SOCKET, libc::SO_ACCEPTCONN)?;
+    let events = socket::poll_now(&met.fd).context("poll")?;
+    if listening != 0 || events & libc::POLLIN == 0 {
+        return Ok(Vec::new());
+    }
+    if met.kind == libc::SOCK_STREAM {
+        let total = sockopt::queued(&met.fd, Queue::In).context("ioctl(SIOCINQ)")? as usize;
+        return peek_stream(&met.fd, total, guardian);
+    }
+    if events & libc::POLLERR != 0 {
+        // A receive would take the error away, and it cannot be put back.
+        *warning = Some(format!(
+            "{}: an error is pending on its socket; what it has received is not carried",
+            met.place()
+        ));
+        return Ok(Vec::new());
+    }
+    peek_messages(&met.fd, events & libc::POLLRDHUP != 0, guardian)
+}
+
+/// Holds SO_PEEK_OFF while we walk a queue; puts the program's own value back.
+pub(crate) struct PeekOffset<'a> {
+    fd: &'a OwnedFd,
+    old: i32,
+    undo: Option<(crate::kernel::guardian::UndoId, &'a Guardian)>,
+}
+
+impl<'a> PeekOffset<'a> {
+    pub fn new(fd: &'a OwnedFd, guardian: &'a Guardian) -> io::Result<Self> {
+        let old = sockopt::get_int(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF)?;
+        let id = guardian.protect(
+            fd,
+            &Undo::Options(vec![(
+                libc::SOL_SOCKET,
+                libc::SO_PEEK_OFF,
+                old.to_ne_bytes().to_vec(),
+            )]),
+        )?;
+        let p = Self {
+            fd,
+            old,
+            undo: Some((id, guardian)),
+        };
+        p.seek(0)?;
+        Ok(p)
+    }
+
+    pub fn seek(&self, to: usize) -> io::Result<()> {
+        sockopt::set_int(self.fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, to as i32)
+    }
+}
+
+impl Drop for PeekOffset<'_> {
+    fn drop(&mut self) {
+        let put = sockopt::set_int(self.fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, self.old);
+        if let (Ok(()), Some((id, guardian))) = (put, self.undo) {
+            let _ = guardian.forget(id);
+        }
+    }
+}
+
+/// A stream's `total` bytes: a run for each boundary that a reader could see, which descriptors and, with
+/// SO_PASSCRED, a change of sender make. Never asks for more than there is, for at the end of the queue a
+/// receive would take a pending error.
+fn peek_stream(fd: &OwnedFd, total: usize, guardian: &Guardian) -> Result<Peeked> {
+    let mut all = Peeked::new();
+    if total == 0 {
+        return Ok(all);
+    }
+    let mut buffer = vec![0u8; total];
+    if sockopt::get_int(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF)? < 0 {
+        let r = socket::receive(fd, &mut buffer, libc::MSG_PEEK).context("recvmsg(MSG_PEEK)")?;
+        if r.len == total && r.fds.is_empty() {
+            return Ok(vec![(buffer, r)]);
+        }
+    }
+    let offset = PeekOffset::new(fd, guardian).context("setsockopt(SO_PEEK_OFF)")?;
+    let mut at = 0;
+    while at < total {
+        offset.seek(at)?;
+        let room = buffer.get_mut(at..).unwrap_or_default();
+        let mut r = socket::receive(fd, room, libc::MSG_PEEK).context("recvmsg(MSG_PEEK)")?;
+        if r.len == 0 {
+            bail!("{at} of {total} bytes could be read");
+        }
+        let end = at + r.len;
+        let mut start = at;
+        if !r.fds.is_empty() {
+            // Descriptors come with the last piece of this run, which always fits as a
+            // whole (there is room for all): find where that piece begins.
+            let mut scratch = vec![0u8; r.len - 1];
+            offset.seek(at)?;
+            start =
+                at + socket::peek_whole_pieces(fd, &mut scratch).context("recvmsg(MSG_PEEK)")?;
+        }
+        if start > at {
+            let data = buffer.get(at..start).unwrap_or_default().to_vec();
+            all.push((
+                data,
+                Received {
+                    credentials: r.credentials,
+                    ..Received::default()
+                },
+            ));
+        }
+        r.len = end - start;
+        all.push((buffer.get(start..end).unwrap_or_default().to_vec(), r));
+        at = end;
+    }
+    Ok(all)
+}
+
+/// Every message of a datagram or seqpacket socket.
+pub(crate) fn peek_messages(fd: &OwnedFd, ended: bool, guardian: &Guardian) -> Result<Peeked> {
+    let mut all = Peeked::new();
+    let offset = PeekOffset::new(fd, guardian).context("setsockopt(SO_PEEK_OFF)")?;
+    let mut at = 0;
+    let mut buffer = vec![0u8; 256 * 1024];
+    loop {
+        let r = match socket::receive(fd, &mut buffer, libc::MSG_PEEK) {
+            Ok(r) => r,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(all),
+            Err(e) => return Err(e).context("recvmsg(MSG_PEEK)"),
+        };
+        if r.flags & libc::MSG_TRUNC != 0 {
+            buffer.resize(buffer.len() * 2, 0);
+            offset.seek(at)?;
+            continue;
+        }
+        if r.len == 0 && ended {
+            return Ok(all); // end of a seqpacket connection
+        }
+        at += r.len;
+        all.push((buffer.get(..r.len).unwrap_or_default().to_vec(), r));
+    }
+}
+
+/// Names, peer and state of a unix socket whose queue has been read.
+pub(crate) fn read(
+    d: &SocketDumper<'_>,
+    met: &Met,
+    diag: &Diag,
+    warnings: &mut Vec<String>,
+    queue: Vec<UnixMessage>,
+) -> Result<Unix> {
+    let Some(x) = diag.unix.get(&met.ino) else {
+        return Err(Failure::Refused.because(format!(
+            "{}: sock_diag does not know its unix socket; it belongs to another network namespace, run mistctl there: nsenter -t {} -n mistctl ...",
+            met.place(),
+            met.pid
+        )));
+    };
+    let mut u = Unix {
+        name: Bytes(strip(&x.name)),
+        shutdown: x.shutdown & 3,
+        queue,
+        ..Unix::default()
+    };
+    if x.state == LISTEN {
+        u.backlog = Some(x.send_queue);
+        for client in &x.pending {
+            let ino = u64::from(*client);
+            if diag.waiting_bytes(*client) > 0 {
+                return Err(Failure::Refused.because(format!(
+                    "{}: a connection to {} that was not accepted yet holds data; try again in a moment",
+                    met.place(),
+                    display(&u.name)
+                )));
+            }
+            if d.index_of(ino).is_some() {
+                u.pending.push(ino);
+            } else {
+                warnings.push(format!(
+                    "{}: a connection from outside that was not accepted yet is not carried",
+                    met.place()
+                ));
+            }
+        }
+    } else if met.kind == libc::SOCK_DGRAM {
+        read_dgram_peer(d, met, x, &mut u)?;
+    } else if x.state == ESTABLISHED {
+        read_peer(d, met, diag, x, &mut u)?;
+    }
+    if is_path(&u.name) && !u.accepted {
+        u.file = read_file(met, &u.name, warnings);
+    }
+    Ok(u)
+}
+
+fn read_peer(
+    d: &SocketDumper<'_>,
+    met: &Met,
+    diag: &Diag,
+    x: &UnixDiag,
+    u: &mut Unix,
+) -> Result<()> {
+    let ino = u32::try_from(met.ino).unwrap_or(0);
+    let listened = |n: &[u8]| {
+        diag.unix
+            .values()
+            .any(|o| o.state == LISTEN && strip(&o.name) == n)
+    };
+    match x.peer {
+        Some(p) if p != 0 => {
+            let other = diag.unix.get(&u64::from(p));
+            let peer_name = other.map(|o| strip(&o.name)).unwrap_or_default();
+            // The accepted end of a connection has its listener's name.
+            u.accepted = !u.name.is_empty() && (listened(&u.name) || !listened(&peer_name));
+            if d.index_of(u64::from(p)).is_some() {
+                u.peer = Some(u64::from(p));
+            } else {
+                outside(d, met, u, &peer_name)?;
+            }
+        }
+        _ => {
+            let listener = diag.unix.values().find(|o| o.pending.contains(&ino));
+            match listener {
+                Some(l) if d.index_of(u64::from(l.ino)).is_some() => {}
+                Some(l) => outside(d, met, u, &strip(&l.name))?,
+                None => {
+                    u.peer_closed = true;
+                    u.reset = socket::poll_now(&met.fd)? & libc::POLLERR != 0;
+                    u.accepted = !u.name.is_empty();
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn read_dgram_peer(d: &SocketDumper<'_>, met: &Met, x: &UnixDiag, u: &mut Unix) -> Result<()> {
+    let Some(peer) = x.peer else { return Ok(()) };
+    let peer_name = name(&socket::peer_name(&met.fd).unwrap_or_default());
+    if peer == 0 {
+        u.peer_closed = true;
+    } else if d.index_of(u64::from(peer)).is_some() {
+        u.peer = Some(u64::from(peer));
+    } else if peer_name.is_empty() {
+        outside(d, met, u, &peer_name)?;
+    }
+    if !u.peer_closed {
+        u.peer_name = bytes(peer_name);
+    }
+    Ok(())
+}
+
+/// The peer lives outside the dump: a place-holder where that is allowed.
+fn outside(d: &SocketDumper<'_>, met: &Met, u: &mut Unix, peer_name: &[u8]) -> Result<()> {
+    let who = sockopt::get(
+        &met.fd,
+        libc::SOL_SOCKET,
+        libc::SO_PEERCRED,
+        size_of::<libc::ucred>(),
+    )
+    .ok()
+    .and_then(|c| Some(i32::from_ne_bytes(c.get(..4)?.try_into().ok()?)))
+    .filter(|pid| *pid > 0 && met.kind != libc::SOCK_DGRAM);
+    let mut what = "unix socket".to_owned();
+    if !peer_name.is_empty() {
+        what += &format!(" to {}", display(peer_name));
+    }
+    if let Some(pid) = who {
+        let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        what += &format!(", made with pid {pid} ({})", comm.trim_end());
+    }
+    if !met.standard && !d.options.outside {
+        return Err(Failure::Refused.because(format!(
+            "{}: the other end of its {what} is outside the dump and would not know; dump both together (--tree), or let the program close it first",
+            met.place()
+        )));
+    }
+    u.outside = Some(what);
+    Ok(())
+}
+
+/// The file a socket was bound to. Without CAP_NET_ADMIN (SIOCUNIXFILE) it is looked up by its name.
+fn read_file(met: &Met, path: &[u8], warnings: &mut Vec<String>) -> Option<UnixFile> {
+    let Ok(file) = socket::unix_file(&met.fd) else {
+        if path.first() != Some(&b'/') {
+            warnings.push(format!(
+                "{}: cannot tell the directory of socket {}",
+                met.place(),
+                display(path)
+            ));
+        }
+        return Some(UnixFile {
+            mode: 0o755,
+            ..UnixFile::default()
+        });
+    };
+    let stat = nix::sys::stat::fstat(&file).ok()?;
+    let mut full = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))
+        .ok()?
+        .as_os_str()
+        .as_bytes()
+        .to_vec();
+    if let Some(live) = full.strip_suffix(b" (deleted)")
+        && stat.st_nlink == 0
+    {
+        full = live.to_vec();
+    }
+    let relative = path.first() != Some(&b'/');
+    Some(UnixFile {
+        mode: stat.st_mode & 0o7777,
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+        directory: relative
+            .then(|| full.strip_suffix(path).map(|d| Bytes(d.to_vec())))
+            .flatten(),
+        unlinked: stat.st_nlink == 0,
+    })
+}

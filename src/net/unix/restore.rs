@@ -1,0 +1,624 @@
+//! Unix sockets, image -> state.
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use super::{address, display, is_path};
+use crate::image::sockets::{Socket, SocketState, Unix, UnixMessage};
+use crate::kernel::socket::{self, Extra};
+use crate::net::options::{self, Phase};
+use crate::net::{FdOf, Restorer};
+
+/// What is left to do once the queues are full.
+#[derive(Default)]
+pub(crate) struct Plan {
+    /// Datagram sockets to connect by name.
+    connect: Vec<(usize, Vec<u8>)>,
+}
+
+fn of(s: &Socket) -> Option<&Unix> {
+    match &s.state {
+        SocketState::Unix(u) => Some(u),
+        _ => None,
+    }
+}
+
+/// Runs `f` in a thread of its own, whose directory and mounts it may change.
+fn aside<T: Send>(f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    std::thread::scope(|scope| scope.spawn(f).join())
+        .unwrap_or_else(|_| bail!("a helping thread panicked"))
+}
+
+fn path(bytes: &[u8]) -> &Path {
+    Path::new(OsStr::from_bytes(bytes))
+}
+
+/// The directory a name lives in: of a relative name, below `base`.
+fn directory(name: &[u8], base: &[u8]) -> PathBuf {
+    let full = path(base).join(path(name));
+    full.parent()
+        .map_or_else(|| PathBuf::from("/"), Path::to_path_buf)
+}
+
+fn base_of(u: &Unix) -> Vec<u8> {
+    u.file
+        .as_ref()
+        .and_then(|f| f.directory.as_ref())
+        .map(|d| d.to_vec())
+        .unwrap_or_default()
+}
+
+/// Binds to a name. A path whose socket file is stale (nobody listens behind it) is replaced.
+fn bind(fd: &OwnedFd, u: &Unix) -> Result<()> {
+    if u.name.is_empty() {
+        return Ok(());
+    }
+    let addr = address(&u.name);
+    let in_use = || format!("bind to unix socket name {}", display(&u.name));
+    if !is_path(&u.name) {
+        return socket::bind(fd, &addr)
+            .with_context(|| format!("{}; end the program that has it now", in_use()));
+    }
+    let base = base_of(u);
+    if u.file.as_ref().is_some_and(|f| f.unlinked) {
+        return bind_unseen(fd, &u.name, &base).with_context(in_use);
+    }
+    let kind = crate::kernel::sockopt::get_int(fd, libc::SOL_SOCKET, libc::SO_TYPE)?;
+    aside(|| {
+        if !base.is_empty() {
+            socket::private_directory(path(&base))
+                .with_context(|| format!("directory {}", path(&base).display()))?;
+        }
+        let file = path(&u.name);
+        match socket::bind(fd, &addr) {
+            Err(e) if e.raw_os_error() == Some(libc::EADDRINUSE) && stale(file, kind, &addr) => {
+                std::fs::remove_file(file)
+                    .with_context(|| format!("unlink stale socket file {}", file.display()))?;
+                socket::bind(fd, &addr).with_context(in_use)?;
+            }
+            other => other.with_context(|| {
+                format!(
+                    "{}; end the program that has it now, or make its directory",
+                    in_use()
+                )
+            })?,
+        }
+        if let Some(f) = &u.file {
+            use std::os::unix::fs::PermissionsExt;
+            // What a socket file allows is part of what the program set up; owner changes need root.
+            let _ = std::os::unix::fs::lchown(file, Some(f.uid), Some(f.gid));
+            std::fs::set_permissions(file, std::fs::Permissions::from_mode(f.mode & 0o7777))
+                .with_context(|| format!("chmod of {}", file.display()))?;
+        }
+        Ok(())
+    })
+}
+
+/// Whether a path is a socket file that nobody has bound any more.
+fn stale(file: &Path, kind: i32, addr: &[u8]) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    std::fs::symlink_metadata(file).is_ok_and(|m| m.file_type().is_socket())
+        && socket::socket(libc::AF_UNIX, kind, 0).is_ok_and(|probe| {
+            socket::set_nonblocking(&probe, true).is_ok()
+                && socket::connect(&probe, addr)
+                    .is_err_and(|e| e.raw_os_error() == Some(libc::ECONNREFUSED))
+        })
+}
+
+/// Binds to a path without touching the file system everybody sees, and unlinks it there.
+fn bind_unseen(fd: &OwnedFd, name: &[u8], base: &[u8]) -> Result<()> {
+    if !is_path(name) {
+        return Ok(socket::bind(fd, &address(name))?);
+    }
+    aside(|| {
+        enter_unseen(name, base)?;
+        socket::bind(fd, &address(name))?;
+        let _ = std::fs::remove_file(path(name));
+        Ok(())
+    })
+}
+
+fn enter_unseen(name: &[u8], base: &[u8]) -> Result<()> {
+    let directory = directory(name, base);
+    socket::private_mount(&directory)
+        .with_context(|| format!("a private tmpfs over {}", directory.display()))?;
+    if !base.is_empty() {
+        // The directory may be the one that was covered: enter it again, through the cover.
+        std::env::set_current_dir(path(base))?;
+    }
+    Ok(())
+}
+
+/// Makes `client` the client of a connection to a socket named `name`, and returns the accepted end.
+fn connect_through(
+    client: &OwnedFd,
+    kind: i32,
+    name: &[u8],
+    listener: Option<&OwnedFd>,
+    base: &[u8],
+) -> Result<OwnedFd> {
+    let addr = address(name);
+    if let Some(l) = listener {
+        let (_directory, to) = reach(name, base)?;
+        socket::connect(client, &to)?;
+        return Ok(socket::accept(l)?);
+    }
+    let through = || {
+        let l = socket::socket(libc::AF_UNIX, kind, 0)?;
+        socket::bind(&l, &addr)?;
+        socket::listen(&l, 1)?;
+        socket::connect(client, &addr)?;
+        Ok(socket::accept(&l)?)
+    };
+    if is_path(name) {
+        aside(|| {
+            enter_unseen(name, base)?;
+            through()
+        })
+    } else {
+        through()
+    }
+}
+
+/// Backlog of listening sockets while connections are rebuilt.
+const ROOMY: u32 = 4096;
+
+pub(crate) fn build(r: &mut Restorer) -> Result<()> {
+    let sockets = r.sockets.clone();
+    let unix: Vec<(usize, &Socket, &Unix)> = sockets
+        .iter()
+        .enumerate()
+        .filter_map(|(i, s)| of(s).filter(|u| u.outside.is_none()).map(|u| (i, s, u)))
+        .collect();
+    let at = |i: usize, u: &Unix| format!("socket {i} of the image, unix {}", display(&u.name));
+    // 1. What listens or stands alone, and datagram sockets.
+    for &(i, s, u) in &unix {
+        let connected = s.kind != libc::SOCK_DGRAM && (u.peer.is_some() || u.peer_closed);
+        if connected || is_client(&unix, s.ino) || r.fds.get(i).is_some_and(Option::is_some) {
+            continue;
+        }
+        if s.kind == libc::SOCK_DGRAM {
+            build_dgram(r, &unix, i, s, u).with_context(|| at(i, u))?;
+            continue;
+        }
+        let fd = alone(s, u, &mut r.warnings).with_context(|| at(i, u))?;
+        if u.backlog.is_some() {
+            socket::listen(&fd, ROOMY).with_context(|| at(i, u))?;
+        }
+        r.put(i, fd);
+    }
+    for &(i, s, u) in &unix {
+        if s.kind == libc::SOCK_DGRAM {
+            plan_dgram(r, &unix, i, s, u)?;
+        }
+    }
+    // 2. Connections.
+    for &(i, s, u) in &unix {
+        if s.kind != libc::SOCK_DGRAM && r.fds.get(i).is_some_and(Option::is_none) {
+            build_connection(r, &unix, i, s, u).with_context(|| at(i, u))?;
+        }
+    }
+    // 3. Connections that were not accepted yet, first come first.
+    for &(i, _, u) in &unix {
+        for client in &u.pending {
+            let (Some(&c), Some(Some(_))) = (r.by_ino.get(client), r.fds.get(i)) else {
+                bail!(
+                    "the image is damaged: {} awaits an unknown client",
+                    at(i, u)
+                );
+            };
+            let Some(&(_, cs, cu)) = unix.iter().find(|x| x.0 == c) else {
+                bail!(
+                    "the image is damaged: {} awaits an unknown client",
+                    at(i, u)
+                );
+            };
+            let fd = alone(cs, cu, &mut r.warnings).with_context(|| at(c, cu))?;
+            socket::set_nonblocking(&fd, true)?;
+            let base = base_of(u);
+            let (_directory, to) = reach(&u.name, &base)?;
+            socket::connect(&fd, &to)
+                .with_context(|| format!("{}: connect to {}", at(c, cu), display(&u.name)))?;
+            socket::set_nonblocking(&fd, false)?;
+            r.put(c, fd);
+        }
+        if let (Some(backlog), Some(Some(fd))) = (u.backlog, r.fds.get(i)) {
+            socket::listen(fd, backlog).with_context(|| at(i, u))?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether some listening socket of the image has this one waiting to be accepted.
+fn is_client(unix: &[(usize, &Socket, &Unix)], ino: u64) -> bool {
+    unix.iter().any(|(_, _, u)| u.pending.contains(&ino))
+}
+
+fn alone(s: &Socket, u: &Unix, warnings: &mut Vec<String>) -> Result<OwnedFd> {
+    let fd = socket::socket(s.family, s.kind, s.protocol).context("socket(AF_UNIX)")?;
+    options::apply(&fd, s, Phase::Early, warnings);
+    bind(&fd, u)?;
+    Ok(fd)
+}
+
+/// A datagram socket, with its unnamed peer where it has one: only socketpair connects those.
+fn build_dgram(
+    r: &mut Restorer,
+    unix: &[(usize, &Socket, &Unix)],
+    i: usize,
+    s: &Socket,
+    u: &Unix,
+) -> Result<()> {
+    let unnamed_peer = |u: &Unix| {
+        let ino = u.peer?;
+        unix.iter()
+            .find(|(_, p, pu)| p.ino == ino && pu.name.is_empty() && p.ino != s.ino)
+            .copied()
+    };
+    // Either we are connected to an unnamed one, or, unnamed ourselves, somebody is to us.
+    let partner = unnamed_peer(u).or_else(|| {
+        if !u.name.is_empty() {
+            return None;
+        }
+        unix.iter()
+            .find(|(_, p, pu)| pu.peer == Some(s.ino) && p.ino != s.ino && p.kind == s.kind)
+            .copied()
+    });
+    if let Some((j, ps, pu)) = partner
+        && ps.kind == s.kind
+        && r.fds.get(j).is_some_and(Option::is_none)
+    {
+        let (a, b) = socket::pair(s.family, s.kind, s.protocol).context("socketpair")?;
+        bind(&a, u)?;
+        bind(&b, pu)?;
+        for (own, other, fd) in [(u, ps.ino, &a), (pu, s.ino, &b)] {
+            if own.peer != Some(other) {
+                socket::disconnect(fd).context("connect(AF_UNSPEC)")?;
+            }
+        }
+        r.put(i, a);
+        r.put(j, b);
+    } else if u.peer_closed {
+        let (a, b) = socket::pair(s.family, s.kind, s.protocol).context("socketpair")?;
+        bind(&a, u)?;
+        r.put(i, a);
+        r.partners.insert(i, b);
+    } else {
+        let fd = alone(s, u, &mut r.warnings)?;
+        r.put(i, fd);
+    }
+    Ok(())
+}
+
+/// Which datagram sockets are connected by name, once their queues are full: a connected one takes
+/// messages of its peer only.
+fn plan_dgram(
+    r: &mut Restorer,
+    unix: &[(usize, &Socket, &Unix)],
+    i: usize,
+    s: &Socket,
+    u: &Unix,
+) -> Result<()> {
+    if let Some(peer) = u.peer {
+        let Some((_, _, pu)) = unix.iter().find(|(_, p, _)| p.ino == peer) else {
+            bail!(
+                "the image is damaged: socket {} has a peer that is not in it",
+                s.ino
+            );
+        };
+        // An unnamed peer was connected as one of a pair. If both are named they may have been one of
+        // a pair too: the same to whoever uses them.
+        if !pu.name.is_empty() && !is_paired(r, i) {
+            r.unix.connect.push((i, pu.name.to_vec()));
+        }
+    } else if let Some(n) = &u.peer_name {
+        r.unix.connect.push((i, n.to_vec()));
+    }
+    Ok(())
+}
+
+fn is_paired(r: &Restorer, i: usize) -> bool {
+    r.fds
+        .get(i)
+        .and_then(Option::as_ref)
+        .is_some_and(|fd| socket::peer_name(fd).is_ok())
+}
+
+/// A stream or seqpacket connection of which one end is `i`.
+fn build_connection(
+    r: &mut Restorer,
+    unix: &[(usize, &Socket, &Unix)],
+    i: usize,
+    s: &Socket,
+    u: &Unix,
+) -> Result<()> {
+    if is_client(unix, s.ino) {
+        return Ok(()); // with its listener, later
+    }
+    let lone = Unix::default();
+    let (other, ou) = match u.peer {
+        Some(ino) => {
+            let Some(&(j, ps, pu)) = unix.iter().find(|(_, p, _)| p.ino == ino) else {
+                bail!("the image is damaged: its peer is not in it");
+            };
+            if pu.peer != Some(s.ino) || ps.kind != s.kind || j == i {
+                bail!("the image is damaged: its peer does not know it");
+            }
+            (Some(j), pu)
+        }
+        None => (None, &lone),
+    };
+    // Which end came out of accept: that one is named after its listener.
+    let server = if u.accepted && !u.name.is_empty() {
+        Some((u, ou))
+    } else if ou.accepted && !ou.name.is_empty() {
+        Some((ou, u))
+    } else {
+        None
+    };
+    let (mine, theirs) = match server {
+        None => {
+            let (a, b) = socket::pair(s.family, s.kind, s.protocol).context("socketpair")?;
+            bind(&a, u)?;
+            bind(&b, ou)?;
+            (a, b)
+        }
+        Some((su, cu)) => {
+            let client = socket::socket(s.family, s.kind, s.protocol).context("socket(AF_UNIX)")?;
+            bind(&client, cu)?;
+            let listener = unix.iter().find(|(_, ls, lu)| {
+                lu.backlog.is_some() && lu.name == su.name && ls.kind == s.kind
+            });
+            let base = listener.map(|(_, _, lu)| base_of(lu)).unwrap_or_default();
+            let unlinked = listener
+                .and_then(|(_, _, lu)| lu.file.as_ref())
+                .is_some_and(|f| f.unlinked);
+            let fd = listener
+                .filter(|_| !unlinked)
+                .and_then(|(l, _, _)| r.fds.get(*l))
+                .and_then(Option::as_ref);
+            match connect_through(&client, s.kind, &su.name, fd, &base) {
+                Ok(accepted) if std::ptr::eq(su, u) => (accepted, client),
+                Ok(accepted) => (client, accepted),
+                Err(e) => {
+                    // The name is only what getsockname tells: the connection matters more.
+                    r.warnings.push(format!(
+                        "a connection of unix socket {} comes back without its name: {e:#}",
+                        display(&su.name)
+                    ));
+                    socket::pair(s.family, s.kind, s.protocol).context("socketpair")?
+                }
+            }
+        }
+    };
+    r.put(i, mine);
+    match other {
+        Some(j) => r.put(j, theirs),
+        None => {
+            r.partners.insert(i, theirs);
+        }
+    }
+    Ok(())
+}
+
+/// Fills the queues, then sets shutdown states, options and the connections that wait for that.
+pub(crate) fn fill(r: &mut Restorer, fd_of: &FdOf<'_>) -> Result<()> {
+    let sockets = std::mem::take(&mut r.sockets);
+    let result = fill_all(r, &sockets, fd_of);
+    r.sockets = sockets;
+    result
+}
+
+fn fill_all(r: &mut Restorer, sockets: &[Socket], fd_of: &FdOf<'_>) -> Result<()> {
+    let mut sizes = HashMap::new();
+    for (i, s) in sockets.iter().enumerate() {
+        let Some(u) = of(s).filter(|u| u.outside.is_none()) else {
+            continue;
+        };
+        let Some(Some(fd)) = r.fds.get(i) else {
+            continue;
+        };
+        if u.queue.is_empty() {
+            continue;
+        }
+        let total: usize = u.queue.iter().map(|m| m.data.len() + 1024).sum();
+        let peer = u.peer.and_then(|p| r.by_ino.get(&p)).copied();
+        let sender = match peer {
+            Some(p) => r.fds.get(p).and_then(Option::as_ref),
+            None => r.partners.get(&i),
+        };
+        if let (Some(p), Some(fd)) = (peer, sender) {
+            sizes.entry(p).or_insert_with(|| options::buffer_sizes(fd));
+        }
+        let context = || {
+            format!(
+                "socket {i} of the image, unix {}: filling its queue",
+                display(&u.name)
+            )
+        };
+        for m in &u.queue {
+            if s.kind == libc::SOCK_DGRAM {
+                fill_dgram(r, sockets, (i, u, fd), sender, m, fd_of).with_context(context)?;
+            } else if let Some(sender) = sender {
+                options::enlarge_buffers(sender, total);
+                send_all(sender, None, m, fd_of).with_context(context)?;
+            } else {
+                bail!("the image is damaged: {} with nobody to send", context());
+            }
+        }
+    }
+    for (i, s) in sockets.iter().enumerate() {
+        let Some(u) = of(s).filter(|u| u.outside.is_none()) else {
+            continue;
+        };
+        let Some(Some(fd)) = r.fds.get(i) else {
+            continue;
+        };
+        if u.reset && r.partners.contains_key(&i) {
+            // It is closed with a byte unread: that is what makes a reset.
+            socket::send(fd, b"\0", &Extra::default()).context("send before a reset")?;
+        }
+        r.partners.remove(&i);
+        if let Some(sizes) = sizes.get(&i) {
+            options::restore_buffers(fd, sizes);
+        }
+        // Both ends' masks mirror each other; of a socket whose peer is gone the kernel set it.
+        if u.shutdown != 0 && !u.peer_closed {
+            socket::shutdown(fd, u.shutdown)
+                .or_else(|e| match e.raw_os_error() {
+                    Some(libc::ENOTCONN) => Ok(()),
+                    _ => Err(e),
+                })
+                .with_context(|| format!("socket {i} of the image: shutdown"))?;
+        }
+    }
+    for (i, name) in std::mem::take(&mut r.unix.connect) {
+        let Some(Some(fd)) = r.fds.get(i) else {
+            continue;
+        };
+        let base = sockets
+            .iter()
+            .filter_map(of)
+            .find(|u| *u.name == *name && u.file.is_some())
+            .map(base_of)
+            .unwrap_or_default();
+        let connected =
+            reach(&name, &base).and_then(|(_directory, to)| Ok(socket::connect(fd, &to)?));
+        if let Err(e) = connected {
+            r.warnings.push(format!(
+                "socket {i} of the image: its peer {} is not there ({e:#}); the program will see it as gone",
+                display(&name)
+            ));
+        }
+    }
+    for (i, s) in sockets.iter().enumerate() {
+        if let (Some(_), Some(Some(fd))) = (of(s), r.fds.get(i)) {
+            options::apply(fd, s, Phase::Late, &mut r.warnings);
+        }
+    }
+    Ok(())
+}
+
+/// Sends one stored message from `from`, in one piece if it can be.
+fn send_all(from: impl AsFd, to: Option<&[u8]>, m: &UnixMessage, fd_of: &FdOf<'_>) -> Result<()> {
+    let from = from.as_fd();
+    let mut fds = Vec::new();
+    for d in &m.descriptions {
+        fds.push(fd_of(*d).with_context(|| format!("description {d}, in flight"))?);
+    }
+    let mut extra = Extra {
+        to,
+        fds: &fds,
+        credentials: m.credentials.filter(|c| c.0 > 0),
+    };
+    let mut rest: &[u8] = &m.data;
+    loop {
+        let sent = match socket::send(from, rest, &extra) {
+            Err(e)
+                if matches!(e.raw_os_error(), Some(libc::ESRCH | libc::EPERM))
+                    && extra.credentials.is_some() =>
+            {
+                // Its sender is not there any more: the kernel then takes no pid but our own.
+                extra.credentials = m.credentials.map(|(_, uid, gid)| (own_pid(), uid, gid));
+                socket::send(from, rest, &extra)
+            }
+            other => other,
+        };
+        let n = sent.with_context(|| format!("sendmsg of {} bytes", rest.len()))?;
+        rest = rest.get(n..).unwrap_or_default();
+        if rest.is_empty() {
+            return Ok(());
+        }
+        extra.fds = &[];
+    }
+}
+
+fn own_pid() -> i32 {
+    i32::try_from(std::process::id()).unwrap_or(0)
+}
+
+/// Sends one datagram from a socket with the right name.
+fn fill_dgram(
+    r: &Restorer,
+    sockets: &[Socket],
+    (i, u, _fd): (usize, &Unix, &OwnedFd),
+    peer: Option<&OwnedFd>,
+    m: &UnixMessage,
+    fd_of: &FdOf<'_>,
+) -> Result<()> {
+    let from = m.from.as_deref().unwrap_or_default();
+    let size = m.data.len() + 1024;
+    let send_from = |sender: &OwnedFd, to: Option<&[u8]>| {
+        let sizes = options::buffer_sizes(sender);
+        options::enlarge_buffers(sender, size);
+        let sent = send_all(sender, to, m, fd_of);
+        options::restore_buffers(sender, &sizes);
+        sent
+    };
+    let peer_name = u
+        .peer
+        .and_then(|p| r.by_ino.get(&p))
+        .and_then(|p| sockets.get(*p))
+        .and_then(of)
+        .map(|p| p.name.to_vec())
+        .unwrap_or_default();
+    if let Some(peer) = peer
+        && peer_name == from
+        && is_paired(r, i)
+    {
+        // The peer may be connected to another by now: an unnamed socket is reached only by its pair.
+        let (_directory, to) = reach(&u.name, &base_of(u))?;
+        return send_from(peer, (!u.name.is_empty()).then_some(to.as_slice()));
+    }
+    if u.name.is_empty() {
+        let Some(peer) = peer else {
+            bail!("nobody can send to an unnamed socket");
+        };
+        return send_from(peer, None);
+    }
+    let (_directory, to) = reach(&u.name, &base_of(u))?;
+    let known = sockets.iter().enumerate().find(|(_, s)| {
+        s.kind == libc::SOCK_DGRAM && !from.is_empty() && of(s).is_some_and(|o| *o.name == *from)
+    });
+    if let Some(Some(sender)) = known.and_then(|(k, _)| r.fds.get(k)) {
+        return send_from(sender, Some(&to));
+    }
+    let stranger = socket::socket(libc::AF_UNIX, libc::SOCK_DGRAM, 0)?;
+    if !from.is_empty()
+        && let Err(e) = bind_unseen(&stranger, from, b"")
+    {
+        // Somebody else has the name: he is the sender still, only this message does not say so.
+        let taken = e
+            .downcast_ref::<io::Error>()
+            .is_some_and(|e| e.raw_os_error() == Some(libc::EADDRINUSE));
+        if !taken {
+            return Err(e).with_context(|| format!("bind as sender {}", display(from)));
+        }
+    }
+    send_from(&stranger, Some(&to))
+}
+
+/// Address of a bound socket from here: a relative name is reached through its directory.
+/// The descriptor must live as long as the address is used.
+fn reach(name: &[u8], base: &[u8]) -> Result<(Option<std::fs::File>, Vec<u8>)> {
+    if base.is_empty() || !is_path(name) {
+        return Ok((None, address(name)));
+    }
+    let directory = std::fs::File::open(path(base))
+        .with_context(|| format!("open directory {}", path(base).display()))?;
+    let mut short = format!("/proc/self/fd/{}/", directory.as_raw_fd()).into_bytes();
+    short.extend_from_slice(name);
+    if short.len() > super::PATH_MAX {
+        bail!(
+            "unix socket name {} is too long to be reached",
+            display(name)
+        );
+    }
+    Ok((Some(directory), address(&short)))
+}
