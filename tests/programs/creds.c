@@ -6,16 +6,9 @@
 #include <linux/securebits.h>
 #include <sys/fsuid.h>
 
-static char before[8192], after[8192];
-static void look(char *buf, size_t size)
-{
-    static const char *const keys[] = {"Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs"};
-    size_t n = 0;
-    for (unsigned i = 0; i < sizeof keys / sizeof *keys; i++)
-        n += snprintf(buf + n, size - n, "%s %s\n", keys[i], mist_status(getpid(), keys[i]));
-    n += snprintf(buf + n, size - n, "securebits %#x dumpable %d keepcaps %d\n", prctl(PR_GET_SECUREBITS), prctl(PR_GET_DUMPABLE),
-                  prctl(PR_GET_KEEPCAPS));
-}
+static const char *const keys[] = {"CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Groups", "Gid", "Uid"};
+#define N (sizeof keys / sizeof *keys)
+static char before[N][512];
 
 int main(void)
 {
@@ -41,13 +34,18 @@ int main(void)
     MUST(prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, CAP_NET_BIND_SERVICE, 0, 0));
     MUST(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
     MUST(prctl(PR_SET_DUMPABLE, 1));
-    look(before, sizeof before);
+    for (unsigned i = 0; i < N; i++)
+        strcpy(before[i], mist_status(getpid(), keys[i]));
+    int bits = prctl(PR_GET_SECUREBITS);
 
     mist_ready();
     mist_wait();
 
-    look(after, sizeof after);
-    CHECK_STR("credentials", before, after);
+    for (unsigned i = 0; i < N; i++)
+        CHECK_STR(keys[i], before[i], mist_status(getpid(), keys[i]));
+    CHECK("securebits", bits, prctl(PR_GET_SECUREBITS));
+    CHECK("keepcaps", 1, prctl(PR_GET_KEEPCAPS));
+    CHECK("dumpable", 1, prctl(PR_GET_DUMPABLE));
     uid_t r, e, s;
     CALL(getresuid(&r, &e, &s));
     CHECK("ruid", 2001, r);

@@ -45,7 +45,6 @@ int main(void)
     MUST(prctl(PR_SET_TIMERSLACK, 123456));
     int thp = prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0;
     MUST(prctl(PR_SET_TSC, PR_TSC_ENABLE));
-    int kill_policy = prctl(PR_MCE_KILL, PR_MCE_KILL_SET, PR_MCE_KILL_EARLY, 0, 0) == 0;
 
     mist_ready();
     mist_wait();
@@ -73,8 +72,6 @@ int main(void)
     CHECK("timer slack", 123456, prctl(PR_GET_TIMERSLACK));
     if (thp)
         CHECK("THP disabled", 1, prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0));
-    if (kill_policy)
-        CHECK("PR_MCE_KILL_GET", PR_MCE_KILL_EARLY, prctl(PR_MCE_KILL_GET, 0, 0, 0, 0));
     CHECK("dumpable", 1, prctl(PR_GET_DUMPABLE));
     mist_pass();
 }

@@ -92,9 +92,16 @@ int main(void)
     TAKE(43);
     CHECK("timer of the pending signal", often, si.si_timerid);
     CHECK("its value", 43, si.si_value.sival_int);
-    CHECK("it counted overruns", 1, si.si_overrun > 10);
-    CHECK("timer_getoverrun", si.si_overrun, CALL(syscall(SYS_timer_getoverrun, often)));
+    // How many times a timer has already overrun nobody can ask; that it goes on counting one can.
+    mist_sleep(50000);
     TAKE(43);
+    if (si.si_overrun <= 10)
+        mist_sleep(50000);
+    TAKE(43);
+    mist_sleep(50000);
+    TAKE(43);
+    CHECK("it counts overruns", 1, si.si_overrun > 10);
+    CHECK("timer_getoverrun", si.si_overrun, CALL(syscall(SYS_timer_getoverrun, often)));
     TAKE(46);
     CHECK("an absolute time is a time", 1, mist_clock_us(CLOCK_REALTIME) >= when);
     int64_t l = left(far, &interval);

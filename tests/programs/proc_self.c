@@ -24,10 +24,13 @@ static void positions(char *out, size_t size)
     }
 }
 
-// Addresses, permissions, offsets and names of every mapping, in order.
+// Addresses, permissions, offsets and names of every mapping, in order; neighbours of one kind
+// as one, as the kernel may merge what it kept apart for reasons of its own.
 static void maps(char *out, size_t size)
 {
     char line[1024];
+    char last[64 + 512] = "";
+    unsigned long start = 0, end = 0, next = 0;
     size_t n = 0;
     FILE *f = fopen("/proc/self/maps", "re");
     while (fgets(line, sizeof line, f)) {
@@ -35,8 +38,22 @@ static void maps(char *out, size_t size)
         sscanf(line, "%63s %7s %31s %15s %31s %511[^\n]", range, perms, offset, dev, ino, name);
         if (strstr(name, "[stack]") || strstr(name, "[heap]"))
             continue; // they grow
-        n += snprintf(out + n, size - n, "%s %s %s %s\n", range, perms, offset, name);
+        unsigned long a, b, o = strtoul(offset, NULL, 16);
+        sscanf(range, "%lx-%lx", &a, &b);
+        char kind[64 + 512];
+        snprintf(kind, sizeof kind, "%s %s", perms, name);
+        if (a != end || strcmp(kind, last) || (name[0] == '/' && o != next)) {
+            if (end)
+                n += snprintf(out + n, size - n, "%lx-%lx %s\n", start, end, last);
+            start = a;
+            if (name[0] == '/')
+                n += snprintf(out + n, size - n, "from %lx: ", o);
+        }
+        end = b;
+        next = o + (b - a);
+        strcpy(last, kind);
     }
+    snprintf(out + n, size - n, "%lx-%lx %s\n", start, end, last);
     fclose(f);
 }
 

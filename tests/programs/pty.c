@@ -52,7 +52,7 @@ int main(void)
     mist_wait();
 
     char buf[256];
-    CHECK_STR("name", name, ptsname(m));
+    CHECK_STR("name", name, ptsname(m) ? ptsname(m) : strerror(errno));
     CALL(tcgetattr(s, &got));
     check_termios("termios", &t, &got);
     CHECK("speed", B115200, cfgetospeed(&got));

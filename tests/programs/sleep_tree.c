@@ -51,8 +51,13 @@ int main(int argc, char **argv)
         mist_wait();
         while (!word[2]) // until the parent has looked
             mist_turn();
-        if (is("shared_futex"))
-            CHECK("threads woken", 1, syscall(SYS_futex, word, FUTEX_WAKE, 1, NULL, NULL, 0));
+        if (is("shared_futex")) {
+            // After any stop a thread may still be on its way back to sleep.
+            int woken = 0;
+            for (int i = 0; i < 1000 && !woken; i++, mist_sleep(woken ? 0 : 2000))
+                woken = CALL(syscall(SYS_futex, word, FUTEX_WAKE, 1, NULL, NULL, 0));
+            CHECK("threads woken", 1, woken);
+        }
         if (is("setlkw")) {
             l.l_type = F_UNLCK;
             CALL(fcntl(lock, F_SETLK, &l));
