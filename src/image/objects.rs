@@ -5,15 +5,16 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::fcntl::AtFlags;
 
 use super::pagemap::lock;
+use super::store::fs;
 
 const MODE: u32 = 0o500;
 /// Bytes read at a time.
@@ -58,7 +59,7 @@ impl ObjectsWriter {
     /// `image` is the directory being written; `store` one whose images may have objects to share.
     pub fn create(image: &Path, store: Option<&Path>) -> Result<Self> {
         let dir = image.join("objects");
-        super::store::create_dir(&dir)?;
+        fs::create_dir(&dir)?;
         let mut siblings = Vec::new();
         // A store that cannot be listed only costs space.
         for entry in store
@@ -135,7 +136,7 @@ impl ObjectsWriter {
     }
 
     fn link_is_sound(&self, path: &Path, name: &str) -> bool {
-        let Ok(file) = super::store::open_regular(nix::fcntl::AT_FDCWD, path) else {
+        let Ok(file) = fs::open_regular(nix::fcntl::AT_FDCWD, path) else {
             return false;
         };
         let own = file
@@ -156,7 +157,7 @@ impl ObjectsWriter {
             state.temporary
         };
         let temporary = self.dir.join(format!("{number}.new"));
-        let copy = super::store::create_file(&temporary, MODE)?;
+        let copy = fs::create_file(&temporary, MODE)?;
         let mut hasher = blake3::Hasher::new();
         let mut buffer = vec![0; PIECE];
         let mut at = 0;
@@ -193,32 +194,55 @@ impl ObjectsWriter {
             .into_inner()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
         for name in &state.new {
-            super::store::open_regular(nix::fcntl::AT_FDCWD, &self.dir.join(name))?
+            fs::open_regular(nix::fcntl::AT_FDCWD, &self.dir.join(name))?
                 .sync_all()
                 .with_context(|| format!("fsync: objects/{name}"))?;
         }
-        super::store::sync_dir(&self.dir)?;
+        fs::sync_dir(&self.dir)?;
         Ok(state.bytes)
     }
 }
 
 /// Opens an object of an image whose directory is `image`.
-pub(super) fn open(image: &OwnedFd, name: &str) -> Result<File> {
+pub(super) fn open(image: BorrowedFd, name: &str) -> Result<File> {
     ensure!(
         is_object_name(name),
         "{name:?} is not the name of an object"
     );
-    super::store::open_regular(image, Path::new("objects").join(name).as_path())
+    let objects = fs::open_subdir(image, "objects")?;
+    fs::open_regular(objects, Path::new(name)).with_context(|| format!("object {name}"))
 }
 
 /// Opens an object and checks that it has the content it is named for.
-pub(super) fn open_verified(image: &OwnedFd, name: &str) -> Result<File> {
+pub(super) fn open_verified(image: BorrowedFd, name: &str) -> Result<File> {
     let file = open(image, name)?;
     let hash = hash_of(&file).with_context(|| format!("objects/{name}"))?;
-    if hash.to_hex().as_str() != name {
-        bail!("the image is damaged: objects/{name} has the BLAKE3 hash {hash}");
-    }
+    ensure!(
+        hash.to_hex().as_str() == name,
+        "it is damaged: objects/{name} has the BLAKE3 hash {hash}"
+    );
     Ok(file)
+}
+
+/// Names of all that is in objects/, sorted.
+pub(super) fn list(image: BorrowedFd) -> Result<Vec<String>> {
+    let objects = fs::open_subdir(image, "objects")?;
+    let mut dir = nix::dir::Dir::from_fd(objects).context("objects")?;
+    let mut names = Vec::new();
+    for entry in dir.iter() {
+        let entry = entry.context("reading objects")?;
+        let name = entry.file_name().to_string_lossy();
+        if name == "." || name == ".." {
+            continue;
+        }
+        ensure!(
+            is_object_name(&name),
+            "objects/{name} is not the name of an object"
+        );
+        names.push(name.into_owned());
+    }
+    names.sort_unstable();
+    Ok(names)
 }
 
 /// BLAKE3 hash of a file's content; its position stays where it is.

@@ -24,6 +24,8 @@ pub use read::{PagesReader, Run, Runs};
 
 /// zstd's fastest of the levels that are worth their time: memory is written once and read seldom.
 const ZSTD_LEVEL: i32 = 1;
+/// Bytes of the file whose way to the disk begins at a time.
+const WRITE_BACK: u64 = 16 << 20;
 /// Most slices in one pwritev (UIO_MAXIOV).
 const IOV_MAX: usize = 1024;
 
@@ -62,7 +64,7 @@ enum Zeros {
 impl PagesWriter {
     pub(super) fn create(dir: &Path, compress: Compress) -> Result<Self> {
         Ok(Self {
-            file: super::store::create_file(&dir.join("pages"), 0o600)?,
+            file: super::store::fs::create_file(&dir.join("pages"), 0o600)?,
             dir: dir.to_owned(),
             compress,
             end: AtomicU64::new(0),
@@ -167,6 +169,11 @@ impl PagesWriter {
             &s.compressed
         };
         self.write(source, &s.slices, offset)?;
+        // Two puts are not done in the order of their offsets: stay behind by one window.
+        let window = offset / WRITE_BACK;
+        if (offset + total) / WRITE_BACK > window && window > 0 {
+            crate::kernel::writeback::start(&self.file, (window - 1) * WRITE_BACK, WRITE_BACK);
+        }
         for block in s.blocks.iter_mut().filter(|b| b.codec != Codec::Zero) {
             block.offset = offset;
             offset += u64::from(block.stored);
@@ -213,7 +220,7 @@ impl PagesWriter {
             "memory could not be stored completely"
         );
         let len = self.end.load(Ordering::Acquire);
-        let map = super::store::create_file(&self.dir.join("pagemap"), 0o600)?;
+        let map = super::store::fs::create_file(&self.dir.join("pagemap"), 0o600)?;
         let sorter = std::mem::take(&mut *lock(&self.sorter));
         let (map_len, map_hash) = sorter.write(&map, len)?;
         Ok(Finished {
@@ -332,7 +339,7 @@ fn is_zero(page: &[u8]) -> bool {
 /// A file in `dir` that has no name and goes away by itself.
 fn nameless(dir: &Path) -> Result<File> {
     let path = dir.join("pagemap.sort");
-    let file = super::store::create_file(&path, 0o600)?;
+    let file = super::store::fs::create_file(&path, 0o600)?;
     std::fs::remove_file(&path).with_context(|| format!("unlink: {}", path.display()))?;
     Ok(file)
 }

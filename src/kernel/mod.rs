@@ -23,3 +23,4 @@ pub mod tty;
 pub mod uffd;
 pub mod undertaker;
 pub mod vdso;
+pub mod writeback;
