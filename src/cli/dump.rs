@@ -108,10 +108,9 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
             let image = store.new_name(SystemTime::now())?;
             let report = mistctl::dump::run(&options(args, image, Some(dir.clone())))?;
             store.keep_newest(keep as usize)?;
+            // Silent, with warnings too: what they say is the same every time, and `show` says it.
             if args.json {
                 out::object(&report)?;
-            } else {
-                warn(&report);
             }
         }
         (output, _) => {

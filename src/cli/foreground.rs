@@ -10,8 +10,6 @@ use nix::sys::termios::{self, SetArg, Termios};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getpgid, getpgrp, getsid, tcgetpgrp, tcsetpgrp};
 
-use super::out;
-
 /// What is passed on to the program. SIGKILL and SIGSTOP cannot be: they hit mistctl alone.
 const PASSED_ON: [Signal; 9] = [
     Signal::SIGINT,
@@ -25,18 +23,30 @@ const PASSED_ON: [Signal; 9] = [
     Signal::SIGCONT,
 ];
 
-/// Waits until child `pid` ends, passes on signals meanwhile, and returns the status to end with: the
-/// program's, or 128 + N when signal N ended it.
-pub fn follow(pid: i32) -> u8 {
-    let program = Program::new(Pid::from_raw(pid));
-    match program.wait() {
-        Ok(status) => status,
-        Err(e) => {
-            out::note(&format!(
-                "mistctl: process {pid} runs, but its status is lost: {e}"
-            ));
-            0
-        }
+/// Signals that wait until [`Signals::follow`] passes them on.
+pub struct Signals(SignalFd);
+
+impl Signals {
+    /// Begins to hold signals back. From here on they are the program's.
+    ///
+    /// # Errors
+    /// No descriptor is free.
+    pub fn hold() -> nix::Result<Signals> {
+        let mut set = SigSet::from_iter(PASSED_ON);
+        set.add(Signal::SIGCHLD);
+        let mut blocked = set;
+        blocked.add(Signal::SIGTTOU); // else handing over the terminal would stop us
+        blocked.thread_block()?;
+        SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC).map(Signals)
+    }
+
+    /// Waits until child `pid` ends, passes on signals meanwhile, and returns the status to end with: the
+    /// program's, or 128 + N when signal N ended it.
+    ///
+    /// # Errors
+    /// When the child cannot be waited for; it runs nevertheless.
+    pub fn follow(&self, pid: i32) -> nix::Result<u8> {
+        Program::new(Pid::from_raw(pid)).wait(&self.0)
     }
 }
 
@@ -67,13 +77,7 @@ impl Program {
         }
     }
 
-    fn wait(&self) -> nix::Result<u8> {
-        let mut set = SigSet::from_iter(PASSED_ON);
-        set.add(Signal::SIGCHLD);
-        let mut blocked = set;
-        blocked.add(Signal::SIGTTOU); // else handing over the terminal would stop us
-        blocked.thread_block()?;
-        let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC)?;
+    fn wait(&self, signals: &SignalFd) -> nix::Result<u8> {
         self.give_terminal();
         loop {
             // Before the first signal too: it may have ended before signals were blocked.

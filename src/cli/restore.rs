@@ -62,15 +62,25 @@ EXAMPLES
 
 pub fn run(args: &Args, started: Instant) -> anyhow::Result<ExitCode> {
     let outcome = newest_sound(args, started)?;
-    // The program runs: from here on nothing may end mistctl with an error that hides the program's status.
+    // The program runs: from here on signals are the program's, and no error of ours may hide its status.
+    let child = outcome.child.filter(|_| !args.detach);
+    let signals = child.map(|_| foreground::Signals::hold());
     if args.json {
         let _ = out::object(&outcome.report);
     } else {
         tell(&outcome.report, args);
     }
-    match outcome.child {
-        Some(pid) if !args.detach => Ok(ExitCode::from(foreground::follow(pid))),
-        _ => Ok(ExitCode::SUCCESS),
+    let (Some(pid), Some(signals)) = (child, signals) else {
+        return Ok(ExitCode::SUCCESS);
+    };
+    match signals.and_then(|s| s.follow(pid)) {
+        Ok(status) => Ok(ExitCode::from(status)),
+        Err(e) => {
+            out::note(&format!(
+                "mistctl: process {pid} runs, but its status is lost: {e}"
+            ));
+            Ok(ExitCode::SUCCESS)
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Context, Result};
-use procfs::process::{Process as Proc, Stat, Status};
+use procfs::process::{Process as Proc, Stat};
 
 use super::queries;
 use super::tables::Tables;
@@ -53,7 +53,7 @@ pub fn check(pid: i32, inside: &[i32]) -> Result<()> {
             status.tracerpid
         )));
     }
-    check_owner(pid, &status)?;
+    crate::kernel::caps::caller()?.may_dump(pid)?;
     for ns in ["mnt", "net", "uts", "ipc", "pid", "user"] {
         let of = |who: &str| {
             std::fs::metadata(format!("/proc/{who}/ns/{ns}"))
@@ -67,20 +67,6 @@ pub fn check(pid: i32, inside: &[i32]) -> Result<()> {
                  container or host (nsenter -t {pid} -a mistctl dump ...)"
             ));
         }
-    }
-    Ok(())
-}
-
-/// Run through file capabilities, mistctl serves processes of its caller only.
-fn check_owner(pid: i32, status: &Status) -> Result<()> {
-    let me = nix::unistd::getuid().as_raw();
-    let theirs = [status.ruid, status.euid, status.suid];
-    if me != 0 && theirs.iter().any(|u| *u != me) {
-        return Err(Failure::Refused.because(format!(
-            "process {pid} belongs to user {}, and you are user {me}: only its owner or root may \
-             dump it",
-            status.ruid
-        )));
     }
     Ok(())
 }

@@ -17,7 +17,7 @@ use crate::image::store::ImageWriter;
 use crate::image::{FORMAT_NAME, FORMAT_VERSION, Manifest, Origin, SpaceId};
 use crate::kernel::arch::{self, PAGE, TASK_SIZE};
 use crate::kernel::batch::{self, Cloned, Snapshot};
-use crate::kernel::{pidfd, vdso};
+use crate::kernel::{caps, pidfd, vdso};
 
 /// One process of the dump: what the image says of it, and what we hold of it.
 struct Subject {
@@ -154,14 +154,14 @@ fn stop(opts: &Options) -> Result<Vec<(i32, Option<HeldProcess>)>> {
                     );
                 }
             };
-            all.push((
-                pid,
-                if zombie {
-                    None
-                } else {
-                    Some(HeldProcess::stop(pid)?)
-                },
-            ));
+            if zombie {
+                all.push((pid, None));
+                continue;
+            }
+            let held = HeldProcess::stop(pid)?;
+            // Only now it cannot exec a set-user-ID program any more; nothing of it has been read yet.
+            caps::caller()?.may_dump(pid)?;
+            all.push((pid, Some(held)));
         }
     }
     Ok(all)

@@ -14,6 +14,7 @@ use nix::fcntl::FlockArg;
 use crate::error::Failure;
 use fs::{Lock, Locked, create_file, lock_dir, parent, rename_new, sync_dir};
 pub use image::Image;
+pub(super) use image::damaged;
 
 use super::objects::ObjectsWriter;
 use super::pages::{Finished, PagesWriter};

@@ -193,26 +193,38 @@ impl Caller {
         }
         let proc = format!("/proc/{pid}");
         let owner = fs::metadata(&proc).map_err(|e| no_process(pid, e))?.uid();
-        let status = status_of(&pid.to_string())?;
         let refuse = |why: String| {
             Err(Failure::Refused.because(format!("process {pid}: {why}; run mistctl as root")))
         };
-        if status.uids.iter().any(|&u| u != self.uid) {
-            return refuse(format!(
-                "belongs to another user (uid {}), and you are uid {}",
-                other(&status.uids, self.uid),
-                self.uid
-            ));
-        }
-        if status.gids.iter().any(|&g| g != self.gid) {
-            return refuse(format!(
-                "runs under another group (gid {}) than you (gid {})",
-                other(&status.gids, self.gid),
-                self.gid
-            ));
-        }
-        if status.cap_permitted & !self.own != 0 {
-            return refuse("has capabilities that you do not have".to_owned());
+        // Credentials are a thread's, not a process's.
+        let tasks = fs::read_dir(format!("{proc}/task")).map_err(|e| no_process(pid, e))?;
+        for task in tasks.flatten() {
+            let Some(tid) = task
+                .file_name()
+                .to_str()
+                .and_then(|n| n.parse::<i32>().ok())
+            else {
+                continue;
+            };
+            let status = match status_of(&format!("{pid}/task/{tid}")) {
+                Err(e) if tid != pid && Failure::of(&e) == Failure::NoSuchProcess => continue, // it ended
+                other => other?,
+            };
+            if let Some(uid) = other(&status.uids, self.uid) {
+                return refuse(format!(
+                    "belongs to another user (uid {uid}), and you are uid {}",
+                    self.uid
+                ));
+            }
+            if let Some(gid) = other(&status.gids, self.gid) {
+                return refuse(format!(
+                    "runs under another group (gid {gid}) than you (gid {})",
+                    self.gid
+                ));
+            }
+            if status.cap_permitted & !self.own != 0 {
+                return refuse("has capabilities that you do not have".to_owned());
+            }
         }
         if owner != self.uid {
             return refuse(
@@ -281,12 +293,13 @@ impl Caller {
     }
 }
 
-fn other(ids: &[u32; 4], mine: u32) -> u32 {
-    ids.iter().copied().find(|&i| i != mine).unwrap_or(mine)
+/// An id among these that is not `mine`.
+fn other(ids: &[u32; 4], mine: u32) -> Option<u32> {
+    ids.iter().copied().find(|&i| i != mine)
 }
 
 fn no_process(pid: i32, e: std::io::Error) -> anyhow::Error {
-    if e.kind() == std::io::ErrorKind::NotFound {
+    if e.kind() == std::io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH) {
         return Failure::NoSuchProcess.because(format!("no process has pid {pid}"));
     }
     anyhow::Error::new(e).context(format!("/proc/{pid}: cannot look at the process"))
@@ -298,10 +311,15 @@ struct Status {
     cap_permitted: u64,
 }
 
-/// Of /proc/PID/status what says whose a process is.
-fn status_of(pid: &str) -> anyhow::Result<Status> {
-    let path = format!("/proc/{pid}/status");
-    let text = fs::read_to_string(&path).map_err(|e| no_process(pid.parse().unwrap_or(0), e))?;
+/// Of /proc/WHO/status what says whose a process or thread is; `who` may be PID/task/TID.
+fn status_of(who: &str) -> anyhow::Result<Status> {
+    let path = format!("/proc/{who}/status");
+    let pid = who
+        .split('/')
+        .next()
+        .and_then(|p| p.parse().ok())
+        .unwrap_or(0);
+    let text = fs::read_to_string(&path).map_err(|e| no_process(pid, e))?;
     let field = |name: &str| {
         text.lines()
             .find_map(|l| l.strip_prefix(name)?.strip_prefix(':'))

@@ -2,8 +2,7 @@
 
 use anyhow::{Context, Result};
 
-use crate::error::Failure;
-use crate::image::process::{Creds, Process};
+use crate::image::process::Creds;
 use crate::kernel::remote::{Arg, Remote};
 
 /// Our own.
@@ -23,25 +22,6 @@ pub fn ours() -> Result<Creds> {
         securebits: 0,
         no_new_privs: s.nonewprivs.unwrap_or(0) != 0,
     })
-}
-
-/// Images are untrusted: an ordinary user restores processes of that user alone.
-pub fn check(p: &Process, ours: &Creds) -> Result<()> {
-    let me = ours.uids[0];
-    for c in p.threads.iter().map(|t| &t.creds) {
-        let foreign = c.uids.iter().any(|u| *u != me)
-            || c.gids
-                .iter()
-                .any(|g| !ours.gids.contains(g) && !ours.groups.contains(g));
-        if me != 0 && (foreign || c.cap_permitted | c.cap_ambient | c.cap_inheritable != 0) {
-            return Err(Failure::Refused.because(format!(
-                "process {} of the image ran as user {} with privileges you (user {me}) do not have; \
-                 root can restore it",
-                p.pid, c.uids[1]
-            )));
-        }
-    }
-    Ok(())
 }
 
 fn capability_sets(effective: u64, permitted: u64, inheritable: u64) -> Vec<u8> {

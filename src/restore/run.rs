@@ -15,9 +15,9 @@ use crate::error::Failure;
 use crate::image::Manifest;
 use crate::image::process::{Creds, Process, State};
 use crate::image::store::Image;
-use crate::kernel::body;
 use crate::kernel::remote::{AREA, Remote};
 use crate::kernel::undertaker::Undertaker;
+use crate::kernel::{body, caps};
 
 /// What all processes of an image are rebuilt from.
 struct Site<'a> {
@@ -44,9 +44,7 @@ pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
     let manifest = &image.manifest;
     let processes = &manifest.processes;
     let ours = creds::ours()?;
-    for p in processes {
-        creds::check(p, &ours)?;
-    }
+    caps::caller()?.may_restore(manifest, image.owner()?)?;
     let mut report = Report {
         mode: "eager",
         processes: processes.len(),

@@ -8,6 +8,7 @@ use twox_hash::XxHash3_64;
 
 use crate::image::memory::SpaceId;
 use crate::image::pagemap::{Block, Blocks, Codec, Pagemap};
+use crate::image::store::damaged;
 
 /// Reads pages. Threads share it.
 pub struct PagesReader {
@@ -98,6 +99,7 @@ impl PagesReader {
     /// When the bytes are not those that were stored.
     pub fn read(&self, block: &Block, out: &mut [u8]) -> Result<()> {
         self.read_blocks(std::slice::from_ref(block), out, &mut Vec::new())
+            .map_err(damaged)
     }
 
     /// Reads a run into the beginning of `out` with one read, and checks each block of it. `scratch` holds
@@ -106,7 +108,7 @@ impl PagesReader {
     /// # Errors
     /// When the bytes are not those that were stored; `out` is then not to be used.
     pub fn read_run(&self, run: &Run, out: &mut [u8], scratch: &mut Vec<u8>) -> Result<()> {
-        self.read_blocks(&run.blocks, out, scratch)
+        self.read_blocks(&run.blocks, out, scratch).map_err(damaged)
     }
 
     fn read_blocks(&self, blocks: &[Block], out: &mut [u8], scratch: &mut Vec<u8>) -> Result<()> {

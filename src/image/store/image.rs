@@ -200,12 +200,13 @@ impl Image {
     /// As `object`, and when the content is another.
     pub fn object_verified(&self, name: &str) -> Result<File> {
         objects::open_verified(self.dir.fd(), name)
+            .map_err(damaged)
             .with_context(|| format!("image {}", self.path.display()))
     }
 }
 
 /// What is wrong with an image is damage, unless it could not even be looked at.
-fn damaged(e: anyhow::Error) -> anyhow::Error {
+pub(in crate::image) fn damaged(e: anyhow::Error) -> anyhow::Error {
     let denied = |c: &(dyn std::error::Error + 'static)| {
         matches!(
             c.downcast_ref(),
