@@ -398,8 +398,7 @@ fn housekeeping(real: &Real) {
     }
     let generation = crate::inside::generation();
     if generation != BLOCK.seen.load(SeqCst) {
-        crate::inside::catch_up();
-        notices::table_changed(real);
+        notices::table_changed(real, crate::inside::taken_over());
         BLOCK.seen.store(generation, SeqCst);
     }
     notices::release(real);

@@ -7,7 +7,7 @@ use std::cell::UnsafeCell;
 use std::ffi::c_int;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicPtr, AtomicU32};
 
 use pvm_abi::block::{Block, Call, flag, state, wait};
 use pvm_abi::table::{self, Table};
@@ -36,6 +36,8 @@ pub struct Local {
     pub inside: bool,
     /// Real mroutes on the stack: libpvm's only sends and receives in the first.
     pub in_mroute: u32,
+    /// Stack pointer of the callback that is running.
+    pub callback: u64,
     /// pvmmcast is on the stack: what it sends is to R.
     pub in_mcast: bool,
     /// The layout of this libpvm: not looked at yet, or whether it fits.
@@ -62,6 +64,7 @@ unsafe impl Sync for LocalCell {}
 static LOCAL: LocalCell = LocalCell(UnsafeCell::new(Local {
     inside: false,
     in_mroute: 0,
+    callback: 0,
     in_mcast: false,
     layout: None,
     housekeeping: false,
@@ -161,7 +164,7 @@ impl Inside {
         let depth = BLOCK.depth.load(Relaxed);
         let here = 0u8;
         let stack = &raw const here as u64;
-        if depth != 0 && stack > BLOCK.stack.load(Relaxed) {
+        if depth != 0 && (stack > BLOCK.stack.load(Relaxed) || !below(call, stack)) {
             abandoned();
             return Inside::enter(call);
         }
@@ -172,7 +175,6 @@ impl Inside {
         BLOCK.depth.store(depth + 1, SeqCst);
         let from_outside = with(|local| !std::mem::replace(&mut local.inside, true));
         if from_outside {
-            catch_up();
             let r = BLOCK.r.load(Relaxed);
             if r != BLOCK.v.load(Relaxed) {
                 set_mytid(r);
@@ -201,6 +203,31 @@ impl Drop for Inside {
     }
 }
 
+/// Whether this call may be below the present ones: made by libpvm itself, or by the callback that is
+/// running. If not, the program left them behind.
+fn below(call: Call, stack: u64) -> bool {
+    let (inside, callback, in_mroute) =
+        with(|local| (local.inside, local.callback, local.in_mroute != 0));
+    if !inside {
+        return stack <= callback;
+    }
+    let bottom = BLOCK.call.load(Relaxed);
+    let of = |calls: &[Call]| calls.iter().any(|call| *call as u32 == bottom);
+    match call {
+        Call::Enrol | Call::Internal | Call::Exit | Call::Addmhf | Call::Delmhf => true,
+        Call::Setopt | Call::Getopt | Call::Putinfo | Call::Recvinfo | Call::Delinfo => true,
+        Call::Recv => of(&[Call::Precv]),
+        Call::Nrecv | Call::Catchout => of(&[Call::Exit]) || in_mroute,
+        Call::Send => of(&[Call::Psend]) || in_mroute,
+        Call::Sendsig => of(&[Call::Kill, Call::Reset]),
+        Call::Kill | Call::Tasks | Call::Getnoresets => of(&[Call::Reset]),
+        Call::Mytid | Call::Notify => of(&[Call::Catchout]),
+        Call::Parent => of(&[Call::Siblings]),
+        Call::Config | Call::Addhosts => of(&[Call::StartPvmd]),
+        _ => false,
+    }
+}
+
 /// The program jumped out of libpvm (longjmp from a callback or a signal): the calls that were on the
 /// stack will never return.
 #[cold]
@@ -226,14 +253,25 @@ fn abandoned() {
 
 /// Runs a callback of the program: outside libpvm again.
 pub fn outside<T>(f: impl FnOnce() -> T) -> T {
-    let was = with(|local| std::mem::replace(&mut local.inside, false));
+    let here = 0u8;
+    let stack = &raw const here as u64;
+    let (was, outer) = with(|local| {
+        (
+            std::mem::replace(&mut local.inside, false),
+            std::mem::replace(&mut local.callback, stack),
+        )
+    });
     if was {
         set_mytid(BLOCK.v.load(Relaxed));
     }
-    BLOCK.callbacks.fetch_add(1, SeqCst);
+    let callbacks = BLOCK.callbacks.load(Relaxed);
+    BLOCK.callbacks.store(callbacks + 1, SeqCst);
     let result = f();
-    BLOCK.callbacks.fetch_sub(1, SeqCst);
-    with(|local| local.inside = was);
+    BLOCK.callbacks.store(callbacks, SeqCst);
+    with(|local| {
+        local.inside = was;
+        local.callback = outer;
+    });
     if was {
         set_mytid(BLOCK.r.load(Relaxed));
     }
@@ -253,22 +291,12 @@ pub fn as_v<T>(f: impl FnOnce() -> T) -> T {
     result
 }
 
+/// What [`Block::seen`] holds when a new incarnation has taken over.
+const TAKEN_OVER: u64 = u64::MAX;
+
 /// Looks whether this task itself has become another incarnation.
-#[inline]
-pub fn catch_up() {
-    let Some(table) = moved() else { return };
-    if table.header.generation.load(SeqCst) == BLOCK.seen.load(Relaxed) {
-        return;
-    }
-    let v = BLOCK.v.load(Relaxed);
-    if v != 0
-        && let Some(entry) = table.entry(v)
-        && entry.r != BLOCK.r.load(Relaxed)
-        && entry.state != table::State::Moving
-    {
-        BLOCK.r.store(entry.r, SeqCst);
-        with(|local| local.notices.new_incarnation = true);
-    }
+pub fn taken_over() -> bool {
+    BLOCK.seen.load(SeqCst) == TAKEN_OVER
 }
 
 /// After libpvm has enrolled.
@@ -441,9 +469,5 @@ pub fn generation() -> u64 {
 pub fn attention() -> bool {
     BLOCK.attention.load(Relaxed) != 0
         || BLOCK.held.load(Relaxed) != 0
-        || moved().is_some_and(|table| table.header.generation.load(SeqCst) != seen().load(Relaxed))
-}
-
-fn seen() -> &'static AtomicU64 {
-    &BLOCK.seen
+        || BLOCK.seen.load(Relaxed) != generation()
 }

@@ -63,8 +63,6 @@ pub struct Notices {
     /// Whose beginning of output has been shown: V, and bits for the two messages that say so.
     begun: Vec<(u32, u8)>,
     held: Vec<*mut Pmsg>,
-    /// This task has become another incarnation: its requests went with the old one.
-    pub new_incarnation: bool,
 }
 
 impl Notices {
@@ -76,7 +74,6 @@ impl Notices {
             outputs: Vec::new(),
             begun: Vec::new(),
             held: Vec::new(),
-            new_incarnation: false,
         }
     }
 
@@ -241,7 +238,12 @@ unsafe fn notice(up: *mut Pmsg, src: u32, ctx: c_int, tag: c_int) -> Option<Verd
     let Some(at) = find(false) else {
         // The second answer to a request that was made twice.
         let at = find(true)?;
-        with(|local| local.notices.asked.swap_remove(at));
+        with(|local| {
+            local.notices.asked.swap_remove(at);
+            BLOCK
+                .notifies
+                .store(local.notices.asked.len() as u32, SeqCst);
+        });
         return Some(Verdict::Drop);
     };
     let (what, asked_r) = with(|local| {
@@ -395,10 +397,10 @@ pub fn send_markers(real: &Real) {
     }
 }
 
-/// The table has changed: output and traces follow their collectors, and requests this task.
-pub fn table_changed(real: &Real) {
-    let again = with(|local| std::mem::replace(&mut local.notices.new_incarnation, false));
-    if again {
+/// The table has changed: output and traces follow their collectors. When a new incarnation has taken
+/// over, its requests, which went with the old one, are made again.
+pub fn table_changed(real: &Real, taken_over: bool) {
+    if taken_over {
         let me = BLOCK.v.load(SeqCst);
         let requests: Vec<_> = with(|local| {
             let asked = local.notices.asked.iter_mut();

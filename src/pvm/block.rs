@@ -1,0 +1,302 @@
+//! Reads, and writes to, the block that a task under the shim publishes.
+
+use std::fs::{self, File};
+use std::io;
+use std::mem::offset_of;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use goblin::elf::Elf;
+use pvm_abi::BLOCK_SYMBOL;
+use pvm_abi::block::{self, Block, Globals};
+
+/// The block of one process.
+pub struct TaskBlock {
+    pid: i32,
+    at: u64,
+    memory: File,
+}
+
+/// Reads a field of the block by its name.
+macro_rules! field {
+    ($($(#[$doc:meta])* $name:ident: $type:ty;)*) => {$(
+        $(#[$doc])*
+        ///
+        /// # Errors
+        /// When the process's memory cannot be read.
+        pub fn $name(&self) -> Result<$type> {
+            let mut bytes = [0; size_of::<$type>()];
+            self.read(offset_of!(Block, $name), &mut bytes)?;
+            Ok(<$type>::from_le_bytes(bytes))
+        }
+    )*};
+}
+
+impl TaskBlock {
+    /// Finds the block of process `pid`; none when it does not run under the shim.
+    ///
+    /// # Errors
+    /// When /proc cannot be read, or the shim is of another version than this mistctl.
+    pub fn find(pid: i32) -> Result<Option<TaskBlock>> {
+        let maps_path = format!("/proc/{pid}/maps");
+        let maps =
+            fs::read_to_string(&maps_path).with_context(|| format!("cannot read {maps_path}"))?;
+        let Some((base, library)) = maps.lines().find_map(shim_mapping) else {
+            return Ok(None);
+        };
+        // The file may have been replaced on disk since; the process's own view of it has not.
+        let seen = PathBuf::from(format!("/proc/{pid}/root{}", library.display()));
+        let bytes = fs::read(&seen)
+            .with_context(|| format!("cannot read the shim of pid {pid}, {}", library.display()))?;
+        let offset = symbol(&bytes).with_context(|| {
+            format!(
+                "{} (loaded by pid {pid}) has no symbol {BLOCK_SYMBOL}",
+                library.display()
+            )
+        })?;
+        let mem_path = format!("/proc/{pid}/mem");
+        let memory = File::options()
+            .read(true)
+            .write(true)
+            .open(&mem_path)
+            .with_context(|| format!("cannot open {mem_path}; is pid {pid} yours?"))?;
+        let found = TaskBlock {
+            pid,
+            at: base + offset,
+            memory,
+        };
+        let mut head = [0; 16];
+        found.read(0, &mut head)?;
+        let mut expected = block::MAGIC.to_vec();
+        expected.extend(block::VERSION.to_le_bytes());
+        expected.extend((size_of::<Block>() as u32).to_le_bytes());
+        if head[..] != expected[..] {
+            bail!(
+                "the shim of pid {pid} ({}) is of another version than this mistctl; start the task under the one `mistctl shim` names",
+                library.display()
+            );
+        }
+        Ok(Some(found))
+    }
+
+    field! {
+        /// See [`block::state`].
+        state: u32;
+        /// The virtual tid.
+        v: u32;
+        /// The real tid.
+        r: u32;
+        /// See [`block::flag`].
+        flags: u32;
+        /// libpvm calls on the stack.
+        depth: u32;
+        /// Callbacks of the program on the stack.
+        callbacks: u32;
+        /// See [`block::Call`].
+        call: u32;
+        /// Flags argument of that call.
+        call_flags: i32;
+        /// See [`block::wait`].
+        wait: u32;
+        /// Not 0 while the task waits for an answer of its pvmd.
+        asking: u32;
+        /// What the program asked for with PvmRoute.
+        route: i32;
+        /// Notices that are kept back.
+        held: u32;
+        /// Unanswered notify requests.
+        notifies: u32;
+        /// Generation of the table that was acted upon.
+        seen: u64;
+        /// Address of the mapped table.
+        table: u64;
+        /// Length of that mapping.
+        table_len: u64;
+    }
+
+    /// The process that enrolled; another one than this has inherited the block over fork.
+    ///
+    /// # Errors
+    /// When the process's memory cannot be read.
+    pub fn enrolled_pid(&self) -> Result<i32> {
+        Ok(self.word32(offset_of!(Block, pid))? as i32)
+    }
+
+    /// Destinations of messages on their way out; none means "perhaps everybody".
+    ///
+    /// # Errors
+    /// When the process's memory cannot be read.
+    pub fn sending(&self) -> Result<Option<Vec<u32>>> {
+        if self.word32(offset_of!(Block, sending_more))? != 0 {
+            return Ok(None);
+        }
+        let count = self.word32(offset_of!(Block, sending_count))? as usize;
+        let start = offset_of!(Block, sending);
+        (0..count.min(block::SENDING))
+            .map(|at| self.word32(start + 4 * at))
+            .collect::<Result<_>>()
+            .map(Some)
+    }
+
+    /// Path of the table the task has mapped.
+    ///
+    /// # Errors
+    /// When the process's memory cannot be read.
+    pub fn table_path(&self) -> Result<PathBuf> {
+        let mut bytes = [0; block::PATH_LEN];
+        self.read(offset_of!(Block, table_path), &mut bytes)?;
+        let name = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
+        Ok(PathBuf::from(String::from_utf8_lossy(name).into_owned()))
+    }
+
+    /// Addresses in the task of libpvm's variables, in the order of [`Globals`].
+    ///
+    /// # Errors
+    /// When the process's memory cannot be read.
+    pub fn globals(&self) -> Result<Vec<u64>> {
+        let start = offset_of!(Block, globals);
+        (0..size_of::<Globals>() / 8)
+            .map(|at| self.word64(start + 8 * at))
+            .collect()
+    }
+
+    /// Whether the task may be frozen as far as libpvm is concerned; the reason when it may not. A task
+    /// that waits for messages has to be in select() besides, with nothing in the write set.
+    ///
+    /// # Errors
+    /// When the process's memory cannot be read.
+    pub fn freezable(&self) -> Result<Freezable> {
+        if self.depth()? == 0 {
+            return Ok(Freezable::Outside);
+        }
+        if self.asking()? != 0 {
+            return Ok(Freezable::No("it waits for an answer of its pvmd"));
+        }
+        let sends = self.sending()?.is_none_or(|sending| !sending.is_empty());
+        Ok(match self.wait()? {
+            _ if sends => Freezable::No("it is sending"),
+            block::wait::RECEIVE | block::wait::GATE | block::wait::GATE_DEAF => {
+                Freezable::IfInSelect
+            }
+            block::wait::SEND => Freezable::No("it is sending"),
+            _ if self.callbacks()? != 0 => Freezable::Outside,
+            _ => Freezable::No("it is inside libpvm"),
+        })
+    }
+
+    /// Asks for a marker: `number` goes to the task `to` (R) behind everything sent before it, as soon
+    /// as the task communicates; a TC_NOOP sent to it makes a waiting one do so.
+    ///
+    /// # Errors
+    /// When the process's memory cannot be accessed, or `slot` is not one of [`block::MARKERS`].
+    pub fn ask_marker(&self, slot: usize, to: u32, number: u32) -> Result<()> {
+        let at = marker(offset_of!(Block, marker_asked), slot)?;
+        self.write(at, &(u64::from(to) | u64::from(number) << 32).to_le_bytes())?;
+        self.write(offset_of!(Block, attention), &1u32.to_le_bytes())
+    }
+
+    /// Whether the marker last asked for in `slot` has been sent.
+    ///
+    /// # Errors
+    /// As for [`TaskBlock::ask_marker`].
+    pub fn marker_sent(&self, slot: usize) -> Result<bool> {
+        let asked = self.word64(marker(offset_of!(Block, marker_asked), slot)?)?;
+        Ok(asked == self.word64(marker(offset_of!(Block, marker_done), slot)?)?)
+    }
+
+    /// Makes sends to `hosts` (bit per host index) wait; no bits: none.
+    ///
+    /// # Errors
+    /// When the process's memory cannot be written.
+    pub fn hold_hosts(&self, hosts: &[u64; block::HOST_WORDS]) -> Result<()> {
+        let any = hosts.iter().any(|word| *word != 0);
+        let bytes: Vec<u8> = hosts.iter().flat_map(|word| word.to_le_bytes()).collect();
+        if any {
+            self.write(offset_of!(Block, hold_hosts), &bytes)?;
+        }
+        self.write(offset_of!(Block, hold_any), &u32::from(any).to_le_bytes())?;
+        self.write(offset_of!(Block, hold_hosts), &bytes)
+    }
+
+    /// Says that incarnation `r` has taken over: the task looks at everything again.
+    ///
+    /// # Errors
+    /// When the process's memory cannot be written.
+    pub fn take_over(&self, r: u32) -> Result<()> {
+        self.write(offset_of!(Block, r), &r.to_le_bytes())?;
+        self.write(offset_of!(Block, seen), &u64::MAX.to_le_bytes())
+    }
+
+    fn word32(&self, offset: usize) -> Result<u32> {
+        let mut bytes = [0; 4];
+        self.read(offset, &mut bytes)?;
+        Ok(u32::from_le_bytes(bytes))
+    }
+
+    fn word64(&self, offset: usize) -> Result<u64> {
+        let mut bytes = [0; 8];
+        self.read(offset, &mut bytes)?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    fn read(&self, offset: usize, bytes: &mut [u8]) -> Result<()> {
+        self.memory
+            .read_exact_at(bytes, self.at + offset as u64)
+            .map_err(|error| self.lost(error))
+    }
+
+    fn write(&self, offset: usize, bytes: &[u8]) -> Result<()> {
+        self.memory
+            .write_all_at(bytes, self.at + offset as u64)
+            .map_err(|error| self.lost(error))
+    }
+
+    fn lost(&self, error: io::Error) -> anyhow::Error {
+        anyhow::Error::new(error).context(format!(
+            "cannot access the shim's block of pid {} at {:#x}",
+            self.pid, self.at
+        ))
+    }
+}
+
+/// Answer of [`TaskBlock::freezable`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Freezable {
+    /// In the program's own code.
+    Outside,
+    /// Waits for messages or at a gate: yes, if it is in select() and waits for nothing to write.
+    IfInSelect,
+    /// Not now, for this reason.
+    No(&'static str),
+}
+
+fn marker(start: usize, slot: usize) -> Result<usize> {
+    if slot >= block::MARKERS {
+        bail!(
+            "there are markers 0 to {} only, not {slot}",
+            block::MARKERS - 1
+        );
+    }
+    Ok(start + 8 * slot)
+}
+
+/// The start of the first mapping of a file whose name is the shim's, and its path.
+fn shim_mapping(line: &str) -> Option<(u64, PathBuf)> {
+    let path = Path::new(line.get(line.find('/')?..)?);
+    if path.file_name()? != "libmistshim.so" {
+        return None;
+    }
+    let start = line.split('-').next()?;
+    Some((u64::from_str_radix(start, 16).ok()?, path.to_owned()))
+}
+
+/// Where in the loaded library the block is.
+fn symbol(library: &[u8]) -> Option<u64> {
+    let elf = Elf::parse(library).ok()?;
+    let found = elf
+        .dynsyms
+        .iter()
+        .find(|symbol| elf.dynstrtab.get_at(symbol.st_name) == Some(BLOCK_SYMBOL))?;
+    Some(found.st_value)
+}

@@ -1,0 +1,984 @@
+//! The PVM shim, in a virtual machine of one host. A move is played by hand: a second task is enrolled
+//! whose R the tid table gives to the first one's V.
+
+mod common;
+#[path = "shim/mod.rs"]
+mod stage;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use mistctl::pvm::block::{Freezable, TaskBlock};
+use mistctl::pvm::shimabi::block::{flag, state, wait};
+use stage::{Actor, Vm, until, until_waits};
+
+fn main() -> ExitCode {
+    stage::main(&[
+        ("inert in pvmd and in programs that never call PVM", inert),
+        ("fork and exec work as without it", fork_and_exec),
+        ("the whole interface answers as without it", api),
+        (
+            "messages to V reach its present incarnation and come from V",
+            messages,
+        ),
+        (
+            "late messages of an old incarnation come from V too",
+            late_messages,
+        ),
+        ("the task itself knows V only", own_tid),
+        ("callbacks count as outside", callbacks),
+        ("a jump out of a callback does no harm", jumps),
+        ("tasks are listed once, by V, without agents", tasks),
+        (
+            "status, kill and signals reach the present incarnation",
+            control,
+        ),
+        ("spawned tasks, parents and siblings are V", family),
+        (
+            "exit notices of old incarnations are swallowed, the last one shown",
+            notices,
+        ),
+        ("notices about a moving task are held back", held_notices),
+        (
+            "requests are made again for a new incarnation and answered once",
+            requests_again,
+        ),
+        ("a gate holds sends while reading goes on", gate),
+        ("a gate holds multicasts", gate_multicast),
+        ("a gate inside a message handler", gate_in_handler),
+        ("an expired gate is resolved by asking", expired_gate),
+        ("sends to a host can be held", held_host),
+        ("markers follow everything sent before", markers),
+        ("mailbox owners are V", mailboxes),
+        ("options that carry tids", options),
+        (
+            "collected output shows one task, not its incarnations",
+            output_of_moved,
+        ),
+        ("output follows a collector that moved", output_to_moved),
+        (
+            "messages inside messages, and their headers",
+            nested_messages,
+        ),
+        ("a route is promised, and messages go through pvmd", routes),
+        (
+            "a direct route is refused to a task without the shim",
+            refuses_routes,
+        ),
+        ("what it publishes", published),
+        ("a new pvmd has a new table", new_pvmd),
+        ("errors name the task by V", errors),
+    ])
+}
+
+/// The next tid pvmd gives out after `tid`.
+fn after(tid: u32) -> u32 {
+    tid + 1
+}
+
+/// A task V = R1, a partner, and a second incarnation R2 that is not yet the present one.
+struct Move {
+    old: Actor,
+    partner: Actor,
+    new: Actor,
+    v: u32,
+    r2: u32,
+    p: u32,
+}
+
+fn prepare(vm: &Vm) -> Move {
+    let mut old = vm.actor();
+    let v = old.enrol();
+    let mut partner = vm.actor();
+    let p = partner.enrol();
+    let r2 = after(p);
+    vm.table().add_incarnation(r2, v).unwrap();
+    let mut new = vm.actor();
+    assert_eq!(
+        new.enrol(),
+        v,
+        "an incarnation that is known enrols as its V"
+    );
+    Move {
+        old,
+        partner,
+        new,
+        v,
+        r2,
+        p,
+    }
+}
+
+fn moved(vm: &Vm) -> Move {
+    let task = prepare(vm);
+    vm.table().open_gate(task.v, task.r2).unwrap();
+    task
+}
+
+fn inert(kit: &Path) {
+    let vm = Vm::start(kit);
+    let mut actor = vm.actor();
+    actor.enrol();
+    let block = TaskBlock::find(vm.pvmd.id() as i32)
+        .unwrap()
+        .expect("pvmd has the shim");
+    assert_eq!(
+        (block.state().unwrap(), block.enrolled_pid().unwrap()),
+        (state::IDLE, 0)
+    );
+    assert_eq!(
+        block.globals().unwrap(),
+        vec![0; block.globals().unwrap().len()]
+    );
+    let output = vm
+        .command("sh", true)
+        .args(["-c", "echo yes"])
+        .output()
+        .unwrap();
+    assert_eq!(
+        (output.stdout.as_slice(), output.stderr.as_slice()),
+        (&b"yes\n"[..], &b""[..])
+    );
+}
+
+fn fork_and_exec(kit: &Path) {
+    let vm = Vm::start(kit);
+    let mut actor = vm.actor();
+    actor.enrol();
+    assert_eq!(actor.ask("fork"), "3");
+    assert_eq!(actor.ask("errno"), "123");
+}
+
+fn api(kit: &Path) {
+    let transcript = |shim| {
+        let vm = if shim {
+            Vm::start(kit)
+        } else {
+            Vm::start_bare(kit)
+        };
+        let output = vm.command("api", shim).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let (without, with) = (transcript(false), transcript(true));
+    assert!(without.lines().count() > 100, "{without}");
+    for (a, b) in without.lines().zip(with.lines()) {
+        assert_eq!(a, b);
+    }
+    assert_eq!(without, with);
+}
+
+fn messages(kit: &Path) {
+    let vm = Vm::start(kit);
+    let Move {
+        mut partner,
+        mut new,
+        v,
+        p,
+        ..
+    } = moved(&vm);
+    partner.ask(&format!("send {v:x} 5 one"));
+    assert_eq!(
+        new.ask("recv -1 5"),
+        format!("from {p:x} tag 5 text one info {p:x}")
+    );
+    partner.ask(&format!("psend {v:x} 6 two"));
+    assert_eq!(
+        new.ask("precv -1 6"),
+        format!("0 from {p:x} tag 6 text two")
+    );
+    partner.ask(&format!("mcast 7 three {v:x}"));
+    assert_eq!(
+        new.ask(&format!("trecv {p:x} 7 20000")),
+        format!("from {p:x} tag 7 text three info {p:x}")
+    );
+    new.ask(&format!("send {p:x} 8 four"));
+    assert_eq!(
+        partner.ask(&format!("recv {v:x} 8")),
+        format!("from {v:x} tag 8 text four info {v:x}")
+    );
+    new.ask(&format!("psend {p:x} 9 five"));
+    assert_eq!(
+        partner.ask(&format!("precv {v:x} 9")),
+        format!("0 from {v:x} tag 9 text five")
+    );
+    new.ask(&format!("mcast 10 six {p:x}"));
+    assert_eq!(
+        partner.ask(&format!("recv {v:x} 10")),
+        format!("from {v:x} tag 10 text six info {v:x}")
+    );
+    new.ask(&format!("send {p:x} 11 seven"));
+    until("the message", || {
+        partner.ask(&format!("probe {v:x} 11")) == "yes"
+    });
+    assert_eq!(
+        partner.ask(&format!("nrecv {v:x} 11")),
+        format!("from {v:x} tag 11 text seven info {v:x}")
+    );
+    // To itself, by V; a multicast leaves oneself out.
+    new.ask(&format!("send {v:x} 12 me"));
+    assert_eq!(
+        new.ask(&format!("recv {v:x} 12")),
+        format!("from {v:x} tag 12 text me info {v:x}")
+    );
+    new.ask(&format!("mcast 13 us {v:x} {p:x}"));
+    assert_eq!(
+        partner.ask("recv -1 13"),
+        format!("from {v:x} tag 13 text us info {v:x}")
+    );
+    assert_eq!(new.ask("nrecv -1 13"), "0");
+}
+
+fn late_messages(kit: &Path) {
+    let vm = Vm::start(kit);
+    let Move {
+        mut old,
+        mut partner,
+        mut new,
+        v,
+        p,
+        r2,
+    } = moved(&vm);
+    let mut third = vm.actor();
+    let r3 = third.enrol();
+    vm.table().add_incarnation(r3, v).unwrap();
+    vm.table().open_gate(v, r3).unwrap();
+    old.ask(&format!("send {p:x} 1 first"));
+    assert_eq!(
+        partner.ask(&format!("recv {v:x} 1")),
+        format!("from {v:x} tag 1 text first info {v:x}")
+    );
+    new.ask(&format!("send {p:x} 2 second"));
+    assert_eq!(
+        partner.ask(&format!("recv {v:x} 2")),
+        format!("from {v:x} tag 2 text second info {v:x}")
+    );
+    assert_ne!(r2, r3);
+    partner.ask(&format!("send {v:x} 3 third"));
+    assert!(third.ask("recv -1 3").contains("text third"));
+}
+
+fn own_tid(kit: &Path) {
+    let vm = Vm::start(kit);
+    let Move {
+        mut partner,
+        mut new,
+        v,
+        r2,
+        p,
+        ..
+    } = moved(&vm);
+    assert_eq!(new.tid("raw"), v);
+    assert_eq!(new.tid("mytid"), v);
+    assert_eq!(
+        (new.block().v().unwrap(), new.block().r().unwrap()),
+        (v, r2)
+    );
+    assert_eq!(new.tid(&format!("host {v:x}")), v & 0x3ffc_0000);
+    assert_eq!(new.ask("siblings"), format!("{v:x}"));
+    assert_eq!(new.tid("raw"), v);
+    partner.ask(&format!("send {v:x} 1 x"));
+    assert!(new.ask(&format!("recv {p:x} 1")).contains("text x"));
+    assert_eq!(new.tid("raw"), v);
+    // A new enrolment is a new task.
+    new.ask("exit");
+    assert_eq!(new.ask("raw"), "ffffffff");
+    assert_eq!(new.enrol(), after(r2));
+    assert_eq!(new.tid("raw"), after(r2));
+}
+
+fn callbacks(kit: &Path) {
+    let vm = Vm::start(kit);
+    let Move {
+        mut partner,
+        mut new,
+        v,
+        p,
+        ..
+    } = moved(&vm);
+    assert_eq!(new.ask(&format!("handler {p:x} 4")), "1");
+    partner.ask(&format!("send {v:x} 4 x"));
+    partner.ask(&format!("send {v:x} 5 y"));
+    let answer = new.ask("recv -1 5");
+    assert!(
+        answer.starts_with(&format!("[handler from {p:x} tag 4 raw {v:x} mytid {v:x}]")),
+        "{answer}"
+    );
+    assert!(
+        answer.ends_with(&format!("from {p:x} tag 5 text y info {p:x}")),
+        "{answer}"
+    );
+    // A handler for messages of V.
+    assert_eq!(partner.ask(&format!("handler {v:x} 6")), "1");
+    new.ask(&format!("send {p:x} 6 x"));
+    new.ask(&format!("send {p:x} 7 y"));
+    let answer = partner.ask("recv -1 7");
+    assert!(
+        answer.starts_with(&format!("[handler from {v:x} tag 6 raw {p:x}")),
+        "{answer}"
+    );
+    assert_eq!(new.ask("recvf 1"), "1");
+    assert_ne!(new.block().flags().unwrap() & flag::RECVF, 0);
+    partner.ask(&format!("send {v:x} 8 z"));
+    let answer = new.ask("recv -1 8");
+    assert!(
+        answer.starts_with(&format!("[match {p:x} raw {v:x}]")),
+        "{answer}"
+    );
+    assert_eq!(new.ask("recvf 0"), "1");
+    partner.ask(&format!("send {v:x} 9 z"));
+    assert_eq!(
+        new.ask("recv -1 9"),
+        format!("from {p:x} tag 9 text z info {p:x}")
+    );
+    assert_eq!(new.tid("raw"), v);
+}
+
+fn jumps(kit: &Path) {
+    let vm = Vm::start(kit);
+    let Move {
+        mut partner,
+        mut new,
+        v,
+        p,
+        ..
+    } = moved(&vm);
+    assert_eq!(new.ask("recvf 1"), "1");
+    partner.ask(&format!("send {v:x} 8 z"));
+    let answer = new.ask("jump 1 ffffffff 8");
+    assert!(answer.ends_with(&format!("jumped raw {v:x}")), "{answer}");
+    assert_eq!(new.ask("recvf 0"), "1");
+    assert!(new.ask("recv -1 8").contains(&format!("from {p:x} tag 8")));
+    assert_eq!(new.block().depth().unwrap(), 0);
+    assert_eq!(new.tid("raw"), v);
+}
+
+fn tasks(kit: &Path) {
+    let vm = Vm::start(kit);
+    let Move {
+        old,
+        mut partner,
+        new,
+        v,
+        p,
+        r2,
+    } = prepare(&vm);
+    let mut agent = vm.bare_actor();
+    let a = agent.enrol();
+    let listed = |actor: &mut Actor, at: &str| {
+        let answer = actor.ask(&format!("tasks {at}"));
+        let mut tids: Vec<u32> = answer
+            .split_whitespace()
+            .skip(1)
+            .map(|task| u32::from_str_radix(task.split('/').next().unwrap(), 16).unwrap())
+            .collect();
+        tids.sort();
+        tids
+    };
+    // The prepared incarnation is not a task yet.
+    vm.table().close_gate(v, r2, 0).unwrap();
+    vm.table().hide(a).unwrap();
+    assert_eq!(listed(&mut partner, "0"), [v, p]);
+    vm.table().open_gate(v, r2).unwrap();
+    assert_eq!(listed(&mut partner, "0"), [v, p]);
+    // Again: libpvm frees its list by its own count.
+    assert_eq!(listed(&mut partner, "0"), [v, p]);
+    assert_eq!(listed(&mut partner, &format!("{v:x}")), [v]);
+    old.leave();
+    assert_eq!(listed(&mut partner, "0"), [v, p]);
+    new.leave();
+    assert_eq!(listed(&mut partner, "0"), [p]);
+}
+
+fn control(kit: &Path) {
+    let vm = Vm::start(kit);
+    let Move {
+        old,
+        mut partner,
+        mut new,
+        v,
+        ..
+    } = moved(&vm);
+    old.leave();
+    assert_eq!(
+        partner.ask(&format!("pstat {v:x}")),
+        "0",
+        "alive as its present incarnation"
+    );
+    assert_eq!(new.ask(&format!("pstat {v:x}")), "0");
+    let pid = new.pid();
+    assert_eq!(partner.ask(&format!("sendsig {v:x} 0")), "0");
+    assert_eq!(partner.ask(&format!("hostsync {v:x}")), "0");
+    assert_eq!(partner.ask(&format!("kill {v:x}")), "0");
+    until("the killed task to end", || {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.is_empty() || stat.contains(") Z ")
+    });
+    until("pvmd to notice", || {
+        partner.ask(&format!("pstat {v:x}")) == "-31"
+    });
+}
+
+fn family(kit: &Path) {
+    let vm = Vm::start(kit);
+    let Move { mut new, v, r2, .. } = moved(&vm);
+    let (stage, args) = vm.stage("child");
+    // The child is an incarnation too, of a task that pvmd never had.
+    let (child_r, child_v) = (after(r2), 0x7_1234);
+    vm.table().add_incarnation(child_r, child_v).unwrap();
+    vm.table().open_gate(child_v, child_r).unwrap();
+    assert_eq!(
+        new.ask(&format!("spawn 1 actor {args}")),
+        format!("1: {child_v:x}")
+    );
+    let mut child = stage.actor();
+    assert_eq!(child.enrol(), child_v);
+    assert_eq!(child.tid("parent"), v);
+    assert_eq!(child.ask("siblings"), format!("{child_v:x}"));
+    new.ask(&format!("send {child_v:x} 1 hello"));
+    assert_eq!(
+        child.ask(&format!("recv {v:x} 1")),
+        format!("from {v:x} tag 1 text hello info {v:x}")
+    );
+    assert!(new.ask("tasks").contains(&format!("{child_v:x}/{v:x}/")));
+    child.leave();
+}
+
+fn notices(kit: &Path) {
+    let vm = Vm::start(kit);
+    let mut task = prepare(&vm);
+    let v = task.v;
+    assert_eq!(task.partner.ask(&format!("notify 1 77 {v:x}")), "0");
+    assert_eq!(task.partner.block().notifies().unwrap(), 1);
+    // The request has reached pvmd when a question behind it is answered.
+    task.partner.ask(&format!("pstat {v:x}"));
+    vm.table().close_gate(v, task.r2, 0).unwrap();
+    vm.table().open_gate(v, task.r2).unwrap();
+    task.old.crash();
+    let present = task.r2;
+    until("pvmd to forget the old incarnation", || {
+        !vm.bare_actor().ask("tasks").contains(&format!(" {v:x}/"))
+    });
+    assert_eq!(
+        task.partner.ask("nnotice 77"),
+        "none",
+        "the old incarnation's exit shows"
+    );
+    task.new.crash();
+    assert_eq!(
+        task.partner.ask("notice 77"),
+        format!("{v:x}"),
+        "asked again about t{present:x}"
+    );
+    assert_eq!(task.partner.block().notifies().unwrap(), 0);
+    // A request made about V now is about its present incarnation, which is gone.
+    assert_eq!(task.partner.ask(&format!("notify 1 78 {v:x}")), "0");
+    assert_eq!(task.partner.ask("notice 78"), format!("{v:x}"));
+}
+
+fn held_notices(kit: &Path) {
+    let vm = Vm::start(kit);
+    let mut task = prepare(&vm);
+    let v = task.v;
+    task.partner.ask(&format!("notify 1 77 {v:x}"));
+    task.partner.ask(&format!("pstat {v:x}"));
+    vm.table().close_gate(v, task.r2, 0).unwrap();
+    task.old.crash();
+    let block = task.partner.block();
+    until("the notice to be held back", || {
+        assert_eq!(task.partner.ask("nnotice 77"), "none");
+        block.held().unwrap() == 1
+    });
+    // The move fails: the task is dead.
+    vm.table().open_gate(v, v).unwrap();
+    assert_eq!(task.partner.ask("nnotice 77"), format!("{v:x}"));
+    assert_eq!(block.held().unwrap(), 0);
+}
+
+fn requests_again(kit: &Path) {
+    let vm = Vm::start(kit);
+    let (mut asker, mut other) = (vm.actor(), vm.actor());
+    let (a, o) = (asker.enrol(), other.enrol());
+    asker.ask(&format!("notify 1 77 {o:x}"));
+    asker.ask(&format!("pstat {o:x}"));
+    // As mistctl does when a new incarnation takes over. Here pvmd still has the first request too.
+    let block = asker.block();
+    block.take_over(a).unwrap();
+    asker.ask(&format!("pstat {o:x}"));
+    assert_ne!(block.seen().unwrap(), u64::MAX);
+    other.crash();
+    assert_eq!(asker.ask("notice 77"), format!("{o:x}"));
+    asker.ask("pstat 40fff");
+    until("the second answer to be swallowed", || {
+        assert_eq!(asker.ask("nnotice 77"), "none");
+        block.notifies().unwrap() == 0
+    });
+}
+
+fn gate(kit: &Path) {
+    let vm = Vm::start(kit);
+    let Move {
+        mut old,
+        mut partner,
+        mut new,
+        v,
+        r2,
+        p,
+    } = prepare(&vm);
+    let block = partner.block();
+    vm.table().close_gate(v, r2, 0).unwrap();
+    partner.tell(&format!("send {v:x} 5 late"));
+    until_waits(&block, wait::GATE);
+    assert_eq!(
+        block.sending().unwrap(),
+        Some(vec![]),
+        "nothing is on its way to it"
+    );
+    assert_eq!(block.freezable().unwrap(), Freezable::IfInSelect);
+    // It reads on: more than sockets hold gets through, and a handler runs.
+    let mut third = vm.actor();
+    third.enrol();
+    assert_eq!(third.ask(&format!("big {p:x} 6 4000000")), "0");
+    third.ask(&format!("pstat {p:x}"));
+    // Questions about the task wait too, and others do not.
+    third.tell(&format!("pstat {v:x}"));
+    until_waits(&third.block(), wait::GATE);
+    let mut fourth = vm.actor();
+    fourth.enrol();
+    assert_eq!(fourth.ask(&format!("send {p:x} 9 x")), "0");
+    vm.table().open_gate(v, r2).unwrap();
+    assert_eq!(partner.answer(), "0");
+    assert_eq!(third.answer(), "0");
+    assert_eq!(
+        new.ask("recv -1 5"),
+        format!("from {p:x} tag 5 text late info {p:x}")
+    );
+    assert_eq!(old.ask("nrecv -1 5"), "0");
+    assert!(partner.ask("recv -1 6").contains("text big"));
+}
+
+fn gate_multicast(kit: &Path) {
+    let vm = Vm::start(kit);
+    let Move {
+        mut old,
+        mut partner,
+        mut new,
+        v,
+        r2,
+        p,
+    } = prepare(&vm);
+    let mut third = vm.actor();
+    let t = third.enrol();
+    vm.table().close_gate(v, r2, 0).unwrap();
+    partner.tell(&format!("mcast 5 all {t:x} {v:x}"));
+    until_waits(&partner.block(), wait::GATE);
+    assert_eq!(third.ask("nrecv -1 5"), "0");
+    vm.table().open_gate(v, r2).unwrap();
+    assert_eq!(partner.answer(), "0");
+    assert!(third.ask(&format!("recv {p:x} 5")).contains("text all"));
+    assert!(new.ask(&format!("recv {p:x} 5")).contains("text all"));
+    assert_eq!(old.ask("nrecv -1 5"), "0");
+}
+
+fn gate_in_handler(kit: &Path) {
+    let vm = Vm::start(kit);
+    let Move {
+        mut partner,
+        mut new,
+        v,
+        r2,
+        ..
+    } = prepare(&vm);
+    // The partner answers from a message handler.
+    assert_eq!(partner.ask("echo 20"), "1");
+    let p = partner.enrol();
+    let block = partner.block();
+    partner.tell("recv -1 30");
+    until_waits(&block, wait::RECEIVE);
+    // It asks as V before the gate closes.
+    vm.table().close_gate(v, r2, 0).unwrap();
+    new.ask(&format!("send {p:x} 20 ping"));
+    until_waits(&block, wait::GATE_DEAF);
+    assert_eq!(block.freezable().unwrap(), Freezable::IfInSelect);
+    vm.table().open_gate(v, r2).unwrap();
+    assert_eq!(
+        new.ask("recv -1 21"),
+        format!("from {p:x} tag 21 text ping info {p:x}")
+    );
+    new.ask(&format!("send {p:x} 30 done"));
+    assert!(partner.answer().contains("text done"));
+}
+
+fn expired_gate(kit: &Path) {
+    let vm = Vm::start(kit);
+    let Move {
+        mut old,
+        mut partner,
+        mut new,
+        v,
+        r2,
+        ..
+    } = prepare(&vm);
+    // Whoever was to move it died, and the old incarnation lives.
+    vm.table().close_gate(v, r2, 1).unwrap();
+    assert_eq!(partner.ask(&format!("send {v:x} 5 one")), "0");
+    assert!(old.ask("recv -1 5").contains("text one"));
+    assert_eq!(new.ask("nrecv -1 5"), "0");
+    // The next one also died, but after the commit.
+    vm.table().open_gate(v, v).unwrap();
+    partner.ask(&format!("send {v:x} 6 two"));
+    assert!(old.ask("recv -1 6").contains("text two"));
+    vm.table().close_gate(v, r2, 2).unwrap();
+    old.crash();
+    until("pvmd to forget it", || {
+        vm.bare_actor().ask(&format!("pstat {v:x}")) == "-31"
+    });
+    let mut second = vm.actor();
+    second.enrol();
+    assert_eq!(second.ask(&format!("send {v:x} 7 three")), "0");
+    assert!(new.ask("recv -1 7").contains("text three"));
+}
+
+fn held_host(kit: &Path) {
+    let vm = Vm::start(kit);
+    let (mut one, mut two) = (vm.actor(), vm.actor());
+    let (_, t) = (one.enrol(), two.enrol());
+    let block = one.block();
+    let host = ((t & 0x3ffc_0000) >> 18) as usize;
+    let mut hosts = [0; 64];
+    hosts[host / 64] |= 1 << (host % 64);
+    block.hold_hosts(&hosts).unwrap();
+    one.tell(&format!("send {t:x} 1 x"));
+    until_waits(&block, wait::GATE);
+    block.hold_hosts(&[0; 64]).unwrap();
+    assert_eq!(one.answer(), "0");
+    assert!(two.ask("recv -1 1").contains("text x"));
+    hosts = [0; 64];
+    hosts[63] = 1 << 63;
+    block.hold_hosts(&hosts).unwrap();
+    assert_eq!(one.ask(&format!("send {t:x} 2 x")), "0");
+}
+
+fn markers(kit: &Path) {
+    let vm = Vm::start(kit);
+    let (mut one, mut agent) = (vm.actor(), vm.bare_actor());
+    let (o, a) = (one.enrol(), agent.enrol());
+    assert_eq!(agent.ask("noops"), "1");
+    let block = one.block();
+    block.ask_marker(3, a, 4711).unwrap();
+    assert!(!block.marker_sent(3).unwrap());
+    assert_eq!(one.ask(&format!("send {a:x} 1 before")), "0");
+    assert!(block.marker_sent(3).unwrap());
+    assert!(block.ask_marker(99, a, 1).is_err());
+    let answer = agent.ask("recv -1 1");
+    assert!(
+        answer.starts_with(&format!("[noop from {o:x} 4d495354 1 1267 {o:x} {o:x}]")),
+        "{answer}"
+    );
+    // A task that waits in pvm_recv is nudged with a TC_NOOP.
+    one.tell("recv -1 9");
+    until_waits(&block, wait::RECEIVE);
+    block.ask_marker(0, a, 4712).unwrap();
+    let mut said = agent.ask(&format!("nudge {o:x}"));
+    until("the marker to be sent", || block.marker_sent(0).unwrap());
+    said += &agent.ask(&format!("send {o:x} 9 x"));
+    assert!(one.answer().contains("text x"));
+    one.ask(&format!("send {a:x} 2 after"));
+    said += &agent.ask("recv -1 2");
+    assert!(
+        said.contains(&format!("[noop from {o:x} 4d495354 1 1268 {o:x} {o:x}]")),
+        "{said}"
+    );
+}
+
+fn mailboxes(kit: &Path) {
+    let vm = Vm::start(kit);
+    let Move {
+        mut partner,
+        mut new,
+        v,
+        p,
+        ..
+    } = moved(&vm);
+    assert_eq!(new.ask("put shop bread 0"), "0");
+    assert_eq!(partner.ask("boxes shop"), format!("{v:x}"));
+    assert!(partner.ask("get shop 0 0").contains("text bread"));
+    assert_eq!(partner.ask("put stall milk 0"), "0");
+    assert_eq!(new.ask("boxes stall"), format!("{p:x}"));
+    // The owner may take it away, by its R.
+    assert_eq!(new.ask("del shop 0"), "0");
+    assert_eq!(new.ask(&format!("insert who {v:x}")), "0");
+    assert_eq!(partner.ask("lookup who"), format!("0 {v:x}"));
+    // Not to be killed by a reset.
+    assert_eq!(new.ask("setopt 25 1"), "0");
+    assert_ne!(new.block().flags().unwrap() & flag::NO_RESET, 0);
+    assert_eq!(partner.ask("noresets"), format!("{v:x}"));
+    assert_eq!(partner.ask("reset"), "0");
+    assert_eq!(partner.ask(&format!("pstat {v:x}")), "0");
+}
+
+fn options(kit: &Path) {
+    let vm = Vm::start(kit);
+    let Move {
+        mut new,
+        mut partner,
+        v,
+        p,
+        ..
+    } = moved(&vm);
+    assert_eq!(new.ask("getopt 4"), "0");
+    assert_eq!(new.ask(&format!("setopt 4 {v:x}")), "0");
+    assert_eq!(new.tid("getopt 4"), v);
+    assert_ne!(new.block().flags().unwrap() & flag::COLLECTOR, 0);
+    assert_eq!(new.tid("setopt 4 0"), v);
+    assert_eq!(new.ask("getopt 4"), "0");
+    assert_eq!(partner.ask(&format!("setopt 12 {v:x}")), "0");
+    assert_eq!(partner.tid("getopt 12"), v);
+    assert_eq!(partner.tid("getopt 4"), v);
+    assert_eq!(new.ask(&format!("setopt 14 {p:x}")), "0");
+    assert_eq!(new.tid("getopt 14"), p);
+    // What is not one's own to set is refused as without the shim.
+    assert_eq!(new.ask("setopt 4 40fff"), "fffffffe");
+    assert_eq!(new.tid("raw"), v);
+}
+
+fn output_of_moved(kit: &Path) {
+    let vm = Vm::start(kit);
+    let mut parent = vm.actor();
+    let p = parent.enrol();
+    parent.ask("catchout");
+    parent.ask("showtids 1");
+    let (stage, args) = vm.stage("old");
+    let v = after(p);
+    assert_eq!(
+        parent.ask(&format!("spawn 1 actor {args}")),
+        format!("1: {v:x}")
+    );
+    let mut old = stage.actor();
+    old.enrol();
+    old.ask("print one");
+    let show = |parent: &mut Actor, line: &str| {
+        until(line, || {
+            parent.ask("probe 1 1");
+            parent.said.iter().any(|said| said == line)
+        });
+    };
+    show(&mut parent, &format!("[t{v:x}] one"));
+    let r2 = after(v);
+    vm.table().add_incarnation(r2, v).unwrap();
+    vm.table().close_gate(v, r2, 0).unwrap();
+    let (stage, args) = vm.stage("new");
+    parent.ask(&format!("spawn 1 actor {args}"));
+    let mut new = stage.actor();
+    new.enrol();
+    vm.table().open_gate(v, r2).unwrap();
+    old.ask("exit");
+    old.tell("quit");
+    new.ask("print two");
+    show(&mut parent, &format!("[t{v:x}] two"));
+    until("the old incarnation to be gone", || {
+        !vm.bare_actor().ask("tasks").contains(&format!(" {v:x}/"))
+    });
+    new.ask("print three");
+    show(&mut parent, &format!("[t{v:x}] three"));
+    let begins = |parent: &Actor, what: &str| {
+        parent
+            .said
+            .iter()
+            .filter(|said| **said == format!("[t{v:x}] {what}"))
+            .count()
+    };
+    assert_eq!(
+        (begins(&parent, "BEGIN"), begins(&parent, "EOF")),
+        (1, 0),
+        "{:?}",
+        parent.said
+    );
+    new.ask("exit");
+    new.tell("quit");
+    show(&mut parent, &format!("[t{v:x}] EOF"));
+    assert_eq!(
+        (begins(&parent, "BEGIN"), begins(&parent, "EOF")),
+        (1, 1),
+        "{:?}",
+        parent.said
+    );
+    assert!(
+        !parent
+            .said
+            .iter()
+            .any(|said| said.contains(&format!("{r2:x}"))),
+        "{:?}",
+        parent.said
+    );
+    assert_eq!(parent.ask("exit"), "0");
+}
+
+fn output_to_moved(kit: &Path) {
+    let vm = Vm::start(kit);
+    let mut old = vm.actor();
+    let v = old.enrol();
+    old.ask("catchout");
+    let (stage, args) = vm.stage("child");
+    old.ask(&format!("spawn 1 actor {args}"));
+    let mut child = stage.actor();
+    let c = child.enrol();
+    assert_eq!(child.tid("getopt 12"), v);
+    let r2 = after(c);
+    vm.table().add_incarnation(r2, v).unwrap();
+    let mut new = vm.actor();
+    new.enrol();
+    new.ask("catchout");
+    new.ask("showtids 1");
+    vm.table().open_gate(v, r2).unwrap();
+    child.ask("probe 1 1");
+    assert_eq!(child.tid("getopt 12"), v);
+    assert_eq!(child.tid("getopt 4"), v);
+    child.ask("pstat 40fff");
+    child.ask("print hello");
+    until("the output", || {
+        new.ask("probe 1 1");
+        new.said
+            .iter()
+            .any(|said| *said == format!("[t{c:x}] hello"))
+    });
+    // Nobody waits for the answer to the request that did it.
+    assert_eq!(child.ask("nrecv -1 -1"), "0");
+    assert_eq!(child.tid(&format!("setopt 12 {v:x}")), v);
+    child.leave();
+}
+
+fn nested_messages(kit: &Path) {
+    let vm = Vm::start(kit);
+    let Move {
+        mut partner,
+        mut new,
+        v,
+        p,
+        ..
+    } = moved(&vm);
+    new.ask(&format!("send {p:x} 1 inner"));
+    assert_eq!(partner.ask(&format!("forward {v:x} 1 {v:x} 2")), "0");
+    assert_eq!(
+        new.ask(&format!("unpack {p:x} 2")),
+        format!("from {v:x} tag 1 text inner info {v:x}")
+    );
+    new.ask(&format!("send {p:x} 3 x"));
+    assert_eq!(
+        partner.ask(&format!("minfo {v:x} 3")),
+        format!("0 from {v:x} tag 4 text x info {v:x}")
+    );
+}
+
+fn routes(kit: &Path) {
+    let vm = Vm::start(kit);
+    let (mut one, mut two) = (vm.actor(), vm.actor());
+    let (o, t) = (one.enrol(), two.enrol());
+    assert_eq!(one.ask("getopt 1"), "2");
+    assert_eq!(one.ask("setopt 1 3"), "2");
+    assert_eq!(one.ask("getopt 1"), "3");
+    assert_eq!(one.block().route().unwrap(), 3);
+    // The receiver is not in libpvm: a request for a direct route would wait for it.
+    assert_eq!(one.ask(&format!("send {t:x} 1 x")), "0");
+    assert!(two.ask(&format!("recv {o:x} 1")).contains("text x"));
+    assert_eq!(one.ask("fds"), "1");
+    assert_eq!(one.ask("setopt 1 9"), "fffffffe");
+    assert_eq!(one.ask("setopt 1 2"), "3");
+}
+
+fn refuses_routes(kit: &Path) {
+    let vm = Vm::start(kit);
+    let (mut with, mut without) = (vm.actor(), vm.bare_actor());
+    let (w, b) = (with.enrol(), without.enrol());
+    without.ask("setopt 1 3");
+    with.tell("recv -1 1");
+    assert_eq!(without.ask(&format!("send {w:x} 1 x")), "0");
+    assert!(with.answer().contains(&format!("from {b:x} tag 1 text x")));
+    assert_eq!(
+        (with.ask("fds"), without.ask("fds")),
+        ("1".into(), "1".into())
+    );
+}
+
+fn published(kit: &Path) {
+    let vm = Vm::start(kit);
+    let mut one = vm.actor();
+    let pid = one.pid();
+    until("the program to load", || {
+        TaskBlock::find(pid).is_ok_and(|block| block.is_some())
+    });
+    let block = one.block();
+    assert_eq!(block.state().unwrap(), state::IDLE);
+    let o = one.enrol();
+    assert_eq!(
+        (block.state().unwrap(), block.enrolled_pid().unwrap()),
+        (state::ENROLLED, pid)
+    );
+    assert_eq!((block.v().unwrap(), block.r().unwrap()), (o, o));
+    assert_eq!(block.freezable().unwrap(), Freezable::Outside);
+    assert!(
+        block.globals().unwrap().iter().all(|at| *at != 0),
+        "{:?}",
+        block.globals().unwrap()
+    );
+    assert_eq!(block.table_path().unwrap(), vm.table().path());
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    assert!(maps.contains(&format!("{:x}-", block.table().unwrap())));
+    one.tell("recv -1 1");
+    until_waits(&block, wait::RECEIVE);
+    assert_eq!(block.freezable().unwrap(), Freezable::IfInSelect);
+    let mut two = vm.actor();
+    two.enrol();
+    two.ask(&format!("send {o:x} 1 x"));
+    one.answer();
+    assert_eq!(
+        (block.depth().unwrap(), block.wait().unwrap()),
+        (0, wait::NONE)
+    );
+    // A mailbox entry that may never come: it waits for its pvmd, and is not to be frozen.
+    one.tell("get never 0 32");
+    until("it to wait for pvmd", || block.asking().unwrap() != 0);
+    assert!(matches!(block.freezable().unwrap(), Freezable::No(_)));
+    assert_eq!(block.call_flags().unwrap(), 32);
+    two.ask("put never now 0");
+    assert!(one.answer().contains("text now"));
+    one.ask("exit");
+    assert_eq!(
+        (block.state().unwrap(), block.v().unwrap()),
+        (state::IDLE, 0)
+    );
+}
+
+fn new_pvmd(kit: &Path) {
+    let mut vm = Vm::start(kit);
+    let mut one = vm.actor();
+    let o = one.enrol();
+    let first = vm.table();
+    let path = first.path().to_owned();
+    drop(first);
+    vm.table().add_incarnation(after(o), o).unwrap();
+    vm.table().open_gate(o, after(o)).unwrap();
+    one.leave();
+    let pid = nix::unistd::Pid::from_raw(vm.pvmd.id() as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    vm.pvmd.wait().unwrap();
+    let again = Vm::start_in(kit, vm.dir.clone(), true);
+    assert_ne!(again.table().path(), path);
+    let (mut one, mut two) = (again.actor(), again.actor());
+    let (o, t) = (one.enrol(), two.enrol());
+    one.ask(&format!("send {t:x} 1 x"));
+    assert!(two.ask(&format!("recv {o:x} 1")).contains("text x"));
+}
+
+fn errors(kit: &Path) {
+    let vm = Vm::start(kit);
+    let Move { mut new, v, .. } = moved(&vm);
+    new.ask("perror here");
+    assert!(
+        new.said
+            .iter()
+            .any(|said| said.contains(&format!("[t{v:x}]"))),
+        "{:?}",
+        new.said
+    );
+}
