@@ -530,7 +530,7 @@ fn timers_wait_for_the_release_and_keep_their_ticks() {
     fds::timerfd_set_ticks(armed.as_fd(), 42).unwrap();
     let target = Sleeper::with(&[idle.as_fd(), armed.as_fd()]);
     let image = dump(&[target.pid()]).unwrap();
-    let built = image.build().unwrap();
+    let mut built = image.build().unwrap();
     let mut again = rebuilt(&image, &built, target.pid(), &armed);
     let mut ticks = [0; 8];
     assert!(

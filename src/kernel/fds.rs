@@ -251,6 +251,17 @@ pub fn timerfd(clock: i32) -> nix::Result<OwnedFd> {
     }
 }
 
+/// timerfd_gettime(2): nanoseconds to the next expiry, 0 if it is not armed.
+pub fn timerfd_left(fd: BorrowedFd<'_>) -> nix::Result<i64> {
+    // SAFETY: itimerspec is plain data, for which zeros are valid; timerfd_gettime writes one.
+    let now = unsafe {
+        let mut now: libc::itimerspec = std::mem::zeroed();
+        Errno::result(libc::timerfd_gettime(fd.as_raw_fd(), &raw mut now))?;
+        now
+    };
+    Ok(now.it_value.tv_sec.saturating_mul(1_000_000_000) + now.it_value.tv_nsec)
+}
+
 /// timerfd_settime(2), times in nanoseconds.
 pub fn timerfd_settime(
     fd: BorrowedFd<'_>,

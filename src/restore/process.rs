@@ -168,6 +168,29 @@ pub fn in_body(
     pid_of: &dyn Fn(i32) -> i32,
 ) -> Result<()> {
     let i = &built.in_body;
+    for t in i.terminals.iter().filter(|t| t.session == p.pid) {
+        let path = format!("{}\0", t.path);
+        let at = i64::from(libc::AT_FDCWD) as u64;
+        // A session leader without a terminal gets the one it opens.
+        let fd = body.call(
+            libc::SYS_openat,
+            &[at.into(), Arg::In(path.as_bytes()), libc::O_RDWR.into()],
+        )?;
+        crate::kernel::body::check(&t.path, fd)?;
+        if t.foreground != 0 {
+            let group = pid_of(t.foreground).to_le_bytes();
+            body.may(
+                "foreground group of its terminal",
+                libc::SYS_ioctl,
+                &[(fd as u64).into(), libc::TIOCSPGRP.into(), Arg::In(&group)],
+            )?;
+        }
+        body.must(
+            "closing its terminal",
+            libc::SYS_close,
+            &[(fd as u64).into()],
+        )?;
+    }
     for o in i.pidfds.iter().filter(|o| o.pid == p.pid) {
         let target = pid_of(o.target);
         let fd = body.call(libc::SYS_pidfd_open, &[target.into(), o.flags.into()])?;

@@ -55,7 +55,7 @@ pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
     let mut undertaker = Undertaker::start()?;
     let floor = floor(manifest);
     let mut shared = SharedObjects::new(&image, floor)?;
-    let built = descriptors(manifest, opts, floor, &shared)?;
+    let mut built = descriptors(manifest, opts, floor, &shared)?;
     let opened = Opened::new(&image, floor)?;
     let area = layout::area(processes)?;
     let mut bodies = Bodies::create(processes, area, same_ids, opts.detach, &mut |pid| {

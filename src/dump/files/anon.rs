@@ -1,12 +1,14 @@
 //! Descriptors without a name: eventfd, signalfd, timerfd, pidfd, and those that cannot be carried.
 
 use std::collections::BTreeSet;
+use std::os::fd::{AsFd, AsRawFd};
 
 use anyhow::{Context, Result};
 
-use super::Seen;
+use super::{FdInfo, Seen};
 use crate::dump::tables::Tables;
 use crate::image::files::{Kind, TimerFd};
+use crate::kernel::fds;
 
 pub(super) fn kind(seen: &Seen<'_>, pids: &BTreeSet<i32>, tables: &mut Tables) -> Result<Kind> {
     let link = seen.place.link.as_str();
@@ -43,7 +45,9 @@ fn signal(seen: &Seen<'_>) -> Result<Kind> {
 }
 
 fn timer(seen: &Seen<'_>) -> Result<Kind> {
-    let info = seen.info;
+    // Periods that have passed are only counted when somebody asks for the time left.
+    fds::timerfd_left(seen.own.as_fd()).context("timerfd_gettime")?;
+    let info = &FdInfo::read("self", seen.own.as_raw_fd())?;
     Ok(Kind::TimerFd(TimerFd {
         clock: info.decimal("clockid")?,
         settime_flags: i32::from_str_radix(info.text("settime flags")?, 8)

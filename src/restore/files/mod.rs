@@ -48,13 +48,15 @@ pub struct Built {
 }
 
 impl Built {
-    /// Starts the timers (timerfd); to be called right before the processes are released.
-    pub fn release(&self) -> Result<()> {
+    /// To be called right before the processes are released, when all have their descriptors: starts the timers
+    /// (timerfd) and closes what is open here, or a program that runs at once may miss an end-of-file.
+    pub fn release(&mut self) -> Result<()> {
         for (id, arm) in &self.timers {
             if let Some(fd) = self.fds.get(id) {
                 arm.start(fd.as_fd())?;
             }
         }
+        self.fds.clear();
         Ok(())
     }
 }

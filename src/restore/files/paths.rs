@@ -15,12 +15,9 @@ use crate::image::files::{Description, External, MessageQueue};
 use crate::image::memory::FileRef;
 use crate::kernel::fds::{self, QueueAttributes};
 
-/// Flags of open(2) that act at the moment of opening and must not act again. O_TMPFILE brings O_DIRECTORY along.
-const ONCE: i32 = libc::O_CREAT
-    | libc::O_EXCL
-    | libc::O_TRUNC
-    | libc::O_ASYNC
-    | (libc::O_TMPFILE & !libc::O_DIRECTORY);
+/// Flags of open(2) that act at the moment of opening and must not act again. O_TMPFILE includes O_DIRECTORY, which
+/// adds nothing to a path that names a directory.
+const ONCE: i32 = libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_ASYNC | libc::O_TMPFILE;
 
 impl Builder<'_> {
     pub(super) fn file_ref(&self, file: u32) -> Result<&FileRef> {
