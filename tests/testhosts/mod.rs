@@ -1,0 +1,170 @@
+//! Test hosts for test binaries: `scripts/testhosts` with a set of hosts of this checkout's own,
+//! one test binary at a time, gone when the value is dropped.
+#![allow(dead_code, reason = "each test binary uses a part of it")]
+
+use std::fs::{self, File};
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::common::{both, ending, run};
+
+/// How long any one command may take before it counts as hung.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// Hosts h0 to hN-1, up.
+pub struct Hosts {
+    /// Their name among other sets of hosts on this machine.
+    pub set: String,
+    count: usize,
+    /// Where commands' output goes.
+    dir: tempfile::TempDir,
+    runs: AtomicUsize,
+    _lock: Flock<File>,
+}
+
+/// Why tests with hosts cannot run here, if so.
+pub fn cannot_run() -> Option<String> {
+    if !nix::unistd::geteuid().is_root() {
+        return Some("test hosts are namespaces and need root".into());
+    }
+    if !Path::new("/etc/debian_version").exists() && !Path::new("/usr/lib/pvm3").exists() {
+        return Some("no PVM here, and no apt to install it".into());
+    }
+    None
+}
+
+/// The script itself, for a set of hosts.
+fn script(set: &str) -> Command {
+    let mut command = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/testhosts"));
+    command.env("MIST_TESTHOSTS", set).stdin(Stdio::null());
+    command
+}
+
+impl Hosts {
+    /// Waits until no other test of this checkout has hosts, and starts `count` of them.
+    pub fn up(count: usize) -> Result<Self> {
+        let mut hash = DefaultHasher::new();
+        env!("CARGO_MANIFEST_DIR").hash(&mut hash);
+        let set = format!("test-{:08x}", hash.finish() as u32);
+        let root = Path::new("/run/mist-testhosts");
+        fs::create_dir_all(root).with_context(|| format!("cannot create {}", root.display()))?;
+        let path = root.join(format!("{set}.tests"));
+        let file =
+            File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
+        let lock = Flock::lock(file, FlockArg::LockExclusive)
+            .map_err(|(_, e)| e)
+            .with_context(|| format!("cannot lock {}", path.display()))?;
+        let hosts = Self {
+            set,
+            count,
+            dir: tempfile::tempdir()?,
+            runs: AtomicUsize::new(0),
+            _lock: lock,
+        };
+        // What a killed test run may have left.
+        hosts.verb(&["down"])?;
+        hosts.verb(&["up", &count.to_string()])?;
+        Ok(hosts)
+    }
+
+    /// Runs any command to its end, within a limit.
+    pub fn run(&self, command: Command) -> Result<Output> {
+        let number = self.runs.fetch_add(1, Ordering::Relaxed);
+        run(command, self.dir.path(), &format!("run{number}"), LIMIT)
+    }
+
+    /// `scripts/testhosts ARGS`, whatever becomes of it.
+    pub fn try_verb(&self, args: &[&str]) -> Result<Output> {
+        let mut command = script(&self.set);
+        command.args(args);
+        self.run(command)
+    }
+
+    /// `scripts/testhosts ARGS`, which must succeed; what it printed.
+    pub fn verb(&self, args: &[&str]) -> Result<String> {
+        let output = self.try_verb(args)?;
+        if !output.status.success() {
+            bail!(
+                "testhosts {}: {}: {}",
+                args.join(" "),
+                ending(output.status),
+                both(&output)
+            );
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    }
+
+    /// A shell command on a host as the test user, which must succeed; what it printed.
+    pub fn exec(&self, host: &str, shell: &str) -> Result<String> {
+        self.verb(&["exec", host, "bash", "-c", shell])
+    }
+
+    /// The same as root.
+    pub fn root(&self, host: &str, shell: &str) -> Result<String> {
+        self.verb(&["exec", "--root", host, "bash", "-c", shell])
+    }
+
+    /// A command that runs a shell command on a host; for tests that end it themselves.
+    pub fn command(&self, host: &str, shell: &str) -> Command {
+        let mut command = script(&self.set);
+        command.args(["exec", host, "bash", "-c", shell]);
+        command
+    }
+
+    /// A virtual machine of all hosts, with its master pvmd on h0. `environment` is put before
+    /// the pvmd's command, as in `A=1 B=2`.
+    pub fn start_pvm(&self, environment: &str) -> Result<()> {
+        self.exec(
+            "h0",
+            // pvmd says where it listens by its file; nothing else tells that it is ready.
+            &format!(
+                "{environment} setsid pvmd -nh0 </dev/null >/tmp/pvmd.out 2>&1 &
+                 until [ -s /tmp/pvmd.$(id -u) ]; do
+                     kill -0 $! || {{ cat /tmp/pvmd.out; exit 1; }}
+                     sleep 0.01
+                 done"
+            ),
+        )?;
+        let others: Vec<String> = (1..self.count).map(|i| format!("h{i}")).collect();
+        let said = self.console(&format!("add {}\nconf\n", others.join(" ")))?;
+        if !said.contains(&format!("{} hosts, 1 data format", self.count)) {
+            bail!("pvm did not take all hosts: {said}");
+        }
+        Ok(())
+    }
+
+    /// What PVM's console on h0 says to some lines.
+    pub fn console(&self, lines: &str) -> Result<String> {
+        self.exec("h0", &format!("pvm <<'END'\n{lines}\nquit\nEND"))
+    }
+
+    /// Where the hosts' state is kept while they are up.
+    pub fn state(&self) -> PathBuf {
+        Path::new("/run/mist-testhosts/sets").join(&self.set)
+    }
+
+    /// The pid of a host's init (or of the `switch`), as this machine counts.
+    pub fn pid(&self, host: &str) -> Result<u32> {
+        let path = self.state().join(host).join("pid");
+        let text =
+            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        text.split_whitespace()
+            .next()
+            .and_then(|pid| pid.parse().ok())
+            .with_context(|| format!("{}: no pid in '{text}'", path.display()))
+    }
+}
+
+impl Drop for Hosts {
+    fn drop(&mut self) {
+        if let Err(e) = self.verb(&["down"]) {
+            eprintln!("error: {e:#}");
+        }
+    }
+}
