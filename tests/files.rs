@@ -811,6 +811,37 @@ fn a_pseudo_terminal_keeps_its_settings_and_its_line() {
 }
 
 #[test]
+fn what_stands_in_a_pseudo_terminal_is_kept_on_both_sides() {
+    let _turn = turn();
+    use nix::sys::termios::{LocalFlags, SetArg, tcgetattr, tcsetattr};
+    let pty = nix::pty::openpty(None, None).unwrap();
+    cloexec(pty.master.as_fd(), true);
+    cloexec(pty.slave.as_fd(), true);
+    let mut settings = tcgetattr(&pty.slave).unwrap();
+    settings.local_flags.remove(LocalFlags::ECHO);
+    tcsetattr(&pty.slave, SetArg::TCSANOW, &settings).unwrap();
+    let (mut master, mut slave) = (File::from(pty.master), File::from(pty.slave));
+    master.write_all(b"a line\nhalf").unwrap();
+    slave.write_all(b"answer\n").unwrap();
+    let target = Sleeper::with(&[master.as_fd(), slave.as_fd()]);
+
+    let image = dump(&[target.pid()]).unwrap();
+    let built = image.build().unwrap();
+    let mut again = rebuilt(&image, &built, target.pid(), &master);
+    let mut far = rebuilt(&image, &built, target.pid(), &slave);
+    for (master, slave) in [(&mut master, &mut slave), (&mut again, &mut far)] {
+        let mut line = [0; 100];
+        let n = slave.read(&mut line).unwrap();
+        assert_eq!(&line[..n], b"a line\n");
+        master.write_all(b" more\n").unwrap();
+        let n = slave.read(&mut line).unwrap();
+        assert_eq!(&line[..n], b"half more\n");
+        let n = master.read(&mut line).unwrap();
+        assert_eq!(&line[..n], b"answer\r\n");
+    }
+}
+
+#[test]
 fn a_terminal_of_somebody_else_leads_outside() {
     let _turn = turn();
     let pty = nix::pty::openpty(None, None).unwrap();

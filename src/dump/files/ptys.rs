@@ -10,10 +10,11 @@ use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::{FileDumper, Seen};
+use super::{FileDumper, Place, Seen};
 use crate::dump::tables::Tables;
 use crate::image::Bytes;
 use crate::image::files::{External, Kind, Pty, PtyFile};
+use crate::kernel::tty::Waiting;
 use crate::kernel::{fds, tty};
 
 /// One side of a pair.
@@ -78,26 +79,51 @@ impl FileDumper {
                     "dump that too (--tree), or end it",
                 ));
             }
-            for id in 0..self.open.len() {
-                let Some(side) = self.open[id].side.filter(|s| s.index == index) else {
+            let mut waiting = if slave.is_some() || pty.hung_up {
+                waiting(&open.own, &pty, &open.place, tables)
+            } else {
+                Waiting::default()
+            };
+            for open in &mut self.open {
+                let Some(side) = open.side.filter(|s| s.index == index) else {
                     continue;
                 };
-                let open = &self.open[id];
-                let waiting = fds::readable(open.own.as_fd()).unwrap_or(0);
-                if waiting > 0 {
-                    tables.warn(format!(
-                        "{}: {waiting} bytes that have not been read stay behind, for they cannot be read without being taken",
-                        open.place
-                    ));
-                }
-                self.open[id].description.kind = Kind::Pty(Pty {
+                // Once a pair, with the first descriptor of the side it goes to.
+                let queued = if side.master {
+                    std::mem::take(&mut waiting.to_master)
+                } else {
+                    std::mem::take(&mut waiting.to_slave)
+                };
+                open.description.kind = Kind::Pty(Pty {
                     master: side.master,
+                    queued: Bytes(queued),
                     ..pty.clone()
                 });
             }
         }
         Ok(())
     }
+}
+
+/// What stands in a pair; what cannot be had is left behind with a warning.
+fn waiting(master: &File, pty: &Pty, place: &Place, tables: &mut Tables) -> Waiting {
+    // In packet mode reads bring more than what was written.
+    let why = if pty.packet {
+        "it is in packet mode".to_owned()
+    } else {
+        let termios = pty.termios[..].try_into().map_err(anyhow::Error::from);
+        match termios.and_then(|t| tty::peek(master.as_fd(), &t)) {
+            Ok(waiting) => return waiting,
+            Err(e) => format!("{e:#}"),
+        }
+    };
+    let bytes = fds::readable(master.as_fd()).unwrap_or(0);
+    if bytes > 0 || !pty.packet {
+        tables.warn(format!(
+            "{place}: bytes in it that have not been read stay behind: {why}"
+        ));
+    }
+    Waiting::default()
 }
 
 /// State of a pair, asked of its master.

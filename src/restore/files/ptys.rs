@@ -106,14 +106,18 @@ impl Builder<'_> {
     ) -> Result<()> {
         let Some(slave) = slave else { return Ok(()) };
         for (_, side) in sides.iter().filter(|(_, p)| !p.queued.is_empty()) {
-            let mut raw: tty::Termios2 = side.termios[..]
+            let termios: tty::Termios2 = side.termios[..]
                 .try_into()
                 .map_err(|_| Failure::Damaged.because("its settings have a wrong length"))?;
-            tty::transparent(&mut raw);
-            tty::set_termios(master.as_fd(), &raw).context("TCSETS2")?;
-            let from = if side.master { slave } else { master };
+            tty::set_termios(master.as_fd(), &tty::transparent(&termios)).context("TCSETS2")?;
+            let (from, to) = if side.master {
+                (slave, master)
+            } else {
+                (master, slave)
+            };
             fds::set_flags(from.as_fd(), libc::O_NONBLOCK).context("F_SETFL")?;
             let n = nix::unistd::write(from, &side.queued).context("write of what stood in it")?;
+            tty::settle(to.as_fd());
             if n < side.queued.len() {
                 self.built.warnings.push(format!(
                     "{} of {} bytes that stood in a terminal were lost",
