@@ -168,6 +168,7 @@ fn process(
         child_subreaper: false,
         thp_disable: false,
         mdwe: 0,
+        mce_kill: None,
         notes: Vec::new(),
     }
 }

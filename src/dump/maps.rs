@@ -64,6 +64,12 @@ fn vma(pid: i32, m: &MemoryMap, tables: &mut Tables) -> Result<Vma> {
             if path.starts_with("anon_inode:") {
                 return Err(refuse(&path, "let the program close it first"));
             }
+            if path.starts_with("/[aio]") {
+                return Err(refuse(
+                    "an asynchronous I/O context (io_setup)",
+                    "let the program destroy it first",
+                ));
+            }
             if path == "/anon_hugepage (deleted)" && !shared {
                 return Ok(v);
             }
@@ -177,7 +183,8 @@ fn sysv(pid: i32, m: &MemoryMap, tables: &mut Tables) -> Result<Backing> {
     Ok(Backing::Shared { memory })
 }
 
-const CODES: [(VmFlags, &str); 15] = [
+const CODES: [(VmFlags, &str); 16] = [
+    (VmFlags::MW, "mw"),
     (VmFlags::GD, "gd"),
     (VmFlags::LO, "lo"),
     (VmFlags::SR, "sr"),
@@ -214,22 +221,4 @@ pub fn add_flags(vmas: &mut [Vma], of: i32, is_copy: bool) -> Result<()> {
         };
     }
     Ok(())
-}
-
-impl Vma {
-    pub fn has(&self, code: &str) -> bool {
-        self.flags.iter().any(|f| f == code)
-    }
-
-    pub fn len(&self) -> u64 {
-        self.end - self.start
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    pub fn is_kernel(&self) -> bool {
-        matches!(self.backing, Backing::Kernel { .. })
-    }
 }

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, mpsc};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use indicatif::ProgressBar;
 
 use super::tables::Content;
@@ -19,14 +19,12 @@ use crate::kernel::pagemap::Pagemap;
 const PIECE: u64 = 1 << 20;
 const WORKERS: usize = 2;
 
-/// A run of pages to copy.
+/// A run of readable pages to copy.
 struct Piece {
     space: SpaceId,
     start: u64,
     end: u64,
-    /// Index in the list of sources.
-    source: usize,
-    readable: bool,
+    pid: i32,
 }
 
 /// A process to read from, and the mappings to read.
@@ -46,10 +44,6 @@ fn is_private(v: &Vma) -> bool {
 pub fn copy(sources: &[Source], pages: &PagesWriter, bar: &ProgressBar) -> Result<u64> {
     let (send, receive) = mpsc::sync_channel::<Piece>(64);
     let receive = Mutex::new(receive);
-    let mems: Vec<Mem> = sources
-        .iter()
-        .map(|s| Mem::open(s.pid))
-        .collect::<Result<_>>()?;
     let total = AtomicU64::new(0);
     std::thread::scope(|scope| {
         let work = || -> Result<()> {
@@ -60,18 +54,15 @@ pub fn copy(sources: &[Source], pages: &PagesWriter, bar: &ProgressBar) -> Resul
                     .map_err(|_| anyhow!("a copying thread panicked"))?
                     .recv();
                 let Ok(piece) = next else { return Ok(()) };
-                let Some(mem) = mems.get(piece.source) else {
-                    return Ok(());
-                };
                 let out = &mut buffer[..(piece.end - piece.start) as usize];
-                read_piece(mem, &piece, out)?;
+                read_piece(&piece, out)?;
                 pages.put(piece.space, piece.start, out)?;
                 total.fetch_add(out.len() as u64, Ordering::Relaxed);
                 bar.inc(out.len() as u64);
             }
         };
         let workers: Vec<_> = (0..WORKERS).map(|_| scope.spawn(work)).collect();
-        let sent = scan(sources, &send);
+        let sent = scan(sources, &send, pages);
         drop(send);
         let mut result = Ok(());
         for w in workers {
@@ -86,27 +77,29 @@ pub fn copy(sources: &[Source], pages: &PagesWriter, bar: &ProgressBar) -> Resul
     Ok(total.into_inner())
 }
 
-fn scan(sources: &[Source], send: &mpsc::SyncSender<Piece>) -> Result<()> {
-    for (source, s) in sources.iter().enumerate() {
+/// Gives readable pages to the workers. What its protection hides only the tracer may read, by
+/// /proc/PID/mem (CONFIG_PROC_MEM_FORCE_PTRACE): that is copied here.
+fn scan(sources: &[Source], send: &mpsc::SyncSender<Piece>, pages: &PagesWriter) -> Result<()> {
+    for s in sources {
         let pagemap = Pagemap::open(s.pid)?;
+        let mem = Mem::open(s.pid)?;
         for v in s.vmas.iter().filter(|v| is_private(v)) {
             let readable = v.prot & libc::PROT_READ != 0;
             pagemap.private(v.start, v.end, &mut |start, end| {
-                let mut at = start;
-                while at < end {
-                    let next = (at + PIECE).min(end);
+                for at in (start..end).step_by(PIECE as usize) {
                     let piece = Piece {
                         space: s.space,
                         start: at,
-                        end: next,
-                        source,
-                        readable,
+                        end: (at + PIECE).min(end),
+                        pid: s.pid,
                     };
-                    if send.send(piece).is_err() {
+                    if !readable {
+                        let data = mem.read_vec(piece.start, (piece.end - piece.start) as usize)?;
+                        pages.put(piece.space, piece.start, &data)?;
+                    } else if send.send(piece).is_err() {
                         // The workers have ended with an error, which is told instead.
                         return Ok(());
                     }
-                    at = next;
                 }
                 Ok(())
             })?;
@@ -115,16 +108,21 @@ fn scan(sources: &[Source], send: &mpsc::SyncSender<Piece>) -> Result<()> {
     Ok(())
 }
 
-fn read_piece(mem: &Mem, piece: &Piece, out: &mut [u8]) -> Result<()> {
+fn read_piece(piece: &Piece, out: &mut [u8]) -> Result<()> {
     let mut done = 0;
-    while piece.readable && done < out.len() {
-        match vm_read(mem.pid, piece.start + done as u64, &mut out[done..]) {
+    while done < out.len() {
+        let at = piece.start + done as u64;
+        match vm_read(piece.pid, at, &mut out[done..]) {
             Ok(n) if n > 0 => done += n,
-            _ => break,
+            Ok(_) => bail!("process {}: nothing to read at {at:#x}", piece.pid),
+            Err(e) => {
+                return Err(e).with_context(|| {
+                    format!("reading memory of process {} at {at:#x}", piece.pid)
+                });
+            }
         }
     }
-    // What cannot be read by its own protection can be through /proc/PID/mem.
-    mem.read(piece.start + done as u64, &mut out[done..])
+    Ok(())
 }
 
 /// Copies mappings whose content a clone does not have. The process stands still meanwhile.

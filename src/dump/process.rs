@@ -13,20 +13,32 @@ use crate::image::process::{Limit, MmLayout, Process, State};
 /// Refuses what no dump can carry, before anything is stopped.
 pub fn check(pid: i32, inside: &[i32]) -> Result<()> {
     let refuse = |what: String| Err(Failure::Refused.because(what));
-    let proc = Proc::new(pid)
-        .or_failure(Failure::NoSuchProcess)
-        .with_context(|| format!("there is no process {pid}"))?;
-    let status = proc
-        .status()
-        .with_context(|| format!("reading the status of process {pid}"))?;
+    let asked_for = inside.first() == Some(&pid);
+    let status = match Proc::new(pid).and_then(|p| p.status()) {
+        Ok(s) => s,
+        // A child that came and went.
+        Err(_) if !asked_for => return Ok(()),
+        Err(e) => {
+            return Err(e)
+                .or_failure(Failure::NoSuchProcess)
+                .with_context(|| format!("there is no process {pid}"));
+        }
+    };
     if status.tgid != pid {
         return refuse(format!(
             "{pid} is a thread of process {}; dump that process",
             status.tgid
         ));
     }
+    if status.state.starts_with('Z') && status.threads > 1 {
+        return refuse(format!(
+            "the main thread of process {pid} ({}) has ended while others run on, which cannot be \
+             carried yet",
+            status.name
+        ));
+    }
     if status.state.starts_with('Z') {
-        if inside.first() == Some(&pid) {
+        if asked_for {
             return Err(Failure::NoSuchProcess.because(format!(
                 "process {pid} has ended and waits for its parent to take its status"
             )));
@@ -36,6 +48,17 @@ pub fn check(pid: i32, inside: &[i32]) -> Result<()> {
     if status.vmsize.is_none() {
         return refuse(format!(
             "process {pid} ({}) is a kernel thread",
+            status.name
+        ));
+    }
+    if let Some(child) = tree(pid, true)
+        .iter()
+        .find(|p| !inside.contains(p))
+        .filter(|_| asked_for && inside.len() == 1)
+    {
+        return refuse(format!(
+            "process {pid} ({}) has children (process {child}), which it would miss after a restore; \
+             dump them with it: --tree",
             status.name
         ));
     }
@@ -165,6 +188,7 @@ fn empty(stat: &Stat) -> Process {
         child_subreaper: false,
         thp_disable: false,
         mdwe: 0,
+        mce_kill: None,
         notes: Vec::new(),
     }
 }

@@ -36,9 +36,11 @@ mod at {
     pub const DUMPABLE: usize = PRCTLS;
     pub const THP_DISABLE: usize = PRCTLS + 1;
     pub const MDWE: usize = PRCTLS + 2;
-    pub const SUBREAPER: usize = PRCTLS + 3;
-    pub const BRK: usize = PRCTLS + 5;
-    pub const TIMERS: usize = PRCTLS + 8;
+    pub const SECUREBITS: usize = PRCTLS + 3;
+    pub const MCE_KILL: usize = PRCTLS + 4;
+    pub const SUBREAPER: usize = PRCTLS + 5;
+    pub const BRK: usize = PRCTLS + 7;
+    pub const TIMERS: usize = PRCTLS + 10;
 }
 
 impl Queries {
@@ -58,6 +60,8 @@ impl Queries {
         v.push(prctl(libc::PR_GET_DUMPABLE as u64, 0));
         v.push(prctl(PR_GET_THP_DISABLE, 0));
         v.push(prctl(PR_GET_MDWE, 0));
+        v.push(prctl(libc::PR_GET_SECUREBITS as u64, 0));
+        v.push(prctl(libc::PR_MCE_KILL_GET as u64, 0));
         v.push(prctl(
             libc::PR_GET_CHILD_SUBREAPER as u64,
             data + AT_SUBREAPER,
@@ -102,13 +106,19 @@ impl Queries {
                 interval_us: us(at),
                 left_us: us(at + 16),
             };
-            if t.left_us != 0 {
+            // One that has expired and whose signal was not taken yet is started again with that signal
+            // (kernel/time/itimer.c): nothing is left, the interval stands.
+            if t.left_us != 0 || t.interval_us != 0 {
                 p.itimers.push(t);
             }
         }
         p.dumpable = result(at::DUMPABLE) as i32;
         p.thp_disable = result(at::THP_DISABLE) == 1;
         p.mdwe = result(at::MDWE).max(0) as u32;
+        p.mce_kill = u32::try_from(result(at::MCE_KILL)).ok();
+        for t in &mut p.threads {
+            t.creds.securebits = result(at::SECUREBITS).max(0) as u32;
+        }
         p.child_subreaper = result(at::SUBREAPER) == 0 && word(AT_SUBREAPER) as i32 != 0;
         p.mm.brk = result(at::BRK) as u64;
         for (i, t) in p.posix_timers.iter_mut().enumerate().take(TIMERS_MAX) {

@@ -6,27 +6,31 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::files::{FileDumper, Sockets};
+use super::files::FileDumper;
 use super::hold::HeldProcess;
 use super::queries::{self, Queries, ThreadAnswers};
 use super::tables::Tables;
 use super::{After, Options, Report, carry, maps, memory, process, threads};
 use crate::error::Failure;
+use crate::image::memory::Backing;
 use crate::image::process::{Process, State};
 use crate::image::store::ImageWriter;
-use crate::image::{FORMAT_NAME, FORMAT_VERSION, Manifest, Origin, SpaceId};
+use crate::image::{Description, FORMAT_NAME, FORMAT_VERSION, Manifest, Origin, Socket, SpaceId};
 use crate::kernel::arch::{self, PAGE, TASK_SIZE};
-use crate::kernel::batch::{self, Cloned, Snapshot};
+use crate::kernel::batch::{self, Batch, Cloned, Snapshot};
+use crate::kernel::guardian::Guardian;
 use crate::kernel::{caps, pidfd, vdso};
+use crate::net::{self, SocketDumper};
 
 /// One process of the dump: what the image says of it, and what we hold of it.
 struct Subject {
     process: Process,
     queries: Queries,
-    /// None for a zombie.
-    held: Option<HeldProcess>,
     copy: Option<Snapshot>,
 }
+
+/// What we hold of each process, in the order of the subjects; None for a zombie.
+type Holds = Vec<Option<HeldProcess>>;
 
 /// Dumps a process, or a tree of them, into an image.
 ///
@@ -47,23 +51,20 @@ pub fn run(opts: &Options) -> Result<Report> {
         ..Report::default()
     };
 
+    let guardian = Guardian::start().context("starting the guardian process")?;
     let stopped = Instant::now();
     let blackout = |report: &mut Report| report.blackout_us = stopped.elapsed().as_micros() as u64;
-    let held = stop(opts)?;
-    let mut tables = Tables::new(held.len() as SpaceId);
-    let (origin, mut subjects, dumped) = look(opts, held, &mut tables)?;
+    let (pids, mut holds): (Vec<i32>, Holds) = stop(opts)?.into_iter().unzip();
+    let mut tables = Tables::new(pids.len() as SpaceId);
+    let (mut subjects, looked) = look(opts, &pids, &mut holds, &mut tables, &guardian)?;
     let wants_copy = opts.after == After::Run;
-    for s in &mut subjects {
-        ask(s, wants_copy, &writer, &mut report)?;
-    }
+    ask(&mut subjects, &holds, wants_copy, &writer, &mut report)?;
     report.bytes_memory +=
         memory::copy_contents(&tables.contents, &tables.shared_memory, writer.pages())?;
-    let copied = wants_copy
-        && subjects
-            .iter()
-            .all(|s| s.held.is_none() || s.copy.is_some());
+    let alive = subjects.iter().zip(&holds).filter(|(_, h)| h.is_some());
+    let copied = wants_copy && alive.clone().all(|(s, _)| s.copy.is_some());
     if copied {
-        release(&mut subjects)?;
+        release(&mut holds)?;
         blackout(&mut report);
     }
     for s in &subjects {
@@ -72,22 +73,21 @@ pub fn run(opts: &Options) -> Result<Report> {
         }
     }
     report.memory = if copied { "snapshot" } else { "stopped" }.to_owned();
-    report.bytes_memory += copy_memory(&mut subjects, &mut tables, &writer, &bar)?;
+    report.bytes_memory += copy_memory(&mut subjects, &holds, &mut tables, &writer, &bar)?;
     subjects.iter_mut().for_each(|s| drop(s.copy.take()));
     if opts.after == After::Run && !copied {
-        release(&mut subjects)?;
+        release(&mut holds)?;
         blackout(&mut report);
     }
-    let mut held: Vec<HeldProcess> = subjects.iter_mut().filter_map(|s| s.held.take()).collect();
     report.processes = subjects.len();
     report.threads = subjects.iter().map(|s| s.process.threads.len()).sum();
     let manifest = Manifest {
         format: FORMAT_NAME.to_owned(),
         version: FORMAT_VERSION,
-        origin,
+        origin: looked.origin,
         processes: subjects.into_iter().map(|s| s.process).collect(),
-        descriptions: dumped.descriptions,
-        sockets: Vec::new(),
+        descriptions: looked.descriptions,
+        sockets: looked.sockets,
         files: tables.files,
         shared_memory: tables.shared_memory,
         pvm: None,
@@ -98,7 +98,7 @@ pub fn run(opts: &Options) -> Result<Report> {
     report.pages_zero = written.pages_zero;
     report.warnings.extend(tables.warnings);
     // Only now the image is durable.
-    for h in held.drain(..) {
+    for h in holds.into_iter().flatten() {
         match opts.after {
             After::Kill => h.kill()?,
             After::Stop => h.release_stopped()?,
@@ -121,13 +121,11 @@ fn progress(wanted: bool) -> ProgressBar {
     ProgressBar::new(0).with_style(style)
 }
 
-fn release(subjects: &mut [Subject]) -> Result<()> {
-    for s in subjects {
-        if let Some(h) = s.held.take() {
-            h.release()?;
-        }
-    }
-    Ok(())
+fn release(holds: &mut Holds) -> Result<()> {
+    holds
+        .iter_mut()
+        .filter_map(Option::take)
+        .try_for_each(HeldProcess::release)
 }
 
 /// Stops every process, looking again for children that were born meanwhile.
@@ -158,7 +156,10 @@ fn stop(opts: &Options) -> Result<Vec<(i32, Option<HeldProcess>)>> {
                 all.push((pid, None));
                 continue;
             }
-            let held = HeldProcess::stop(pid)?;
+            let held = match HeldProcess::stop(pid) {
+                Err(e) if pid != opts.pid && Failure::of(&e) == Failure::NoSuchProcess => continue,
+                held => held?,
+            };
             // Only now it cannot exec a set-user-ID program any more; nothing of it has been read yet.
             caps::caller()?.may_dump(pid)?;
             all.push((pid, Some(held)));
@@ -167,83 +168,128 @@ fn stop(opts: &Options) -> Result<Vec<(i32, Option<HeldProcess>)>> {
     Ok(all)
 }
 
+/// What [`look`] found besides the processes.
+struct Looked {
+    origin: Origin,
+    descriptions: Vec<Description>,
+    sockets: Vec<Socket>,
+}
+
 /// Everything that can be seen from outside while the processes stand.
 fn look(
     opts: &Options,
-    all: Vec<(i32, Option<HeldProcess>)>,
+    pids: &[i32],
+    holds: &mut Holds,
     tables: &mut Tables,
-) -> Result<(Origin, Vec<Subject>, super::files::Dumped)> {
+    guardian: &Guardian,
+) -> Result<(Vec<Subject>, Looked)> {
     let origin = origin()?;
-    let pids: Vec<i32> = all.iter().map(|(pid, _)| *pid).collect();
+    let mut files = FileDumper::new(pids);
+    let net = net::Options {
+        tcp_established: opts.tcp_established,
+        kill: opts.after == After::Kill,
+        ..net::Options::default()
+    };
+    let mut sockets = SocketDumper::new(net, guardian);
     let mut subjects = Vec::new();
-    for (pid, held) in all {
-        let (mut process, queries) = process::read(pid, tables)?;
-        process.space = subjects.len() as SpaceId;
+    for (pid, hold) in pids.iter().zip(holds) {
+        let (mut p, queries) = process::read(*pid, tables)?;
+        p.space = subjects.len() as SpaceId;
+        if let Some(held) = hold {
+            for i in 0..held.threads.len() {
+                threads::abort_rseq(&mut held.threads[i], &held.mem)?;
+                p.threads.push(threads::read(*pid, &held.threads[i])?);
+            }
+            let leader = held.leader();
+            p.pending = threads::pending(leader, true)?;
+            if let Some(signal) = leader.stopped_by {
+                p.state = State::Stopped { signal };
+            }
+            p.vmas = maps::read(*pid, tables)?;
+            let tid = leader.tracee.tid;
+            let fd = pidfd::open_thread(tid)?;
+            files.process(*pid, tid, fd.as_fd(), tables, &mut sockets)?;
+        }
         subjects.push(Subject {
-            process,
+            process: p,
             queries,
-            held,
             copy: None,
         });
     }
-    let mut files = FileDumper::new(&pids);
-    let mut sockets = NoSockets;
-    let _ = opts.tcp_established;
-    for s in &mut subjects {
-        let Some(held) = &mut s.held else { continue };
-        let pid = held.pid;
-        let p = &mut s.process;
-        for i in 0..held.threads.len() {
-            threads::abort_rseq(&mut held.threads[i], &held.mem)?;
-            p.threads.push(threads::read(pid, &held.threads[i])?);
-        }
-        let leader = held.leader();
-        p.pending = threads::pending(leader, true)?;
-        if let Some(signal) = leader.stopped_by {
-            p.state = State::Stopped { signal };
-        }
-        p.vmas = maps::read(pid, tables)?;
-        let fd = pidfd::open_thread(leader.tracee.tid)?;
-        files.process(pid, leader.tracee.tid, fd.as_fd(), tables, &mut sockets)?;
-    }
+    let socket_list = sockets.finish(&mut |sockets, fd| files.adopt(fd, tables, sockets))?;
     let mut dumped = files.finish(tables, &mut sockets)?;
-    for s in &mut subjects {
-        let pid = s.process.pid;
-        s.process.fds = dumped.fds.remove(&pid).unwrap_or_default();
-        s.process.locks = dumped.locks.remove(&pid).unwrap_or_default();
+    sockets.warnings.drain(..).for_each(|w| tables.warn(w));
+    for Subject { process: p, .. } in &mut subjects {
+        p.fds = dumped.fds.remove(&p.pid).unwrap_or_default();
+        p.locks = dumped.locks.remove(&p.pid).unwrap_or_default();
     }
-    Ok((origin, subjects, dumped))
+    let looked = Looked {
+        origin,
+        descriptions: dumped.descriptions,
+        sockets: socket_list,
+    };
+    Ok((subjects, looked))
 }
 
-struct NoSockets;
-
-impl Sockets for NoSockets {
-    fn socket(&mut self, pid: i32, fd: i32, _: std::os::fd::BorrowedFd<'_>) -> Result<u32> {
-        Err(Failure::Refused.because(format!("process {pid}: fd {fd} is a socket")))
+/// What the processes themselves have to be asked, and their copy-on-write clones. What a clone lacks is
+/// copied here, while they stand.
+///
+/// A clone's parent becomes the nearest subreaper above it. All batches are under way before the first
+/// ends, so none of the processes is a subreaper meanwhile.
+fn ask(
+    subjects: &mut [Subject],
+    holds: &Holds,
+    wants_copy: bool,
+    writer: &ImageWriter,
+    report: &mut Report,
+) -> Result<()> {
+    let mut batches = Vec::new();
+    for (s, hold) in subjects.iter_mut().zip(holds) {
+        let Some(held) = hold else { continue };
+        let (batch, copy) = ask_one(s, held, wants_copy, writer)?;
+        if let Some(copy) = &copy {
+            let pid = held.pid;
+            let p = &mut s.process;
+            let missing = memory::not_copied(pid, copy.pid(), &p.vmas)?;
+            report.bytes_memory += memory::copy_stopped(pid, p.space, &missing, writer.pages())?;
+            if threads::status(pid, held.leader().tracee.tid)?
+                .vmlck
+                .unwrap_or(0)
+                > 0
+            {
+                maps::add_flags(&mut p.vmas, pid, false)?;
+            }
+        } else if wants_copy {
+            report.warnings.push(format!(
+                "process {} could not be cloned (it is an init, or a limit on processes or memory); \
+                 its memory was copied while it stood still",
+                held.pid
+            ));
+        }
+        s.copy = copy;
+        batches.push(batch);
     }
+    batches.into_iter().try_for_each(Batch::finish)
 }
 
-/// What the process itself has to be asked, and its copy-on-write clone. What a clone lacks is copied
-/// here, while the process stands.
-fn ask(s: &mut Subject, wants_copy: bool, writer: &ImageWriter, report: &mut Report) -> Result<()> {
-    let Some(held) = &s.held else { return Ok(()) };
+fn ask_one<'a>(
+    s: &mut Subject,
+    held: &'a HeldProcess,
+    wants_copy: bool,
+    writer: &ImageWriter,
+) -> Result<(Batch<'a>, Option<Snapshot>)> {
     let pid = held.pid;
     let p = &mut s.process;
     let vdso = p
         .vmas
         .iter()
-        .find(|v| {
-            v.backing
-                == crate::image::memory::Backing::Kernel {
-                    which: "vdso".to_owned(),
-                }
-        })
+        .find(|v| matches!(&v.backing, Backing::Kernel { which } if which == "vdso"))
         .with_context(|| format!("process {pid} has no vDSO"))?;
-    let bytes = held.mem.read_vec(vdso.start, vdso.len() as usize)?;
+    let mut bytes = held.mem.read_vec(vdso.start, vdso.len() as usize)?;
     let elf = vdso::elf_len(&bytes)?;
-    let mut clean = bytes;
-    clean[elf as usize..].fill(0);
-    writer.pages().put(p.space, vdso.start, &clean)?;
+    // What stands behind the ELF image may be the code of an earlier batch.
+    bytes[elf as usize..].fill(0);
+    writer.pages().put(p.space, vdso.start, &bytes)?;
     let tail = vdso.start + elf..vdso.end;
     let area = hole(&p.vmas, batch::AREA)
         .with_context(|| format!("process {pid} has no room for {} bytes", batch::AREA))?;
@@ -256,29 +302,14 @@ fn ask(s: &mut Subject, wants_copy: bool, writer: &ImageWriter, report: &mut Rep
         let b = batch.in_thread(t, ThreadAnswers::LEN, &queries::thread_calls)?;
         answers.push(ThreadAnswers::read(&b));
     }
-    batch.finish()?;
     for (t, a) in p.threads.iter_mut().zip(&answers) {
         threads::complete(t, a);
     }
-    if let Cloned::Copy(copy) = cloned {
-        let missing = memory::not_copied(pid, copy.pid(), &p.vmas)?;
-        report.bytes_memory += memory::copy_stopped(pid, p.space, &missing, writer.pages())?;
-        if procfs::process::Process::new(pid)?
-            .status()?
-            .vmlck
-            .unwrap_or(0)
-            > 0
-        {
-            maps::add_flags(&mut p.vmas, pid, false)?;
-        }
-        s.copy = Some(copy);
-    } else if wants_copy {
-        report.warnings.push(format!(
-            "process {pid} could not be cloned (it is an init, or a limit on processes or memory); \
-             its memory was copied while it stood still"
-        ));
-    }
-    Ok(())
+    let copy = match cloned {
+        Cloned::Copy(copy) => Some(copy),
+        Cloned::NotAsked | Cloned::Failed => None,
+    };
+    Ok((batch, copy))
 }
 
 /// The init of a pid namespace would become the parent of its own copy.
@@ -303,13 +334,14 @@ fn hole(vmas: &[crate::image::Vma], len: u64) -> Option<u64> {
 /// from a walk over the page tables.
 fn copy_memory(
     subjects: &mut [Subject],
+    holds: &Holds,
     tables: &mut Tables,
     writer: &ImageWriter,
     bar: &ProgressBar,
 ) -> Result<u64> {
     let mut populated = 0;
-    for s in subjects.iter_mut() {
-        let (pid, is_copy) = match (&s.copy, &s.held) {
+    for (s, hold) in subjects.iter_mut().zip(holds) {
+        let (pid, is_copy) = match (&s.copy, hold) {
             (Some(c), _) => (c.pid(), true),
             (None, Some(h)) => (h.pid, false),
             (None, None) => continue,
@@ -325,8 +357,9 @@ fn copy_memory(
     bar.set_length(populated);
     let sources: Vec<memory::Source> = subjects
         .iter()
-        .filter_map(|s| {
-            let pid = match (&s.copy, &s.held) {
+        .zip(holds)
+        .filter_map(|(s, hold)| {
+            let pid = match (&s.copy, hold) {
                 (Some(c), _) => c.pid(),
                 (None, Some(h)) => h.pid,
                 (None, None) => return None,

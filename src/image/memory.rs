@@ -95,3 +95,26 @@ pub enum SharedKind {
         gid: u32,
     },
 }
+
+impl Vma {
+    pub fn has(&self, code: &str) -> bool {
+        self.flags.iter().any(|f| f == code)
+    }
+
+    pub fn len(&self) -> u64 {
+        self.end - self.start
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// A shared mapping of a file that was opened for writing.
+    pub fn may_be_written(&self) -> bool {
+        self.shared && (self.prot & libc::PROT_WRITE != 0 || self.has("mw"))
+    }
+
+    pub fn is_kernel(&self) -> bool {
+        matches!(self.backing, Backing::Kernel { .. })
+    }
+}

@@ -41,6 +41,9 @@ pub struct Process {
     pub child_subreaper: bool,
     pub thp_disable: bool,
     pub mdwe: u32,
+    /// PR_MCE_KILL_GET: what becomes of it when its memory fails.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mce_kill: Option<u32>,
     /// SysV semaphore adjustments and the like are not carried; this lists what was left out, for people.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,

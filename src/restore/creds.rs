@@ -56,6 +56,9 @@ pub fn set(r: &mut Remote, c: &Creds, ours: &Creds) -> Result<()> {
             }
         }
     }
+    // _LINUX_CAPABILITY_VERSION_3 for this thread.
+    let mut header = 0x2008_0522u32.to_le_bytes().to_vec();
+    header.extend(0u32.to_le_bytes());
     let ids = |v: &[u32; 4]| v.map(u64::from);
     if c.gids != ours.gids || c.uids != ours.uids {
         r.must(
@@ -69,18 +72,22 @@ pub fn set(r: &mut Remote, c: &Creds, ours: &Creds) -> Result<()> {
             libc::SYS_setresgid,
             &[g[0].into(), g[1].into(), g[2].into()],
         )?;
-        r.must("group id for files", libc::SYS_setfsgid, &[g[3].into()])?;
         let u = ids(&c.uids);
         r.must(
             "user ids",
             libc::SYS_setresuid,
             &[u[0].into(), u[1].into(), u[2].into()],
         )?;
+        // Leaving user 0 has taken the capabilities out of effect that the next calls need.
+        let raised = capability_sets(ours.cap_permitted, ours.cap_permitted, ours.cap_inheritable);
+        r.must(
+            "capabilities",
+            libc::SYS_capset,
+            &[Arg::In(&header), Arg::In(&raised)],
+        )?;
+        r.must("group id for files", libc::SYS_setfsgid, &[g[3].into()])?;
         r.must("user id for files", libc::SYS_setfsuid, &[u[3].into()])?;
     }
-    // _LINUX_CAPABILITY_VERSION_3 for this thread.
-    let mut header = 0x2008_0522u32.to_le_bytes().to_vec();
-    header.extend(0u32.to_le_bytes());
     let permitted = c.cap_permitted & ours.cap_permitted;
     let sets = capability_sets(
         c.cap_effective & permitted,

@@ -301,9 +301,7 @@ pub fn map(
             Backing::Kernel { which } if which == "vdso" && redirected => None,
             Backing::Kernel { .. } => continue,
             Backing::Anonymous => None,
-            Backing::File { file } => {
-                Some(opened.file(*file, v.shared && v.prot & libc::PROT_WRITE != 0)?)
-            }
+            Backing::File { file } => Some(opened.file(*file, v.may_be_written())?),
             Backing::Shared { memory } => {
                 match (shared.fds.get(memory), shared.segments.get(memory)) {
                     (Some(fd), _) => Some(fd.as_raw_fd()),

@@ -59,13 +59,13 @@ pub fn fill(
     for v in p.vmas.iter().filter(|v| by_uffd(v)) {
         uffd.register_missing(v.start, v.len())?;
     }
-    let total = AtomicU64::new(0);
-    let runs = Mutex::new(p.vmas.iter().filter(|v| has_pages(v)).flat_map(|v| {
-        let direct = by_uffd(v);
-        pages
-            .runs(p.space, v.start, v.end, PIECE)
-            .map(move |r| (direct, r))
-    }));
+    let total = AtomicU64::new(write_copies(mem, p, pages)?);
+    let runs = Mutex::new(
+        p.vmas
+            .iter()
+            .filter(|v| by_uffd(v))
+            .flat_map(|v| pages.runs(p.space, v.start, v.end, PIECE)),
+    );
     std::thread::scope(|scope| {
         let work = || -> Result<()> {
             let mut buffer = vec![0u8; PIECE];
@@ -75,7 +75,7 @@ pub fn fill(
                     .lock()
                     .map_err(|_| anyhow!("a filling thread panicked"))?
                     .next();
-                let Some((direct, run)) = next else {
+                let Some(run) = next else {
                     return Ok(());
                 };
                 let run: Run = run?;
@@ -83,11 +83,7 @@ pub fn fill(
                     .get_mut(..run.bytes())
                     .with_context(|| format!("a run of {} bytes", run.bytes()))?;
                 pages.read_run(&run, out, &mut scratch)?;
-                if direct {
-                    put(uffd, run.addr(), out)?;
-                } else {
-                    mem.write(run.addr(), out)?;
-                }
+                put(uffd, run.addr(), out)?;
                 total.fetch_add(out.len() as u64, Ordering::Relaxed);
                 bar.inc(out.len() as u64);
             }
@@ -106,6 +102,26 @@ pub fn fill(
         uffd.unregister(v.start, v.len())?;
     }
     Ok(total.into_inner())
+}
+
+/// Modified copies of file pages, and huge TLB pages: written over what the mapping shows, whatever its
+/// protection is, which only the tracer may (CONFIG_PROC_MEM_FORCE_PTRACE). Bytes written.
+fn write_copies(mem: &Mem, p: &Process, pages: &PagesReader) -> Result<u64> {
+    let mut buffer = vec![0u8; PIECE];
+    let mut scratch = Vec::new();
+    let mut total = 0;
+    for v in p.vmas.iter().filter(|v| has_pages(v) && !by_uffd(v)) {
+        for run in pages.runs(p.space, v.start, v.end, PIECE) {
+            let run = run?;
+            let out = buffer
+                .get_mut(..run.bytes())
+                .context("a run of pages is too long")?;
+            pages.read_run(&run, out, &mut scratch)?;
+            mem.write(run.addr(), out)?;
+            total += out.len() as u64;
+        }
+    }
+    Ok(total)
 }
 
 fn put(uffd: &Uffd, addr: u64, data: &[u8]) -> Result<()> {

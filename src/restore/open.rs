@@ -27,7 +27,7 @@ impl Opened {
         let mut wanted = BTreeSet::new();
         for v in manifest.processes.iter().flat_map(|p| &p.vmas) {
             if let Backing::File { file } = v.backing {
-                wanted.insert((file, v.shared && v.prot & libc::PROT_WRITE != 0, v.shared));
+                wanted.insert((file, v.may_be_written(), v.shared));
             }
         }
         for (index, writable, live) in wanted {

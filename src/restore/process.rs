@@ -108,6 +108,21 @@ pub fn marks(body: &mut Remote, p: &Process) -> Result<()> {
             i32::from(p.dumpable == 1).into(),
         ],
     )?;
+    const PR_MCE_KILL_SET: u64 = 1;
+    // PR_MCE_KILL_DEFAULT, what every process begins with.
+    if let Some(how) = p.mce_kill.filter(|how| *how != 2) {
+        body.may(
+            "memory failure policy",
+            libc::SYS_prctl,
+            &[
+                libc::PR_MCE_KILL.into(),
+                PR_MCE_KILL_SET.into(),
+                u64::from(how).into(),
+                0u64.into(),
+                0u64.into(),
+            ],
+        )?;
+    }
     if p.mdwe != 0 {
         body.must(
             "memory-deny-write-execute",

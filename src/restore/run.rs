@@ -18,6 +18,7 @@ use crate::image::store::Image;
 use crate::kernel::remote::{AREA, Remote};
 use crate::kernel::undertaker::Undertaker;
 use crate::kernel::{body, caps};
+use crate::net::Restorer;
 
 /// What all processes of an image are rebuilt from.
 struct Site<'a> {
@@ -55,7 +56,15 @@ pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
     let mut undertaker = Undertaker::start()?;
     let floor = floor(manifest);
     let mut shared = SharedObjects::new(&image, floor)?;
-    let mut built = descriptors(manifest, opts, floor, &shared)?;
+    let mut sockets = Restorer::build(&manifest.sockets)?;
+    let mut built = descriptors(manifest, opts, floor, &shared, &sockets)?;
+    sockets.fill(&|id| {
+        let fd = built
+            .fds
+            .get(&id)
+            .with_context(|| format!("description {id} is not there"))?;
+        Ok(fd.as_fd())
+    })?;
     let opened = Opened::new(&image, floor)?;
     let area = layout::area(processes)?;
     let mut bodies = Bodies::create(processes, area, same_ids, opts.detach, &mut |pid| {
@@ -78,6 +87,7 @@ pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
     }
     shared.keep()?;
     built.release()?;
+    report.warnings.extend(sockets.activate());
     for r in &ready {
         release(r, opts)?;
     }
@@ -217,14 +227,25 @@ fn can_have_ids(processes: &[Process], opts: &Options, report: &mut Report) -> R
     Ok(false)
 }
 
-fn descriptors(m: &Manifest, opts: &Options, floor: i32, shared: &SharedObjects) -> Result<Built> {
+fn descriptors(
+    m: &Manifest,
+    opts: &Options,
+    floor: i32,
+    shared: &SharedObjects,
+    sockets: &Restorer,
+) -> Result<Built> {
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let surroundings = Surroundings {
         floor,
         detached: opts.detach,
         same_clocks: boot.trim() == m.origin.boot_id,
     };
-    let mut socket = |_| bail!("sockets cannot be restored yet");
+    let mut socket = |i: u32| -> Result<OwnedFd> {
+        let fd = sockets
+            .fd(i)
+            .with_context(|| format!("there is no socket {i}"))?;
+        fd.try_clone_to_owned().context("dup")
+    };
     let mut memory = |i: u32| -> Result<BorrowedFd<'_>> {
         shared
             .fds

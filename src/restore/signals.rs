@@ -120,11 +120,16 @@ pub fn timers(body: &mut Remote, p: &Process, tid_of: &dyn Fn(i32) -> i32) -> Re
         )?;
     }
     for t in &p.itimers {
+        let left_us = if t.left_us != 0 {
+            t.left_us
+        } else {
+            t.interval_us
+        };
         let spec: Vec<u8> = [
             t.interval_us / 1_000_000,
             t.interval_us % 1_000_000,
-            t.left_us / 1_000_000,
-            t.left_us % 1_000_000,
+            left_us / 1_000_000,
+            left_us % 1_000_000,
         ]
         .iter()
         .flat_map(|w| w.to_le_bytes())

@@ -132,7 +132,9 @@ impl Bodies {
     ) -> Result<()> {
         let outside = |g: i32| !inside.contains(&g);
         let mut stand_ins: BTreeMap<i32, (i32, i32)> = BTreeMap::new();
-        for p in all.iter().filter(|p| p.pgid == p.pid && p.sid != p.pid) {
+        // A session's leader leads a group already.
+        let led = |p: &Process| p.sid == p.pid || detach && p.pid == root.pid && outside(root.sid);
+        for p in all.iter().filter(|p| p.pgid == p.pid && !led(p)) {
             self.setpgid(p.pid, 0)?;
         }
         for p in all.iter().filter(|p| p.pgid != p.pid) {
