@@ -13,6 +13,8 @@
 // mist: variants pause sigsuspend sigwaitinfo sigtimedwait_event sigtimedwait_timeout
 // mist: variants semop semtimedop_event semtimedop_timeout msgrcv msgsnd mq_receive mq_timedreceive_event mq_timedreceive_timeout mq_send
 // mist: variants flock ofd_lock io_getevents io_getevents_event io_getevents_timeout
+// The last three hold an AIO context, whose ring the kernel gives to nobody else.
+// mist: may-refuse asynchronous I/O
 #include "mist.h"
 #include <linux/aio_abi.h>
 #include <linux/futex.h>
