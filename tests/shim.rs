@@ -55,6 +55,10 @@ fn main() -> ExitCode {
             "collected output shows one task, not its incarnations",
             output_of_moved,
         ),
+        (
+            "output a program collects itself shows one task too",
+            raw_output_of_moved,
+        ),
         ("output follows a collector that moved", output_to_moved),
         (
             "messages inside messages, and their headers",
@@ -64,6 +68,10 @@ fn main() -> ExitCode {
         (
             "a direct route is refused to a task without the shim",
             refuses_routes,
+        ),
+        (
+            "what an old route holds comes before what follows it",
+            old_routes,
         ),
         ("what it publishes", published),
         ("a new pvmd has a new table", new_pvmd),
@@ -709,11 +717,19 @@ fn mailboxes(kit: &Path) {
     assert_eq!(new.ask("del shop 0"), "0");
     assert_eq!(new.ask(&format!("insert who {v:x}")), "0");
     assert_eq!(partner.ask("lookup who"), format!("0 {v:x}"));
-    // Not to be killed by a reset.
+    // Not to be killed by a reset, which kills another one that has moved.
+    let (mut first, mut second) = (vm.actor(), vm.actor());
+    let (w, second_r) = (first.enrol(), second.enrol());
+    vm.table().add_incarnation(second_r, w).unwrap();
+    vm.table().open_gate(w, second_r).unwrap();
+    first.leave();
     assert_eq!(new.ask("setopt 25 1"), "0");
     assert_ne!(new.block().flags().unwrap() & flag::NO_RESET, 0);
     assert_eq!(partner.ask("noresets"), format!("{v:x}"));
     assert_eq!(partner.ask("reset"), "0");
+    until("the other one to be killed", || {
+        partner.ask(&format!("pstat {w:x}")) == "-31"
+    });
     assert_eq!(partner.ask(&format!("pstat {v:x}")), "0");
 }
 
@@ -814,6 +830,47 @@ fn output_of_moved(kit: &Path) {
     assert_eq!(parent.ask("exit"), "0");
 }
 
+fn raw_output_of_moved(kit: &Path) {
+    let vm = Vm::start(kit);
+    let mut parent = vm.actor();
+    let p = parent.enrol();
+    parent.ask(&format!("setopt 4 {p:x}"));
+    parent.ask("setopt 5 63"); // PvmOutputCode 99
+    let (stage, args) = vm.stage("old");
+    let v = after(p);
+    assert_eq!(
+        parent.ask(&format!("spawn 1 actor {args}")),
+        format!("1: {v:x}")
+    );
+    let mut old = stage.actor();
+    old.enrol();
+    let mut begin = [parent.ask("notice 99"), parent.ask("notice 99")];
+    begin.sort();
+    assert_eq!(
+        begin,
+        [
+            format!("{v:x} fffffffe {p:x}"),
+            format!("{v:x} ffffffff {p:x}")
+        ]
+    );
+    let r2 = after(v);
+    vm.table().add_incarnation(r2, v).unwrap();
+    vm.table().open_gate(v, r2).unwrap();
+    let (stage, args) = vm.stage("new");
+    assert_eq!(
+        parent.ask(&format!("spawn 1 actor {args}")),
+        format!("1: {v:x}")
+    );
+    let mut new = stage.actor();
+    new.enrol();
+    old.leave();
+    new.ask("print x");
+    // Neither a second beginning nor an end comes before that.
+    assert!(parent.ask("notice 99").starts_with(&format!("{v:x} 2 ")));
+    new.leave();
+    assert_eq!(parent.ask("notice 99"), format!("{v:x} 0"));
+}
+
 fn output_to_moved(kit: &Path) {
     let vm = Vm::start(kit);
     let mut old = vm.actor();
@@ -842,8 +899,10 @@ fn output_to_moved(kit: &Path) {
             .iter()
             .any(|said| *said == format!("[t{c:x}] hello"))
     });
-    // Nobody waits for the answer to the request that did it.
+    // Nobody waits for the answer to the request that did it: it is not left lying about.
+    child.ask("context -1");
     assert_eq!(child.ask("nrecv -1 -1"), "0");
+    child.ask("context 0");
     assert_eq!(child.tid(&format!("setopt 12 {v:x}")), v);
     child.leave();
 }
@@ -898,6 +957,43 @@ fn refuses_routes(kit: &Path) {
         (with.ask("fds"), without.ask("fds")),
         ("1".into(), "1".into())
     );
+}
+
+fn old_routes(kit: &Path) {
+    let vm = Vm::start(kit);
+    let (mut old, mut partner) = (vm.direct_actor(), vm.direct_actor());
+    let (v, p) = (old.enrol(), partner.enrol());
+    let r2 = after(p);
+    old.ask("setopt 1 3");
+    partner.tell("recv -1 1");
+    assert_eq!(old.ask(&format!("send {p:x} 1 opens")), "0");
+    assert!(partner.answer().contains("text opens"));
+    assert_eq!(
+        (old.ask("fds"), partner.ask("fds")),
+        ("2".into(), "2".into())
+    );
+    let pid = nix::unistd::Pid::from_raw(partner.pid());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    for tag in [2, 3] {
+        old.ask(&format!("send {p:x} {tag} direct"));
+    }
+    old.ask(&format!("big {p:x} 4 30000"));
+    old.crash();
+    vm.table().add_incarnation(r2, v).unwrap();
+    vm.table().open_gate(v, r2).unwrap();
+    let mut new = vm.actor();
+    assert_eq!(new.enrol(), v);
+    new.ask(&format!("send {p:x} 5 later"));
+    // pvmd answers in the order of what it was given, so the message is on its way by now.
+    new.ask(&format!("pstat {p:x}"));
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGCONT).unwrap();
+    for (tag, text) in [(2, "direct"), (3, "direct"), (4, "big"), (5, "later")] {
+        assert_eq!(
+            partner.ask("recv -1 -1"),
+            format!("from {v:x} tag {tag} text {text} info {v:x}")
+        );
+    }
+    assert_eq!(partner.ask("fds"), "1");
 }
 
 fn published(kit: &Path) {
@@ -964,6 +1060,10 @@ fn new_pvmd(kit: &Path) {
     vm.pvmd.wait().unwrap();
     let again = Vm::start_in(kit, vm.dir.clone(), true);
     assert_ne!(again.table().path(), path);
+    assert!(
+        !path.exists(),
+        "the table of a pvmd that is gone is taken away"
+    );
     let (mut one, mut two) = (again.actor(), again.actor());
     let (o, t) = (one.enrol(), two.enrol());
     one.ask(&format!("send {t:x} 1 x"));

@@ -149,6 +149,7 @@ pub unsafe extern "C" fn pvm_spawn(
 ) -> c_int {
     let (_, pvm_spawn) = real_or_return!(pvm_spawn);
     let inside = Inside::enter(Call::Spawn);
+    notices::children_follow();
     // SAFETY: as the caller's; the array has room for `count` tids.
     unsafe {
         let result = pvm_spawn(file, argv, flags, host, count, tids);

@@ -19,6 +19,7 @@ use crate::layout::{
 };
 use crate::notices;
 use crate::real::{Errno, Real, real};
+use crate::routes;
 
 /// PvmSysErr and PvmNoMem, for what cannot happen.
 pub const SYS_ERR: c_int = -14;
@@ -78,12 +79,28 @@ pub unsafe extern "C" fn mesg_input(up: *mut Pmsg) -> c_int {
             }
         }
     }
-    // SAFETY: the layout fits; a message that is taken over is not used any more.
+    // SAFETY: the layout fits.
+    unsafe {
+        routes::note(up);
+        if is_task((*up).src as u32) {
+            routes::drain_older(real, (*up).src as u32);
+        }
+        deliver_new(real, up)
+    }
+}
+
+/// A message that has come in, whichever way.
+///
+/// # Safety
+/// `up` is a message of libpvm that nothing else refers to.
+pub unsafe fn deliver_new(real: &Real, up: *mut Pmsg) -> c_int {
+    // SAFETY: a message that is taken over is not used any more.
     unsafe {
         if notices::take_over(real, up) {
-            return 0;
+            0
+        } else {
+            deliver(real, up)
         }
-        deliver(real, up)
     }
 }
 
@@ -377,11 +394,12 @@ fn wait_at_gate(real: &Real, nested: bool) {
 }
 
 /// Does what is to be done between two messages: not between the announcement of a multicast and the
-/// multicast, and not below itself.
+/// multicast, not below itself, and not when pvmd has been told that this task leaves.
 #[inline]
 fn housekeep(real: &Real) {
     if attention()
         && BLOCK.state.load(Relaxed) == state::ENROLLED
+        && !(BLOCK.asking.load(Relaxed) != 0 && BLOCK.call.load(Relaxed) == Call::Exit as u32)
         && with(|local| !local.in_mcast && !std::mem::replace(&mut local.housekeeping, true))
     {
         housekeeping(real);

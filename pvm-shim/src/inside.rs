@@ -52,6 +52,8 @@ pub struct Local {
     pub sinks: [u32; 4],
     /// Requests and notices.
     pub notices: Notices,
+    /// Who has (or had) a direct route with this task, by R.
+    pub routes: Vec<c_int>,
     /// A gate whose lease ended, and which incarnation was found alive: V, the entry's R and next, and
     /// the R to send to.
     pub resolved: Option<(u32, u32, u32, u32)>,
@@ -72,6 +74,7 @@ static LOCAL: LocalCell = LocalCell(UnsafeCell::new(Local {
     def_match: None,
     sinks: [0; 4],
     notices: Notices::new(),
+    routes: Vec::new(),
     resolved: None,
 }));
 

@@ -13,7 +13,7 @@ pub struct Pmsg {
     pub link: *mut Pmsg,
     pub rlink: *mut Pmsg,
     codef: *mut c_void,
-    frag: *mut Frag,
+    pub frag: *mut Frag,
     cfrag: *mut Frag,
     refs: c_int,
     pub mid: c_int,
@@ -23,17 +23,37 @@ pub struct Pmsg {
     pub wid: c_int,
     pub src: c_int,
     pub dst: c_int,
+    pub enc: c_int,
+    flag: c_int,
+    cpos: c_int,
+    pub crc: c_int,
 }
 
 /// `struct frag`: a piece of a message's body, or the head of the list of them.
 #[repr(C)]
-struct Frag {
-    link: *mut Frag,
-    rlink: *mut Frag,
-    buf: *mut c_char,
-    dat: *mut u8,
-    max: c_int,
-    len: c_int,
+pub struct Frag {
+    pub link: *mut Frag,
+    pub rlink: *mut Frag,
+    pub buf: *mut c_char,
+    pub dat: *mut u8,
+    pub max: c_int,
+    pub len: c_int,
+}
+
+/// `struct ttpcb`: a direct route.
+#[repr(C)]
+pub struct Ttpcb {
+    link: *mut Ttpcb,
+    rlink: *mut Ttpcb,
+    pub tid: c_int,
+    pub state: c_int,
+    pub fd: c_int,
+    own_address: libc::sockaddr_in,
+    peer_address: libc::sockaddr_in,
+    /// Head of the messages that are not complete.
+    pub partial: *mut Pmsg,
+    /// The fragment that is not complete, or null.
+    pub fragment: *mut Frag,
 }
 
 /// `struct Pvmtracer`: where output and traces go.
@@ -129,12 +149,36 @@ pub unsafe fn fits(real: &Real, up: *mut Pmsg) -> bool {
             return false;
         }
         let version = version();
-        !version.is_null()
+        route_fits(real)
+            && !version.is_null()
             && CStr::from_ptr(version).to_bytes().starts_with(b"3.4.")
             && get_int(up, 0) == Some(PROTOCOL)
             && (*(*(*up).frag).link).len == message.len
             && (*(*(*up).frag).link).link == (*up).frag
             && message.link.is_null() == message.rlink.is_null()
+    }
+}
+
+/// Checks [`Ttpcb`] on a new one, whose contents are known.
+fn route_fits(real: &Real) -> bool {
+    let (Some(ttpcb_new), Some(ttpcb_delete)) = (real.ttpcb_new, real.ttpcb_delete) else {
+        return false;
+    };
+    // SAFETY: a new route is on no list and has no socket, so taking it away again frees what new made.
+    unsafe {
+        let route = ttpcb_new();
+        if route.is_null() {
+            return false;
+        }
+        let partial = (*route).partial;
+        let fits = (*route).fd == -1
+            && ((*route).tid, (*route).state) == (0, 0)
+            && (*route).fragment.is_null()
+            && !partial.is_null()
+            && (*partial).link == partial
+            && (*partial).rlink == partial;
+        ttpcb_delete(route);
+        fits
     }
 }
 

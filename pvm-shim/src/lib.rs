@@ -8,6 +8,7 @@
 //! * [`layout`]: libpvm's structures, checked before they are used.
 //! * [`inside`]: whether the task is inside libpvm, and as whom.
 //! * [`border`]: the functions through which all messages pass, and the gate.
+//! * [`routes`]: what old direct routes still hold.
 //! * [`notices`]: bodies of pvmd's messages that carry tids.
 //! * [`calls`], [`answers`]: the programming interface.
 //!
@@ -22,3 +23,4 @@ mod inside;
 mod layout;
 mod notices;
 mod real;
+mod routes;

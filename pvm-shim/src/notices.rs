@@ -453,6 +453,18 @@ pub fn table_changed(real: &Real, taken_over: bool) {
     }
 }
 
+/// Before children are spawned: they are told where their collector is now.
+pub fn children_follow() {
+    let [_, child_out, _, child_trace] = with(|local| local.sinks);
+    // SAFETY: libpvm's variable, when it is there.
+    if moved().is_some()
+        && let Some(children) = real().and_then(|real| unsafe { real.var.pvmctrc.as_mut() })
+    {
+        follow(&mut children.outtid, child_out);
+        follow(&mut children.trctid, child_trace);
+    }
+}
+
 fn follow(tid: &mut c_int, sink: u32) -> bool {
     let now = r_of(sink) as c_int;
     let moves = is_task(sink) && matches!(stands(now as u32, sink), Stands::Present) && *tid != now;
@@ -501,6 +513,7 @@ pub fn forget() {
             unsafe { umbuf_free(up) };
         }
     }
+    with(|local| local.routes.clear());
     BLOCK.held.store(0, SeqCst);
     BLOCK.notifies.store(0, SeqCst);
 }

@@ -5,7 +5,7 @@ use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use crate::layout::{Pmsg, Tracer};
+use crate::layout::{Frag, Pmsg, Tracer, Ttpcb};
 
 type Str = *mut c_char;
 type Ints = *mut c_int;
@@ -49,6 +49,14 @@ functions! {
     pvmreset: fn(c_int, c_int, Str, c_int) -> c_int;
     pvm_tc_siblings: fn(c_int) -> c_int;
     umbuf_free: fn(*mut Pmsg);
+    umbuf_new: fn() -> *mut Pmsg;
+    pmsg_setenc: fn(*mut Pmsg, c_int) -> c_int;
+    fr_new: fn(c_int) -> *mut Frag;
+    fr_unref: fn(*mut Frag);
+    ttpcb_new: fn() -> *mut Ttpcb;
+    ttpcb_find: fn(c_int) -> *mut Ttpcb;
+    ttpcb_dead: fn(*mut Ttpcb);
+    ttpcb_delete: fn(*mut Ttpcb);
     midtobuf: fn(c_int) -> *mut Pmsg;
     pvm_mkbuf: fn(c_int) -> c_int;
     pvm_freebuf: fn(c_int) -> c_int;

@@ -31,11 +31,13 @@ pub fn path_for(pvmsock: Option<&OsStr>, address_file: &Path) -> Result<PathBuf>
 }
 
 impl TidTable {
-    /// Opens the table at `path` for changes and makes it when it is not there.
+    /// Opens the table at `path` for changes and makes it when it is not there. Tables beside it whose
+    /// pvmd is gone are taken away.
     ///
     /// # Errors
     /// When the file cannot be opened or is not this user's alone, or another process changes it.
     pub fn open(path: &Path) -> Result<TidTable> {
+        place::sweep(path);
         let file = place::open(path)
             .with_context(|| format!("cannot open the tid table {} (open)", path.display()))?;
         // A whole-file lock of the open file description; released with the file, also by a crash.

@@ -260,7 +260,9 @@ static int run(int argc, char **argv)
 		n = pvm_upkmesg();
 		pvm_setrbuf(n);
 		show(n);
-	} else if (!strcmp(c, "minfo")) {
+	} else if (!strcmp(c, "context"))
+		say("%d", pvm_setcontext(NUM(1)));
+	else if (!strcmp(c, "minfo")) {
 		struct pvmminfo info;
 		n = pvm_recv(TID(1), NUM(2));
 		pvm_getminfo(n, &info);

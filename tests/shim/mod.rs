@@ -92,23 +92,7 @@ fn outside() -> ExitCode {
         .unwrap();
     let kit = dir.path();
     fs::set_permissions(kit, fs::Permissions::from_mode(0o755)).unwrap();
-    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
-    let release = !cfg!(debug_assertions);
-    let mut build = Command::new(env!("CARGO"));
-    build
-        .args(["build", "--quiet", "-p", "pvm-shim"])
-        .current_dir(env!("CARGO_MANIFEST_DIR"));
-    if release {
-        build.arg("--release");
-    }
-    assert!(
-        build.status().unwrap().success(),
-        "cargo build -p pvm-shim failed"
-    );
-    let library = target
-        .join(if release { "release" } else { "debug" })
-        .join("libmistshim.so");
-    fs::copy(library, kit.join("libmistshim.so")).unwrap();
+    fs::copy(library(), kit.join("libmistshim.so")).unwrap();
     fs::copy(std::env::current_exe().unwrap(), kit.join("tests")).unwrap();
     let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/shim");
     for program in ["actor", "api"] {
@@ -130,6 +114,29 @@ fn outside() -> ExitCode {
         Some(0) => ExitCode::SUCCESS,
         _ => ExitCode::FAILURE,
     }
+}
+
+/// The shim: the one MIST_SHIM_LIBRARY names, or one that is built now.
+fn library() -> PathBuf {
+    if let Some(path) = std::env::var_os("MIST_SHIM_LIBRARY") {
+        return PathBuf::from(path);
+    }
+    let (profile, flag) = if cfg!(debug_assertions) {
+        ("debug", None)
+    } else {
+        ("release", Some("--release"))
+    };
+    let mut build = Command::new(env!("CARGO"));
+    build
+        .args(["build", "--quiet", "-p", "pvm-shim"])
+        .args(flag)
+        .current_dir(env!("CARGO_MANIFEST_DIR"));
+    assert!(
+        build.status().unwrap().success(),
+        "cargo build -p pvm-shim failed"
+    );
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
+    target.join(profile).join("libmistshim.so")
 }
 
 /// A virtual machine with a folder, a pvmd and a tid table of its own.
@@ -228,6 +235,13 @@ impl Vm {
     /// A task without the shim.
     pub fn bare_actor(&self) -> Actor {
         Actor::over_pipes(self.command("actor", false))
+    }
+
+    /// A task under the shim that is let have direct routes.
+    pub fn direct_actor(&self) -> Actor {
+        let mut command = self.command("actor", true);
+        command.env("MIST_DIRECT_ROUTES", "1");
+        Actor::over_pipes(command)
     }
 
     /// A place where a task that PVM starts can be spoken to: the arguments it needs.

@@ -93,6 +93,38 @@ pub fn open(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
+/// Takes away the tables in the folder of `table` that are this user's and whose pvmd is gone, or is
+/// another one by now. What cannot be looked at or removed stays.
+pub fn sweep(table: &Path) {
+    let Some(entries) = table.parent().and_then(|dir| fs::read_dir(dir).ok()) else {
+        return;
+    };
+    // SAFETY: geteuid has no preconditions and cannot fail.
+    let uid = unsafe { libc::geteuid() };
+    for entry in entries.flatten() {
+        let path = entry.path();
+        let name = path.as_os_str().as_bytes();
+        let Some(at) = name.windows(6).rposition(|part| part == b".mist-") else {
+            continue;
+        };
+        let anchor = Path::new(OsStr::from_bytes(name.get(..at).unwrap_or_default()));
+        let gone = match table_path(anchor) {
+            Ok(present) => present != path,
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
+        };
+        let ours = entry
+            .metadata()
+            .is_ok_and(|meta| meta.uid() == uid && meta.is_file());
+        let length = entry
+            .metadata()
+            .is_ok_and(|meta| meta.len() == table::SIZE as u64);
+        if gone && ours && length {
+            // It may have been removed meanwhile; either way it is gone.
+            let _ = fs::remove_file(&path);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
