@@ -268,6 +268,71 @@ fn a_file_that_shrank_is_an_error_that_names_it() {
 }
 
 #[test]
+fn a_file_that_grew_is_cut_back_only_when_asked_for() {
+    let _turn = turn();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    let mut file = File::create(&path).unwrap();
+    file.write_all(b"before").unwrap();
+    let target = Sleeper::with(&[file.as_fd()]);
+    let image = dump(&[target.pid()]).unwrap();
+    file.write_all(b" and after").unwrap();
+    let built = image.build().unwrap();
+    assert_eq!(std::fs::read(&path).unwrap(), b"before and after");
+    assert!(built.warnings[0].contains("grown"), "{:?}", built.warnings);
+    mistctl::restore::files::cut_back(&image.manifest).unwrap();
+    assert_eq!(std::fs::read(&path).unwrap(), b"before");
+}
+
+#[test]
+fn a_file_whose_name_was_taken_by_another_keeps_its_own_content() {
+    let _turn = turn();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("file");
+    std::fs::write(&path, "old").unwrap();
+    let file = File::open(&path).unwrap();
+    std::fs::hard_link(&path, dir.path().join("elsewhere")).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, "new").unwrap();
+    let target = Sleeper::with(&[file.as_fd()]);
+    let image = dump(&[target.pid()]).unwrap();
+    let built = image.build().unwrap();
+    let mut text = String::new();
+    rebuilt(&image, &built, target.pid(), &file)
+        .read_to_string(&mut text)
+        .unwrap();
+    assert_eq!(text, "old");
+}
+
+#[test]
+fn a_message_queue_is_opened_again_or_made_anew() {
+    let _turn = turn();
+    let name = std::ffi::CString::new(format!("mist-test-{}", std::process::id())).unwrap();
+    let attributes = fds::QueueAttributes {
+        max_messages: 3,
+        message_size: 77,
+        messages: 0,
+    };
+    let made = fds::open_message_queue(&name, libc::O_RDWR, Some((0o600, attributes)));
+    let Ok(queue) = made else {
+        println!("SKIPPED: no POSIX message queues here");
+        return;
+    };
+    let target = Sleeper::with(&[queue.as_fd()]);
+    let dumped = dump(&[target.pid()]);
+    fds::unlink_message_queue(&name).unwrap();
+    let image = dumped.unwrap();
+    let Kind::MessageQueue(kind) = image.kind(target.pid(), &queue) else {
+        panic!("{:?}", image.kind(target.pid(), &queue))
+    };
+    assert_eq!((kind.max_messages, kind.message_size), (3, 77));
+    let built = image.build().unwrap();
+    fds::unlink_message_queue(&name).unwrap();
+    let again = rebuilt(&image, &built, target.pid(), &queue);
+    assert_eq!(fds::message_queue(again.as_fd()).unwrap(), attributes);
+}
+
+#[test]
 fn dup_and_fork_share_a_description_and_two_opens_do_not() {
     let _turn = turn();
     let dir = tempfile::tempdir().unwrap();
@@ -629,7 +694,7 @@ fn a_pidfd_of_the_dead_is_dead() {
 }
 
 #[test]
-fn an_io_uring_or_a_userfaultfd_is_refused() {
+fn an_io_uring_is_refused() {
     let _turn = turn();
     let Ok(uring) = fds::io_uring() else {
         println!("SKIPPED: io_uring is not allowed here");

@@ -224,6 +224,12 @@ pub fn open_message_queue(
     }
 }
 
+/// mq_unlink(3), without the slash.
+pub fn unlink_message_queue(name: &CStr) -> nix::Result<()> {
+    // SAFETY: `name` is a C string.
+    Errno::result(unsafe { libc::syscall(libc::SYS_mq_unlink, name.as_ptr()) }).map(drop)
+}
+
 /// A signalfd with this mask (bit n-1 is signal n), non-blocking.
 pub fn signalfd(mask: u64) -> nix::Result<OwnedFd> {
     // SAFETY: signalfd4 reads a kernel sigset of eight bytes; the result is ours alone.

@@ -24,6 +24,7 @@ use crate::kernel::{fds, pidfd};
 pub use in_body::{
     EpollAdd, InBody, OpenInBody, PidFdOpen, RecordLock, SetFlags, SetOwner, Terminal,
 };
+pub use paths::cut_back;
 
 /// Circumstances of a restore that matter to descriptors.
 #[derive(Debug, Clone, Copy)]

@@ -11,7 +11,8 @@ use nix::errno::Errno;
 
 use super::Builder;
 use crate::error::Failure;
-use crate::image::files::{Description, External, MessageQueue};
+use crate::image::Manifest;
+use crate::image::files::{Description, External, Kind, MessageQueue};
 use crate::image::memory::FileRef;
 use crate::kernel::fds::{self, QueueAttributes};
 
@@ -59,6 +60,7 @@ impl Builder<'_> {
                     meta.size()
                 );
             }
+            // Files of /proc and the like have no size.
             if meta.size() > size && size > 0 {
                 self.built.warnings.push(format!(
                     "{path} has grown from {size} to {} bytes since the checkpoint",
@@ -97,6 +99,43 @@ impl Builder<'_> {
             other => other.with_context(|| format!("message queue {}: mq_open", queue.name)),
         }
     }
+}
+
+/// Cuts regular files that the processes have open for writing back to the size they had at the checkpoint, so that
+/// what was written after it is written again rather than twice. To be called before [`super::build`], which leaves
+/// files that grew as they are.
+///
+/// # Errors
+/// A file is gone, or is no regular file any more.
+pub fn cut_back(manifest: &Manifest) -> Result<()> {
+    for description in &manifest.descriptions {
+        let Kind::Path {
+            file, file_type, ..
+        } = description.kind
+        else {
+            continue;
+        };
+        let written = description.flags & libc::O_ACCMODE != libc::O_RDONLY
+            && description.flags & libc::O_PATH == 0
+            && file_type & libc::S_IFMT == libc::S_IFREG;
+        let Some(file) = manifest.files.get(file as usize).filter(|_| written) else {
+            continue;
+        };
+        let path = &file.path;
+        let now = File::from(open(path, libc::O_WRONLY)?);
+        let meta = now.metadata().with_context(|| format!("{path}: fstat"))?;
+        if !meta.is_file() {
+            bail!(
+                "{path} is a {} now, it was a regular file",
+                name(meta.mode())
+            );
+        }
+        if meta.size() > file.size {
+            now.set_len(file.size)
+                .with_context(|| format!("{path}: ftruncate to {} bytes", file.size))?;
+        }
+    }
+    Ok(())
 }
 
 /// Opens `path` as it was opened, without waiting and without becoming anybody's controlling terminal.
