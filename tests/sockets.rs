@@ -23,7 +23,7 @@ mod scenes;
 fn in_namespace(name: &str, test: impl FnOnce() -> Result<()>) {
     if std::env::var_os("MIST_TEST_NAMESPACE").is_some() {
         if let Err(e) = test() {
-            panic!("{e:#}");
+            panic!("{e:?}");
         }
         return;
     }
@@ -48,9 +48,15 @@ struct Target {
 impl Target {
     /// Starts a scene of scenes.rs; returns the descriptors it names.
     fn start(scene: &str) -> Result<(Self, Vec<i32>)> {
+        Self::start_with(scene, 0).map(|(t, fds, _)| (t, fds))
+    }
+
+    /// As [`Target::start`], for a peer at `port`; also the numbers the scene told before.
+    fn start_with(scene: &str, port: u16) -> Result<(Self, Vec<i32>, Vec<usize>)> {
         let mut child = Command::new(std::env::current_exe()?)
             .args(["--exact", "as_target", "--nocapture", "--test-threads=1"])
             .env("MIST_TEST_SCENE", scene)
+            .env("MIST_TEST_PORT", port.to_string())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()?;
@@ -61,12 +67,19 @@ impl Target {
             child,
             output,
         };
-        let fds = target
-            .answer()?
-            .split_whitespace()
-            .map(str::parse)
-            .collect::<Result<_, _>>()?;
-        Ok((target, fds))
+        let mut told = Vec::new();
+        loop {
+            let line = target.answer()?;
+            if let Some(number) = line.strip_prefix("sent ") {
+                told.push(number.parse()?);
+                continue;
+            }
+            let fds = line
+                .split_whitespace()
+                .map(str::parse)
+                .collect::<Result<_, _>>()?;
+            return Ok((target, fds, told));
+        }
     }
 
     fn pid(&self) -> i32 {
@@ -444,4 +457,210 @@ fn peer_outside_is_refused_by_name() {
         assert!(c.warnings.is_empty());
         Ok(())
     });
+}
+
+fn read_until_end(fd: impl AsFd, limit: usize) -> Result<Vec<u8>> {
+    let mut all = Vec::new();
+    while all.len() < limit {
+        let more = read_soon(&fd)?;
+        if more.is_empty() {
+            break;
+        }
+        all.extend(more);
+    }
+    Ok(all)
+}
+
+fn tcp_pairs_come_back(kill: bool) -> Result<()> {
+    let (t, fds, sent) = Target::start_with("tcp_pairs", 0)?;
+    let guardian = Guardian::start()?;
+    let options = Options {
+        kill,
+        ..Options::default()
+    };
+    let mut dumper = SocketDumper::new(options, &guardian);
+    for &n in &fds {
+        dumper.add(t.pid(), n, t.fd(n)?)?;
+    }
+    let sockets = dumper.finish(&mut |_, _| bail!("nothing is in flight"))?;
+    if kill {
+        dumper.finish_kill(&[t.pidfd.as_fd()])?;
+    }
+    drop(dumper);
+    t.kill();
+    drop(guardian);
+    let c = Captured {
+        sockets: serde_json::from_str(&serde_json::to_string(&sockets)?)?,
+        flying: Vec::new(),
+        warnings: Vec::new(),
+    };
+    // Without a kill that keeps quiet, the ends still say goodbye to each other in the kernel.
+    let s = rebuild(&c)?;
+    for (nine, sent) in s.chunks(9).zip(sent) {
+        let [l, a, b, c, d, e, g, h, waiting] = nine else {
+            bail!("nines")
+        };
+        assert_eq!(read_soon(b)?, b"to-b");
+        let data = read_until_end(a, sent)?;
+        assert_eq!(data.len(), sent);
+        let mut at = 0;
+        for piece in data.chunks(100_000) {
+            let start = at % 251;
+            assert!(
+                piece
+                    .iter()
+                    .enumerate()
+                    .all(|(i, x)| *x == ((start + i) % 251) as u8)
+            );
+            at += piece.len();
+        }
+        write(a, b"more")?;
+        assert_eq!(read_soon(b)?, b"more");
+        write(b, b"back")?;
+        assert_eq!(read_soon(a)?, b"back");
+        assert_eq!(
+            sockopt::get_int(a, libc::IPPROTO_TCP, libc::TCP_NODELAY)?,
+            1
+        );
+        assert_eq!(read_soon(d)?, b"request");
+        assert_eq!(read_soon(d)?, b"");
+        write(d, b"answer")?;
+        assert_eq!(read_soon(c)?, b"answer");
+        assert_eq!(read_soon(e)?, b"goodbye");
+        assert_eq!(read_soon(e)?, b"");
+        assert_eq!(read_soon(h)?, b"first");
+        assert_eq!(read_soon(h)?, b"");
+        assert_eq!(read_soon(g)?, b"");
+        wait_readable(l.as_fd())?;
+        let accepted = socket::accept(l)?;
+        write(waiting, b"I waited")?;
+        assert_eq!(read_soon(&accepted)?, b"I waited");
+    }
+    Ok(())
+}
+
+#[test]
+fn tcp_connections_come_back_with_both_ends() {
+    in_namespace("tcp_connections_come_back_with_both_ends", || {
+        tcp_pairs_come_back(true)
+    });
+}
+
+#[test]
+fn tcp_connections_come_back_though_the_old_ones_linger() {
+    in_namespace(
+        "tcp_connections_come_back_though_the_old_ones_linger",
+        || tcp_pairs_come_back(false),
+    );
+}
+
+/// A peer for the scene tcp_client, already connected.
+fn peer_of_client() -> Result<(Target, Vec<i32>, std::net::TcpStream)> {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let (t, fds, _) = Target::start_with("tcp_client", listener.local_addr()?.port())?;
+    let (peer, _) = listener.accept()?;
+    peer.set_read_timeout(Some(std::time::Duration::from_secs(1)))?;
+    Ok((t, fds, peer))
+}
+
+fn expect(peer: &mut std::net::TcpStream, text: &[u8]) -> Result<()> {
+    let mut buffer = vec![0; text.len()];
+    peer.read_exact(&mut buffer)
+        .with_context(|| format!("waiting for {}", String::from_utf8_lossy(text)))?;
+    assert_eq!(buffer, text);
+    Ok(())
+}
+
+const OUTSIDE: Options = Options {
+    tcp_established: true,
+    kill: false,
+    outside: false,
+};
+
+#[test]
+fn peer_outside_is_carried_only_when_asked() {
+    in_namespace("peer_outside_is_carried_only_when_asked", || {
+        let (mut t, fds, mut peer) = peer_of_client()?;
+        let Err(e) = capture(&t, &fds) else {
+            bail!("not refused")
+        };
+        assert!(format!("{e:#}").contains("--tcp-established"), "{e:#}");
+        // Nor does being looked at change anything.
+        let c = capture_with(&t, &fds, OUTSIDE)?;
+        let reuse = sockopt::get_int(t.fd(fds[0])?, libc::SOL_SOCKET, libc::SO_REUSEADDR)?;
+        assert_eq!(reuse, 1);
+        expect(&mut peer, b"hello from the target")?;
+        t.go_on()?;
+        expect(&mut peer, b"still here")?;
+        peer.write_all(b"and I")?;
+        assert_eq!(read_soon(t.fd(fds[0])?)?, b"and I");
+        assert!(c.warnings.is_empty(), "{:?}", c.warnings);
+        Ok(())
+    });
+}
+
+#[test]
+fn peer_outside_goes_on_with_the_restored_end() {
+    in_namespace("peer_outside_goes_on_with_the_restored_end", || {
+        for from_keeper in [true, false] {
+            let (t, fds, mut peer) = peer_of_client()?;
+            peer.write_all(b"not read yet ")?;
+            wait_readable(t.fd(fds[0])?.as_fd())?;
+            let guardian = Guardian::start()?;
+            let options = Options {
+                kill: true,
+                ..OUTSIDE
+            };
+            let mut dumper = SocketDumper::new(options, &guardian);
+            dumper.add(t.pid(), fds[0], t.fd(fds[0])?)?;
+            let mut sockets = dumper.finish(&mut |_, _| bail!("nothing is in flight"))?;
+            dumper.finish_kill(&[t.pidfd.as_fd()])?;
+            t.kill();
+            drop(dumper);
+            drop(guardian);
+            // The peer speaks into the void meanwhile; nobody answers, least of all with RST.
+            peer.write_all(b"while you were away")?;
+            expect(&mut peer, b"hello from the target")?;
+            if !from_keeper {
+                // Another host: no keeper there, and this one's does not hear the peer any more.
+                let SocketState::Tcp(tcp) = &mut sockets[0].state else {
+                    bail!("tcp")
+                };
+                let c = tcp.connection.as_mut().context("connection")?;
+                end_keeper(c.cookie)?;
+                c.cookie = 0;
+            }
+            let c = Captured {
+                sockets,
+                flying: Vec::new(),
+                warnings: Vec::new(),
+            };
+            let s = rebuild(&c)?;
+            assert_eq!(
+                read_until_end(&s[0], 32)?,
+                b"not read yet while you were away"
+            );
+            write(&s[0], b"I am back")?;
+            expect(&mut peer, b"I am back")?;
+            peer.write_all(b"welcome")?;
+            assert_eq!(read_soon(&s[0])?, b"welcome");
+            drop(s);
+            assert_eq!(peer.read(&mut [0; 8])?, 0, "end of the connection");
+        }
+        Ok(())
+    });
+}
+
+/// Kills the keeper that holds the socket with this cookie.
+fn end_keeper(cookie: u64) -> Result<()> {
+    let name = format!("\0mist-keeper-{cookie:x}");
+    let mut addr = (libc::AF_UNIX as u16).to_ne_bytes().to_vec();
+    addr.extend_from_slice(name.as_bytes());
+    let probe = socket::socket(libc::AF_UNIX, libc::SOCK_SEQPACKET, 0)?;
+    socket::connect(&probe, &addr).context("the keeper")?;
+    let cred = sockopt::get(&probe, libc::SOL_SOCKET, libc::SO_PEERCRED, 12)?;
+    let pid = i32::from_ne_bytes(cred[..4].try_into()?);
+    let keeper = pidfd::open(pid)?;
+    pidfd::send_signal(keeper.as_fd(), libc::SIGKILL)?;
+    wait_readable(keeper.as_fd())
 }

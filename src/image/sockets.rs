@@ -173,4 +173,7 @@ pub struct TcpConnection {
     pub timestamp: u32,
     /// struct tcp_repair_window, raw.
     pub window: Bytes,
+    /// SO_COOKIE: names the socket on the host it was dumped on, until that reboots.
+    #[serde(default)]
+    pub cookie: u64,
 }

@@ -8,7 +8,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 
 use super::socket::{self, Extra};
 use super::sockopt;
@@ -32,7 +32,8 @@ pub struct UndoId(u32);
 #[derive(Debug)]
 pub struct Guardian {
     channel: Option<OwnedFd>,
-    pid: libc::pid_t,
+    /// To be waited for at our end; 0 once it is to stay behind.
+    pid: AtomicI32,
     next: AtomicU32,
 }
 
@@ -59,7 +60,7 @@ impl Guardian {
         }
         Ok(Self {
             channel: Some(ours),
-            pid,
+            pid: AtomicI32::new(pid),
             next: AtomicU32::new(1),
         })
     }
@@ -122,21 +123,30 @@ impl Guardian {
         for id in keep {
             m.extend_from_slice(&id.0.to_ne_bytes());
         }
-        self.tell(&m, pidfds)
-    }
-
-    /// Leaves it to itself: it decides at our end, as [`Guardian::keep`] says.
-    pub fn leave(mut self) {
-        self.pid = 0;
+        self.tell(&m, pidfds)?;
+        // It answers once its address is open: a restore may come at once.
+        let mut answer = [0u8; 1];
+        if let Some(channel) = &self.channel {
+            wait_readable(channel);
+            socket::receive(channel, &mut answer, 0)?;
+        }
+        if answer != [1] {
+            return Err(io::Error::other(
+                "it could not open the address of the keeper",
+            ));
+        }
+        self.pid.store(0, Ordering::Relaxed);
+        Ok(())
     }
 }
 
 impl Drop for Guardian {
     fn drop(&mut self) {
         self.channel = None;
-        if self.pid > 0 {
+        let pid = *self.pid.get_mut();
+        if pid > 0 {
             // SAFETY: our own child; a null status is allowed.
-            unsafe { libc::waitpid(self.pid, std::ptr::null_mut(), 0) };
+            unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) };
         }
     }
 }
@@ -230,9 +240,16 @@ struct Protected {
 
 #[derive(Default)]
 struct Keep {
-    name: Vec<u8>,
+    /// None when nothing is to be kept, only to be closed quietly.
+    listener: Option<OwnedFd>,
     ids: Vec<u32>,
     pidfds: Vec<OwnedFd>,
+}
+
+/// Sets the name of this process, at most 15 bytes.
+pub(crate) fn rename(name: &std::ffi::CStr) {
+    // SAFETY: a string that ends in zero.
+    unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
 }
 
 /// Body of the guardian's process.
@@ -304,11 +321,18 @@ fn watch(channel: &OwnedFd) {
                 if let Some(len) = take_u32(&mut rest)
                     && let Some(name) = take(&mut rest, len as usize)
                 {
-                    k.name = name.to_vec();
                     while let Some(id) = take_u32(&mut rest) {
                         k.ids.push(id);
                     }
-                    keep = Some(k);
+                    let mut ready = true;
+                    if !k.ids.is_empty() {
+                        k.listener = crate::net::keeper::listen(name).ok();
+                        ready = k.listener.is_some();
+                    }
+                    let _ = socket::send(channel, &[u8::from(ready)], &Extra::default());
+                    if ready {
+                        keep = Some(k);
+                    }
                 }
             }
             _ => {}
@@ -317,10 +341,10 @@ fn watch(channel: &OwnedFd) {
     if let Some(k) = keep
         && k.pidfds.iter().all(dead)
     {
-        let (kept, _gone): (Vec<_>, Vec<_>) =
-            protected.into_iter().partition(|p| k.ids.contains(&p.id));
-        if !kept.is_empty() {
-            crate::net::keeper::serve(&k.name, kept.into_iter().map(|p| p.fd).collect());
+        protected.retain(|p| k.ids.contains(&p.id));
+        if let Some(listener) = &k.listener {
+            let kept: Vec<OwnedFd> = protected.into_iter().map(|p| p.fd).collect();
+            crate::net::keeper::serve(listener, &kept);
         }
         return;
     }

@@ -18,6 +18,7 @@ pub mod shm;
 pub mod sock_diag;
 pub mod socket;
 pub mod sockopt;
+pub mod tcp_repair;
 pub mod tracee;
 pub mod tty;
 pub mod uffd;

@@ -127,8 +127,8 @@ pub fn shutdown(fd: impl AsFd, how: u8) -> io::Result<()> {
     check(unsafe { libc::shutdown(fd.as_fd().as_raw_fd(), how) }).map(drop)
 }
 
-/// O_NONBLOCK of the description.
-pub fn set_nonblocking(fd: impl AsFd, on: bool) -> io::Result<()> {
+/// Sets or clears O_NONBLOCK of the description; returns what it was.
+pub fn set_nonblocking(fd: impl AsFd, on: bool) -> io::Result<bool> {
     let raw = fd.as_fd().as_raw_fd();
     // SAFETY: no pointers.
     let flags = check(unsafe { libc::fcntl(raw, libc::F_GETFL) })?;
@@ -138,7 +138,8 @@ pub fn set_nonblocking(fd: impl AsFd, on: bool) -> io::Result<()> {
         flags & !libc::O_NONBLOCK
     };
     // SAFETY: no pointers.
-    check(unsafe { libc::fcntl(raw, libc::F_SETFL, wanted) }).map(drop)
+    check(unsafe { libc::fcntl(raw, libc::F_SETFL, wanted) })?;
+    Ok(flags & libc::O_NONBLOCK != 0)
 }
 
 /// What poll(2) says at once, of POLLIN, POLLOUT, POLLRDHUP and the conditions that are always told.

@@ -222,7 +222,7 @@ fn memory(fd: &OwnedFd) -> u32 {
 }
 
 /// An address as IPv4 if it is one that IPv6 only wraps (::ffff:a.b.c.d).
-fn unmapped(host: &[u8]) -> &[u8] {
+pub(crate) fn unmapped(host: &[u8]) -> &[u8] {
     match host.strip_prefix(&[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff]) {
         Some(v4) => v4,
         None => host,

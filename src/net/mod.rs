@@ -82,8 +82,14 @@ pub struct SocketDumper<'g> {
     outside: HashMap<u32, String>,
     /// What could not be carried and does not matter much, for people.
     pub warnings: Vec<String>,
-    #[allow(dead_code)]
     pub(crate) held: tcp::Held,
+}
+
+impl Drop for SocketDumper<'_> {
+    /// Lets connections that were held for a kill go on.
+    fn drop(&mut self) {
+        tcp::release(self);
+    }
 }
 
 impl crate::dump::files::Sockets for SocketDumper<'_> {
@@ -120,6 +126,7 @@ impl Diag {
 }
 
 impl<'g> SocketDumper<'g> {
+    /// `guardian` must outlive what is dumped.
     pub fn new(options: Options, guardian: &'g Guardian) -> Self {
         Self {
             options,
@@ -234,6 +241,17 @@ impl<'g> SocketDumper<'g> {
         Ok(sockets)
     }
 
+    /// For a dump that kills: call it when the image is durable, before the processes are killed, with a
+    /// pidfd of each. Connections stay in repair mode, so that their end sends nothing; the guardian
+    /// keeps those with a peer outside until they are restored (see [`tcp`]). Should we die before
+    /// all processes are dead, it undoes everything instead.
+    ///
+    /// # Errors
+    /// The guardian is gone: nothing must be killed then, for peers would notice.
+    pub fn finish_kill(&mut self, pidfds: &[BorrowedFd<'_>]) -> Result<()> {
+        tcp::hold_until_dead(self, pidfds)
+    }
+
     fn diagnose(&self) -> Result<Diag> {
         let has = |family, kind| {
             self.met
@@ -337,7 +355,6 @@ pub struct Restorer {
     /// Ends of connections whose socket was closed: dropped once what they had sent is sent again.
     partners: HashMap<usize, OwnedFd>,
     unix: unix::Plan,
-    #[allow(dead_code)]
     tcp: tcp::Pending,
     /// What did not come back and does not matter much, for people.
     pub warnings: Vec<String>,

@@ -214,17 +214,31 @@ fn lists(family: i32, kind: i32, protocol: i32) -> Vec<(i32, &'static [Known])> 
     all
 }
 
+fn is_multicast(level: i32, name: i32) -> bool {
+    // IP_MULTICAST_IF, _TTL, _LOOP, _ALL; IPV6_MULTICAST_IF, _HOPS, _LOOP, _ALL
+    (level == SOL_IP && [32, 33, 34, 49].contains(&name))
+        || (level == SOL_IPV6 && [17, 18, 19, 29].contains(&name))
+}
+
 type Values = HashMap<(i32, i32), Vec<u8>>;
 
 fn values(fd: impl AsFd, family: i32, kind: i32, protocol: i32) -> Values {
     let fd = fd.as_fd();
     let mut found = Values::new();
     let mut lists = lists(family, kind, protocol);
-    if kind == libc::SOCK_STREAM && family != libc::AF_UNIX && socket::peer_name(fd).is_err() {
+    let ended = || socket::poll_now(fd).is_ok_and(|e| e & libc::POLLRDHUP != 0);
+    if kind == libc::SOCK_STREAM
+        && family != libc::AF_UNIX
+        && socket::peer_name(fd).is_err()
+        && !ended()
+    {
         lists.push((SOL_TCP, TCP_UNCONNECTED));
     }
     for (level, entries) in lists {
         for &(name, max) in entries {
+            if kind == libc::SOCK_STREAM && is_multicast(level, name) {
+                continue; // can be read, but not set
+            }
             // An option this kernel or this kind of socket has not is not set either.
             if let Ok(value) = sockopt::get(fd, level, name, max) {
                 found.insert((level, name), value);
@@ -420,4 +434,11 @@ pub(crate) fn restore_buffers(fd: &OwnedFd, sizes: &(Vec<u8>, Vec<u8>)) {
     let _ = set_buffer(fd, libc::SO_RCVBUFFORCE, libc::SO_RCVBUF, &sizes.0);
     let _ = set_buffer(fd, libc::SO_SNDBUFFORCE, libc::SO_SNDBUF, &sizes.1);
     let _ = sockopt::set_int(fd, libc::SOL_SOCKET, SO_BUF_LOCK, 0);
+}
+
+/// Undoes [`enlarge_buffers`] for a TCP socket whose image does not say otherwise: the kernel tunes them.
+pub(crate) fn restore_default_buffers(fd: &OwnedFd, s: &Socket) {
+    if let Ok(fresh) = socket::socket(s.family, s.kind, s.protocol) {
+        restore_buffers(fd, &buffer_sizes(&fresh));
+    }
 }

@@ -1,83 +1,54 @@
 //! TCP sockets: listening, unconnected, and connections through TCP_REPAIR.
+//!
+//! # A peer outside the dump, and --kill
+//! When a process dies, its sockets close and the peer hears a FIN or RST; from then on the image has
+//! nothing left to go on with. So, before a connection is read for a dump that kills:
+//!
+//! 1. a socket filter that drops all is attached (SO_ATTACH_FILTER, `ret #0`). The kernel asks it before
+//!    it looks at a segment: nothing is acknowledged, nothing changes; the peer sends again later, as
+//!    it would over a bad line. No firewall is needed, and nobody else's packets are concerned;
+//! 2. TCP_REPAIR is left on, in which a socket closes without a word;
+//! 3. the guardian, which holds a duplicate, stays behind as the keeper ([`super::keeper`]): as long as the
+//!    socket exists, the kernel finds it for the peer's segments and drops them by the filter. Without
+//!    it they would meet no socket and be answered with RST.
+//!
+//! A restore on the same host asks the keeper for the very socket, checks that it is what the image says,
+//! and goes on with it. A restore on another host, to which the address has moved, makes the socket from
+//! the image; the old host's keeper sees no segments any more and is of no matter.
+//! A reboot of the host between dump and restore answers the peer with RST if it sends meanwhile; restore
+//! before the network comes up, or drop its segments in a firewall until then.
 
-use anyhow::{Context, Result, bail};
+mod dump;
+mod restore;
 
-use super::options::{self, Phase};
-use super::{Diag, Met, Restorer, SocketDumper, inet};
-use crate::image::Bytes;
-use crate::image::sockets::{Socket, SocketState, Tcp};
-use crate::kernel::socket;
+pub(crate) use dump::{Held, hold_until_dead, read, read_connections, release};
+pub(crate) use restore::{Pending, activate, build};
 
-/// TCP_CLOSE, TCP_LISTEN (net/tcp_states.h).
-const CLOSE: u8 = 7;
-const LISTEN: u8 = 10;
+/// net/tcp_states.h.
+pub(crate) const ESTABLISHED: u8 = 1;
+pub(crate) const SYN_SENT: u8 = 2;
+pub(crate) const FIN_WAIT1: u8 = 4;
+pub(crate) const FIN_WAIT2: u8 = 5;
+pub(crate) const CLOSE: u8 = 7;
+pub(crate) const CLOSE_WAIT: u8 = 8;
+pub(crate) const LAST_ACK: u8 = 9;
+pub(crate) const LISTEN: u8 = 10;
+pub(crate) const CLOSING: u8 = 11;
 
-/// Connections that stay in repair mode until the processes are dead.
-#[derive(Default)]
-pub(crate) struct Held {}
-
-/// Connections that are to be activated.
-#[derive(Default)]
-pub(crate) struct Pending {}
-
-pub(crate) fn read(
-    _d: &SocketDumper<'_>,
-    met: &Met,
-    diag: &Diag,
-    warnings: &mut Vec<String>,
-) -> Result<Tcp> {
-    let ino = u32::try_from(met.ino).unwrap_or(0);
-    let found = diag.tcp.iter().find(|x| x.ino == ino);
-    let local =
-        socket::local_name(&met.fd).with_context(|| format!("{}: getsockname", met.place()))?;
-    let mut tcp = Tcp {
-        // A socket in state CLOSE is in no table of the kernel's.
-        state: found.map_or(CLOSE, |x| x.state),
-        shutdown: found.map_or(0, |x| x.shutdown & 3),
-        local: (inet::port(&local) != 0 || inet::host(&local).iter().any(|b| *b != 0))
-            .then_some(Bytes(local)),
-        ..Tcp::default()
-    };
-    match (tcp.state, found) {
-        (LISTEN, Some(x)) => {
-            tcp.backlog = Some(x.send_queue);
-            if x.receive_queue > 0 {
-                warnings.push(format!(
-                    "{}: {} connections that were not accepted yet are not carried",
-                    met.place(),
-                    x.receive_queue
-                ));
-            }
-        }
-        (CLOSE, _) => {}
-        _ => bail!("{}: TCP connections are not carried yet", met.place()),
-    }
-    Ok(tcp)
+/// States in which there is a connection.
+pub(crate) fn is_connection(state: u8) -> bool {
+    matches!(
+        state,
+        ESTABLISHED | FIN_WAIT1 | FIN_WAIT2 | CLOSE_WAIT | LAST_ACK | CLOSING
+    )
 }
 
-pub(crate) fn read_connections(_d: &mut SocketDumper<'_>, _sockets: &mut [Socket]) -> Result<()> {
-    Ok(())
+/// The program has shut its sending side down: the FIN has a sequence number.
+pub(crate) fn fin_sent(state: u8) -> bool {
+    matches!(state, FIN_WAIT1 | FIN_WAIT2 | LAST_ACK | CLOSING)
 }
 
-pub(crate) fn build(r: &mut Restorer) -> Result<()> {
-    let sockets = r.sockets.clone();
-    for (i, s) in sockets.iter().enumerate() {
-        let SocketState::Tcp(t) = &s.state else {
-            continue;
-        };
-        let fd = socket::socket(s.family, s.kind, s.protocol).context("socket(SOCK_STREAM)")?;
-        options::apply(&fd, s, Phase::Early, &mut r.warnings);
-        if let Some(local) = &t.local {
-            inet::bind(&fd, local).with_context(|| format!("socket {i} of the image"))?;
-        }
-        if let Some(backlog) = t.backlog {
-            socket::listen(&fd, backlog)
-                .with_context(|| format!("socket {i} of the image: listen"))?;
-        }
-        options::apply(&fd, s, Phase::Late, &mut r.warnings);
-        r.put(i, fd);
-    }
-    Ok(())
+/// The peer's FIN has come.
+pub(crate) fn fin_received(state: u8) -> bool {
+    matches!(state, CLOSE_WAIT | LAST_ACK | CLOSING)
 }
-
-pub(crate) fn activate(_r: &mut Restorer) {}

@@ -154,6 +154,22 @@ pub fn play(scene: &str) -> Result<()> {
             wait()
         }
         "udp" => udp(),
+        "tcp_pairs" => tcp_pairs(),
+        "tcp_client" => {
+            // Talks to the test: its port is in the environment.
+            let port: u16 = std::env::var("MIST_TEST_PORT")?.parse()?;
+            let mut to = loopback(libc::AF_INET);
+            to[2..4].copy_from_slice(&port.to_be_bytes());
+            let s = socket::socket(libc::AF_INET, STREAM, 0)?;
+            sockopt::set_int(&s, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+            socket::connect(&s, &to)?;
+            send(&s, b"hello from the target")?;
+            ready(&[&s]);
+            loop {
+                wait()?;
+                send(&s, b"still here")?;
+            }
+        }
         "tcp_listen" => {
             let mut all = Vec::new();
             for family in [libc::AF_INET, libc::AF_INET6] {
@@ -239,5 +255,45 @@ fn udp() -> Result<()> {
         &connected,
         &other,
     ]);
+    wait()
+}
+
+/// Four connections: data both ways and more than fits, half-closed either way, one end closed.
+fn tcp_pairs() -> Result<()> {
+    let mut all = Vec::new();
+    for family in [libc::AF_INET, libc::AF_INET6] {
+        let l = socket::socket(family, STREAM, 0)?;
+        socket::bind(&l, &loopback(family))?;
+        socket::listen(&l, 10)?;
+        let connect = || -> Result<(OwnedFd, OwnedFd)> {
+            let c = socket::socket(family, STREAM, 0)?;
+            socket::connect(&c, &socket::local_name(&l)?)?;
+            Ok((c, socket::accept(&l)?))
+        };
+        let (a, b) = connect()?;
+        sockopt::set_int(&a, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1)?;
+        send(&a, b"to-b")?;
+        // Until nothing more is taken: much of it stands in the sender's queue.
+        let pattern: Vec<u8> = (0..1_000_000u32).map(|i| (i % 251) as u8).collect();
+        let mut sent = 0;
+        while let Ok(n) = socket::send(&b, &pattern[sent % 251..][..100_000], &Extra::default()) {
+            sent += n;
+        }
+        let (c, d) = connect()?;
+        send(&c, b"request")?;
+        socket::shutdown(&c, 2)?;
+        let (e, f) = connect()?;
+        send(&f, b"goodbye")?;
+        drop(f);
+        let (g, h) = connect()?;
+        send(&g, b"first")?;
+        socket::shutdown(&g, 2)?;
+        socket::shutdown(&h, 2)?;
+        let waiting = socket::socket(family, STREAM, 0)?;
+        socket::connect(&waiting, &socket::local_name(&l)?)?;
+        all.extend([l, a, b, c, d, e, g, h, waiting]);
+        say(&format!("sent {sent}"));
+    }
+    ready(&all.iter().collect::<Vec<_>>());
     wait()
 }
