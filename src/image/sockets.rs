@@ -143,11 +143,20 @@ pub struct Tcp {
     /// The other end's socket inode when that is in the dump (needs no peer outside).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peer_ino: Option<u64>,
+    /// The other end was on the same host and closed by its process: nobody speaks there any more.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub peer_closed: bool,
     /// RCV_SHUTDOWN = 1 | SEND_SHUTDOWN = 2.
     #[serde(default)]
     pub shutdown: u8,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub connection: Option<TcpConnection>,
+    /// Of a connection that has ended (state CLOSE, shutdown both ways): what was not read of it.
+    #[serde(default, skip_serializing_if = "is_empty")]
+    pub rest: Bytes,
+    /// It ended with a reset that the program was not told of yet.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub reset: bool,
     /// Connections not accepted yet, of clients in the dump: their inodes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pending: Vec<u64>,
@@ -176,4 +185,8 @@ pub struct TcpConnection {
     /// SO_COOKIE: names the socket on the host it was dumped on, until that reboots.
     #[serde(default)]
     pub cookie: u64,
+}
+
+fn is_empty(bytes: &Bytes) -> bool {
+    bytes.is_empty()
 }

@@ -5,7 +5,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, Result};
 
-use super::{CLOSE, ESTABLISHED, LISTEN, SYN_SENT, fin_received, fin_sent, is_connection};
+use super::{
+    CLOSE, CLOSE_WAIT, ESTABLISHED, LISTEN, SYN_SENT, fin_received, fin_sent, is_connection,
+};
 use crate::error::Failure;
 use crate::image::Bytes;
 use crate::image::sockets::{Socket, SocketState, Tcp, TcpConnection};
@@ -112,23 +114,29 @@ pub(crate) fn read(
                 .map(|o| u64::from(o.ino))
                 .filter(|p| d.index_of(*p).is_some());
             if state != SYN_SENT && tcp.peer_ino.is_none() {
-                outside(d, met, diag, &mine, state, other)?;
+                tcp.peer_closed = outside(d, met, diag, &mine, state, other)?;
             }
             tcp.peer = Some(Bytes(peer));
         }
         (CLOSE, _) => {
             // A connection that has ended reads as its end; its port is nobody's any more.
-            if socket::poll_now(&met.fd)? & libc::POLLRDHUP != 0 {
+            let events = socket::poll_now(&met.fd)?;
+            if events & libc::POLLRDHUP != 0 {
                 tcp.shutdown = 3;
-            }
-            if let Ok(info) = sockopt::get(&met.fd, libc::IPPROTO_TCP, libc::TCP_INFO, 8)
-                && sockopt::queued(&met.fd, Queue::In).unwrap_or(0) > 0
-                && !info.is_empty()
-            {
-                warnings.push(format!(
-                    "{}: unread bytes of a TCP connection that was reset are not carried",
-                    met.place()
-                ));
+                tcp.reset = events & libc::POLLERR != 0;
+                let unread = sockopt::queued(&met.fd, Queue::In).unwrap_or(0);
+                if sockopt::get_int(&met.fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF).unwrap_or(-1) < 0
+                {
+                    tcp.rest = Bytes(
+                        peek(met.fd.as_fd(), unread as usize)
+                            .with_context(|| format!("{}: recv(MSG_PEEK)", met.place()))?,
+                    );
+                } else if unread > 0 {
+                    warnings.push(format!(
+                        "{}: unread bytes of a TCP connection that has ended are not carried",
+                        met.place()
+                    ));
+                }
             }
         }
         (state, _) => {
@@ -156,7 +164,7 @@ fn syn_target(met: &Met, x: &InetDiag) -> Vec<u8> {
     inet::make_address(&host, port)
 }
 
-/// A connection whose other end is in no process of the dump.
+/// A connection whose other end is in no process of the dump; true when it is in none at all.
 fn outside(
     d: &SocketDumper<'_>,
     met: &Met,
@@ -164,26 +172,39 @@ fn outside(
     mine: &Ends,
     state: u8,
     other: Option<&InetDiag>,
-) -> Result<()> {
+) -> Result<bool> {
     let (local, lp, host, port) = mine;
     let who = inet::display(&inet::make_address(host, *port));
     // A client of the dump that waits to be accepted by a listener of the dump.
     if let Some(o) = other
         && o.ino == 0
-        && o.state == ESTABLISHED
+        && is_unaccepted(o.state)
         && waits_here(d, diag, host, *port)
     {
-        return Ok(());
+        return Ok(false);
     }
     let here = host == local || matches!(host.as_slice(), [127, ..]) || *host == inet::loopback(16);
     let gone = other.map_or(here && fin_received(state), |o| o.ino == 0);
+    if let Some(o) = other.filter(|o| o.ino == 0 && o.send_queue > 1) {
+        return Err(Failure::Refused.because(format!(
+            "{}: the peer {who} of its TCP connection has closed it, and {} bytes of it are still on the way, which nobody can read; try again in a moment",
+            met.place(),
+            o.send_queue
+        )));
+    }
     if gone || d.options.tcp_established {
-        return Ok(());
+        return Ok(gone);
     }
     Err(Failure::Refused.because(format!(
         "{}: the peer {who} of its TCP connection from port {lp} is outside the dump; carry the connection with --tcp-established, dump the peer too (--tree), or let the program close it",
         met.place()
     )))
+}
+
+/// State of a connection without a descriptor that may be given out by accept; one that was closed is on
+/// its way out in another.
+fn is_unaccepted(state: u8) -> bool {
+    matches!(state, ESTABLISHED | CLOSE_WAIT)
 }
 
 /// Whether a socket of the dump listens at this address.
@@ -210,7 +231,7 @@ fn read_pending(
     let any = host.iter().all(|b| *b == 0);
     let waiting = diag.tcp.iter().filter(|x| {
         let (h, p, _, _) = diag_ends(x);
-        x.ino == 0 && is_connection(x.state) && p == port && (any || h == host)
+        x.ino == 0 && is_unaccepted(x.state) && p == port && (any || h == host)
     });
     let mut strangers = 0;
     for w in waiting {
@@ -299,7 +320,7 @@ fn read_connection(
             option(libc::SO_PEEK_OFF).unwrap_or_else(|_| (-1i32).to_ne_bytes().to_vec()),
         ),
     ];
-    let keep = kill && t.peer_ino.is_none();
+    let keep = kill && t.peer_ino.is_none() && !t.peer_closed;
     let filter = keep.then(|| sockopt::filter(fd)).transpose()?;
     let id = guardian
         .protect(

@@ -51,7 +51,16 @@ pub(crate) fn build(r: &mut Restorer) -> Result<()> {
         let fd = match &t.connection {
             Some(c) if is_connection(t.state) => {
                 r.tcp.connections.push(i);
-                connection(s, t, c, &mut r.warnings).with_context(at)?
+                let fd = connection(s, t, c, &mut r.warnings).with_context(at)?;
+                if t.peer_closed {
+                    // Its end is closed once more when this one can hear it.
+                    let mut lone = s.clone();
+                    lone.options.clear();
+                    let (t, c) = mirror(t, c);
+                    let partner = connection(&lone, &t, &c, &mut r.warnings);
+                    r.partners.insert(i, partner.with_context(at)?);
+                }
+                fd
             }
             None if !is_connection(t.state) => plain(s, t, r, i).with_context(at)?,
             _ => bail!("the image is damaged: {} has no connection", at()),
@@ -126,13 +135,23 @@ fn is_same(fd: &OwnedFd, t: &Tcp, c: &TcpConnection) -> Result<bool> {
 
 /// A socket without a connection: fresh, bound, listening, or connecting.
 fn plain(s: &Socket, t: &Tcp, r: &mut Restorer, i: usize) -> Result<OwnedFd> {
+    if t.state == CLOSE && t.shutdown == 3 && t.backlog.is_none() {
+        let fd = ended(s, t).context("a connection that has ended")?;
+        options::apply(&fd, s, Phase::Early, &mut r.warnings);
+        options::apply(&fd, s, Phase::Late, &mut r.warnings);
+        return Ok(fd);
+    }
     let fd = socket::socket(s.family, s.kind, s.protocol).context("socket(SOCK_STREAM)")?;
     options::apply(&fd, s, Phase::Early, &mut r.warnings);
     if let Some(local) = &t.local {
         // What is left of the old connections (TIME_WAIT) must not keep the port from us.
         let reuse = sockopt::get(&fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 4)?;
         sockopt::set_int(&fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
-        inet::bind(&fd, local)?;
+        if let Err(e) = inet::bind(&fd, local)
+            && !(destroy_orphans(local, None).unwrap_or(false) && socket::bind(&fd, local).is_ok())
+        {
+            return Err(e);
+        }
         sockopt::set(&fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, &reuse)?;
     }
     if let Some(backlog) = t.backlog {
@@ -143,10 +162,32 @@ fn plain(s: &Socket, t: &Tcp, r: &mut Restorer, i: usize) -> Result<OwnedFd> {
         r.tcp.connecting.push(i);
     } else {
         options::apply(&fd, s, Phase::Late, &mut r.warnings);
-        if t.state == CLOSE && t.shutdown != 0 {
-            let _ = socket::shutdown(&fd, t.shutdown);
-        }
     }
+    Ok(fd)
+}
+
+/// A connection that has ended, with what was not read of it: one over loopback, ended again.
+fn ended(s: &Socket, t: &Tcp) -> Result<OwnedFd> {
+    let listener = socket::socket(s.family, s.kind, s.protocol).context("socket")?;
+    let host = inet::loopback(if s.family == libc::AF_INET6 { 16 } else { 4 });
+    socket::bind(&listener, &inet::make_address(&host, 0)).context("bind to loopback")?;
+    socket::listen(&listener, 1).context("listen")?;
+    let fd = socket::socket(s.family, s.kind, s.protocol).context("socket")?;
+    socket::connect(&fd, &socket::local_name(&listener)?).context("connect over loopback")?;
+    let other = socket::accept(&listener).context("accept")?;
+    options::enlarge_buffers(&fd, t.rest.len());
+    options::enlarge_buffers(&other, t.rest.len());
+    send_all(&other, &t.rest).context("send over loopback")?;
+    if t.reset {
+        // Closing without lingering resets (socket(7), SO_LINGER).
+        let linger: Vec<u8> = [1i32, 0].iter().flat_map(|v| v.to_ne_bytes()).collect();
+        sockopt::set(&other, libc::SOL_SOCKET, libc::SO_LINGER, &linger)?;
+    } else {
+        socket::shutdown(&other, 2)?;
+        socket::shutdown(&fd, 2)?;
+    }
+    drop(other);
+    options::restore_default_buffers(&fd, s);
     Ok(fd)
 }
 
@@ -250,20 +291,54 @@ fn connection(
     Ok(fd)
 }
 
+/// The other end of a connection, with nothing on its way.
+fn mirror(t: &Tcp, c: &TcpConnection) -> (Tcp, TcpConnection) {
+    let part = |at: usize| {
+        c.window
+            .get(at..at + 4)
+            .and_then(|w| w.try_into().ok())
+            .map_or(0, u32::from_ne_bytes)
+    };
+    let acknowledged = c.send_seq.wrapping_sub(c.send_queue.len() as u32);
+    let scale = |w: u32| w.max(1);
+    // struct tcp_repair_window: what one end may send is what the other takes.
+    let window = [
+        acknowledged,
+        scale(part(12)),
+        scale(part(12)),
+        scale(part(4)),
+        acknowledged,
+    ];
+    let other = TcpConnection {
+        send_seq: c.recv_seq,
+        recv_seq: acknowledged,
+        mss: c.mss,
+        snd_wscale: c.rcv_wscale,
+        rcv_wscale: c.snd_wscale,
+        sack: c.sack,
+        timestamps: c.timestamps,
+        timestamp: c.timestamp,
+        window: Bytes(window.iter().flat_map(|w| w.to_ne_bytes()).collect()),
+        ..TcpConnection::default()
+    };
+    let ends = Tcp {
+        local: t.peer.clone(),
+        peer: t.local.clone(),
+        ..Tcp::default()
+    };
+    (ends, other)
+}
+
 /// connect in repair mode; clears what the kernel still holds of the old connection once.
 fn connect_in_repair(fd: &OwnedFd, local: &[u8], peer: &[u8]) -> Result<()> {
     let Err(e) = socket::connect(fd, peer) else {
         return Ok(());
     };
-    if e.raw_os_error() == Some(libc::EADDRNOTAVAIL) {
-        let hosts = (
-            inet::unmapped(inet::host(local)),
-            inet::unmapped(inet::host(peer)),
-        );
-        let ports = (inet::port(local), inet::port(peer));
-        if destroy_orphan(hosts, ports).unwrap_or(false) && socket::connect(fd, peer).is_ok() {
-            return Ok(());
-        }
+    if e.raw_os_error() == Some(libc::EADDRNOTAVAIL)
+        && destroy_orphans(local, Some(peer)).unwrap_or(false)
+        && socket::connect(fd, peer).is_ok()
+    {
+        return Ok(());
     }
     Err(e).with_context(|| {
         format!(
@@ -274,9 +349,13 @@ fn connect_in_repair(fd: &OwnedFd, local: &[u8], peer: &[u8]) -> Result<()> {
     })
 }
 
-/// Ends a socket between these ends that no process has any more (TIME_WAIT, FIN_WAIT ...).
-fn destroy_orphan(hosts: (&[u8], &[u8]), ports: (u16, u16)) -> Result<bool> {
+/// Ends sockets that no process has any more (TIME_WAIT, FIN_WAIT ...) at this local address, and to this
+/// peer if one is given.
+fn destroy_orphans(local: &[u8], peer: Option<&[u8]>) -> Result<bool> {
     let ask = SockDiag::open()?;
+    let end = |a: &[u8]| (inet::unmapped(inet::host(a)).to_vec(), inet::port(a));
+    let (mine, theirs) = (end(local), peer.map(end));
+    let any_host = mine.0.iter().all(|b| *b == 0);
     let mut any = false;
     for family in [libc::AF_INET, libc::AF_INET6] {
         for x in ask.inet(family, libc::IPPROTO_TCP)? {
@@ -288,9 +367,10 @@ fn destroy_orphan(hosts: (&[u8], &[u8]), ports: (u16, u16)) -> Result<bool> {
                     inet::unmapped(a).to_vec()
                 }
             };
-            if x.ino == 0 && x.ports() == ports && cut(&l) == hosts.0 && cut(&p) == hosts.1 {
-                ask.destroy_tcp(&x)?;
-                any = true;
+            let here = x.ports().0 == mine.1 && (any_host || cut(&l) == mine.0);
+            let there = theirs.as_ref().is_none_or(|t| *t == (cut(&p), x.ports().1));
+            if x.ino == 0 && here && there {
+                any |= ask.destroy_tcp(&x).is_ok();
             }
         }
     }
@@ -347,12 +427,18 @@ pub(crate) fn activate(r: &mut Restorer) {
         .chain(&pending.connections)
         .copied()
         .collect();
+    let partners: Vec<OwnedFd> = r.partners.drain().map(|(_, fd)| fd).collect();
+    for fd in &partners {
+        let _ = sockopt::set_filter(fd, &[]);
+        let _ = tcp_repair::off(fd, false);
+    }
     // Ears first, all of them: ends of one connection may both be here.
     warnings.extend(each(&all, &mut |_, _, fd| {
         Ok(sockopt::set_filter(fd, &[])?)
     }));
     warnings.extend(each(&all, &mut |s, t, fd| {
-        tcp_repair::off(fd, t.peer_ino.is_none()).context("leaving TCP_REPAIR")?;
+        let far = t.peer_ino.is_none() && !t.peer_closed;
+        tcp_repair::off(fd, far).context("leaving TCP_REPAIR")?;
         let reuse = i32::from(wanted_reuse(s));
         Ok(sockopt::set_int(
             fd,
@@ -372,8 +458,9 @@ pub(crate) fn activate(r: &mut Restorer) {
         let (_, rest) = c.send_queue.split_at(c.send_queue.len() - unsent);
         send_all(fd, rest).context("sending what had not been sent")
     }));
+    drop(partners);
     warnings.extend(each(&pending.connections, &mut |_, t, _| {
-        if fin_received(t.state) && t.peer_ino.is_none() {
+        if fin_received(t.state) && t.peer_ino.is_none() && !t.peer_closed {
             inject_fin(t).context("the peer's end of the connection")?;
         }
         Ok(())
