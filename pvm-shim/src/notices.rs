@@ -456,10 +456,11 @@ pub fn table_changed(real: &Real, taken_over: bool) {
 /// Before children are spawned: they are told where their collector is now.
 pub fn children_follow() {
     let [_, child_out, _, child_trace] = with(|local| local.sinks);
+    let Some(real) = real().filter(|_| moved().is_some()) else {
+        return;
+    };
     // SAFETY: libpvm's variable, when it is there.
-    if moved().is_some()
-        && let Some(children) = real().and_then(|real| unsafe { real.var.pvmctrc.as_mut() })
-    {
+    if let Some(children) = unsafe { real.var.pvmctrc.as_mut() } {
         follow(&mut children.outtid, child_out);
         follow(&mut children.trctid, child_trace);
     }
