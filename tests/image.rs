@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use image_fixture::{END, START, check, child, error, manifest, noise, same};
+use image_fixture::{END, START, check, child, manifest, noise, same};
 use mistctl::image::pages::{BLOCK, Codec, PAGE};
 use mistctl::image::{Compress, Image, ImageWriter};
 use proptest::prelude::*;
@@ -141,7 +141,7 @@ fn a_page_given_twice_is_an_error() {
         .put(0, START + 8 * PAGE as u64, &noise(1, PAGE))
         .expect("put");
     let e = writer.finish(&manifest()).expect_err("twice");
-    assert!(format!("{e:#}").contains("given twice"), "{e:#}");
+    assert!(format!("{e:#}").contains("is there twice"), "{e:#}");
     assert_eq!(fs::read_dir(dir.path()).expect("readdir").count(), 0);
 }
 
@@ -160,7 +160,7 @@ fn memory_that_is_not_whole_pages_is_refused() {
 }
 
 #[test]
-fn pages_outside_of_mappings_are_not_read() {
+fn pages_outside_of_mappings_are_not_written() {
     let dir = tempfile::tempdir().expect("tempdir");
     let path = dir.path().join("image");
     for (space, addr) in [(0, END), (1, START), (9, 0), (2, 1 << 20)] {
@@ -169,17 +169,15 @@ fn pages_outside_of_mappings_are_not_read() {
             .pages()
             .put(space, addr, &noise(1, PAGE))
             .expect("put");
-        writer.finish(&manifest()).expect("finish");
-        let e = error(&path);
+        let e = format!("{:#}", writer.finish(&manifest()).expect_err("outside"));
         assert!(
             e.contains("belongs to no mapping") || e.contains("which nothing uses"),
             "{e}"
         );
-        fs::remove_dir_all(&path).expect("remove");
     }
 }
 
-/// Run in a process of its own by the test below: 300,000 blocks are more than are sorted in memory.
+/// Run in a process of its own by the test below: 200,000 blocks are more than are sorted in memory.
 #[test]
 #[ignore = "run by memory_stays_small"]
 fn child_many_blocks() {
@@ -187,7 +185,7 @@ fn child_many_blocks() {
         return;
     };
     let path = Path::new(&path);
-    let blocks = 300_000u64;
+    let blocks = 200_000u64;
     let mut manifest = manifest();
     manifest.processes[0].vmas.truncate(2);
     manifest.processes[0].vmas[1].end = START + blocks * 2 * PAGE as u64;

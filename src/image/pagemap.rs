@@ -13,6 +13,7 @@
 mod map;
 mod sort;
 
+use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -20,6 +21,8 @@ use anyhow::{Context, Result, bail, ensure};
 pub use map::Blocks;
 pub(super) use map::Pagemap;
 pub(super) use sort::Sorter;
+
+use super::memory::SpaceId;
 
 /// Bytes of a page.
 pub const PAGE: usize = 4096;
@@ -143,6 +146,58 @@ impl Block {
             "the block at {addr:#x} lies behind the end of `pages`"
         );
         Ok(block)
+    }
+}
+
+/// Follows the blocks of a pagemap in their order, and checks that each is where it may be.
+struct Walk<'a> {
+    /// Ranges of addresses that each space may have pages in, sorted and without overlaps.
+    allowed: &'a BTreeMap<SpaceId, Vec<(u64, u64)>>,
+    space: SpaceId,
+    /// End of the last block.
+    end: u64,
+    /// Ranges of the space that do not lie behind.
+    ranges: &'a [(u64, u64)],
+}
+
+impl<'a> Walk<'a> {
+    fn new(allowed: &'a BTreeMap<SpaceId, Vec<(u64, u64)>>) -> Self {
+        Self {
+            allowed,
+            space: 0,
+            end: 0,
+            ranges: &[],
+        }
+    }
+
+    /// Goes on with another space.
+    fn enter(&mut self, space: SpaceId) -> Result<()> {
+        let ranges = self.allowed.get(&space);
+        self.ranges =
+            ranges.with_context(|| format!("it has pages of space {space}, which nothing uses"))?;
+        (self.space, self.end) = (space, 0);
+        Ok(())
+    }
+
+    fn block(&mut self, block: &Block) -> Result<()> {
+        let (addr, space) = (block.addr, self.space);
+        ensure!(
+            addr >= self.end,
+            "page {addr:#x} of space {space} is there twice, or blocks are not sorted"
+        );
+        self.end = block.end();
+        while let [(_, end), rest @ ..] = self.ranges
+            && *end <= addr
+        {
+            self.ranges = rest;
+        }
+        ensure!(
+            self.ranges
+                .first()
+                .is_some_and(|(start, end)| *start <= addr && block.end() <= *end),
+            "page {addr:#x} of space {space} belongs to no mapping"
+        );
+        Ok(())
     }
 }
 

@@ -214,7 +214,7 @@ impl PagesWriter {
     }
 
     /// Writes the pagemap. Returns the file `pages`, the file `pagemap`, their lengths and the hash of the latter.
-    pub(super) fn finish(self) -> Result<Finished> {
+    pub(super) fn finish(self, allowed: &super::verify::Allowed) -> Result<Finished> {
         ensure!(
             !self.failed.load(Ordering::Acquire),
             "memory could not be stored completely"
@@ -222,7 +222,7 @@ impl PagesWriter {
         let len = self.end.load(Ordering::Acquire);
         let map = super::store::fs::create_file(&self.dir.join("pagemap"), 0o600)?;
         let sorter = std::mem::take(&mut *lock(&self.sorter));
-        let (map_len, map_hash) = sorter.write(&map, len)?;
+        let (map_len, map_hash) = sorter.write(&map, len, allowed)?;
         Ok(Finished {
             pages: self.pages.load(Ordering::Acquire),
             zero: self.zero.load(Ordering::Acquire),

@@ -99,7 +99,7 @@ impl ImageWriter {
             pages,
             objects,
         } = self;
-        verify::check(manifest).context("the image would not be sound")?;
+        let allowed = verify::check(manifest).context("the image would not be sound")?;
         let dir = partial.path.clone();
         let Finished {
             file,
@@ -109,7 +109,7 @@ impl ImageWriter {
             map_hash,
             pages,
             zero,
-        } = pages.finish()?;
+        } = pages.finish(&allowed)?;
 
         let mut json = Counting {
             out: Vec::new(),

@@ -8,7 +8,9 @@ use std::sync::{Arc, Mutex};
 use anyhow::{Context, Result, ensure};
 use twox_hash::XxHash3_64;
 
-use super::{BLOCK, Block, HEADER, MAGIC, PAGE, RECORD, SPACE, VERSION, lock, u32_at, u64_at};
+use super::{
+    BLOCK, Block, HEADER, MAGIC, PAGE, RECORD, SPACE, VERSION, Walk, lock, u32_at, u64_at,
+};
 use crate::image::memory::SpaceId;
 
 /// Records in a chunk: what the reader reads, checks and caches at a time (32 KiB).
@@ -125,9 +127,9 @@ impl Pagemap {
     ) -> Result<()> {
         let mut buffer = vec![0; CHUNK as usize * RECORD];
         let mut spaces = self.spaces.iter();
-        // Records left in the current space, the end of the last block in it, and the ranges still ahead.
-        let (mut left, mut end, mut space) = (0, 0, 0);
-        let mut ranges: &[(u64, u64)] = &[];
+        let mut walk = Walk::new(allowed);
+        // Records left in the current space.
+        let mut left = 0;
         let mut stored = 0u64;
         let mut index = 0;
         while index < self.total {
@@ -146,31 +148,12 @@ impl Pagemap {
             for r in bytes.chunks_exact(RECORD) {
                 if left == 0 {
                     let next = spaces.next().context("it has blocks of no space")?;
-                    (left, end, space) = (next.count, 0, next.space);
-                    ranges = allowed.get(&space).with_context(|| {
-                        format!("it has pages of space {space}, which nothing uses")
-                    })?;
+                    left = next.count;
+                    walk.enter(next.space)?;
                 }
                 left -= 1;
                 let block = Block::decode(r, self.pages_len)?;
-                ensure!(
-                    block.addr >= end,
-                    "the blocks of space {space} overlap or are not sorted at {:#x}",
-                    block.addr
-                );
-                end = block.end();
-                while let [(_, range_end), rest @ ..] = ranges
-                    && *range_end <= block.addr
-                {
-                    ranges = rest;
-                }
-                ensure!(
-                    ranges
-                        .first()
-                        .is_some_and(|(a, b)| *a <= block.addr && block.end() <= *b),
-                    "page {:#x} of space {space} belongs to no mapping",
-                    block.addr
-                );
+                walk.block(&block)?;
                 stored = stored.saturating_add(u64::from(block.stored));
                 self.pages += u64::from(block.pages);
             }

@@ -5,15 +5,17 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::os::unix::fs::FileExt;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 
-use super::{BLOCK, Block, HEADER, MAGIC, PAGE, RECORD, VERSION, u32_at};
+use super::{BLOCK, Block, HEADER, MAGIC, PAGE, RECORD, VERSION, Walk, u32_at};
 use crate::image::memory::SpaceId;
 
 /// Records the writer sorts in memory before it spills them (some 4 MiB).
 const SORT_IN_MEMORY: usize = 96 * 1024;
 /// Bytes of buffers for merging spilled runs, together.
 const MERGE_BUFFERS: usize = 4 << 20;
+
+const UNSOUND: &str = "the image would not be sound";
 
 /// Collects blocks in any order and writes them sorted, in bounded memory.
 #[derive(Default)]
@@ -74,8 +76,13 @@ impl Sorter {
         Ok(())
     }
 
-    /// Writes the whole pagemap to `file`; returns its length and its BLAKE3 hash.
-    pub fn write(mut self, file: &File, pages_len: u64) -> Result<(u64, blake3::Hash)> {
+    /// Writes the whole pagemap to `file`, and checks what a reader will check; returns its length and its BLAKE3 hash.
+    pub fn write(
+        mut self,
+        file: &File,
+        pages_len: u64,
+        allowed: &BTreeMap<SpaceId, Vec<(u64, u64)>>,
+    ) -> Result<(u64, blake3::Hash)> {
         self.blocks.sort_unstable();
         let total: u64 = self.count.values().sum();
         let mut out = Hashing {
@@ -102,16 +109,14 @@ impl Sorter {
             first += count;
         }
 
-        let mut last: Option<(SpaceId, Block)> = None;
+        let mut walk = Walk::new(allowed);
+        let mut current = None;
         let mut emit = |space: SpaceId, block: Block| -> Result<()> {
-            if let Some((s, b)) = last {
-                ensure!(
-                    s != space || b.end() <= block.addr,
-                    "page {:#x} of space {space} was given twice",
-                    block.addr
-                );
+            if current != Some(space) {
+                walk.enter(space).context(UNSOUND)?;
+                current = Some(space);
             }
-            last = Some((space, block));
+            walk.block(&block).context(UNSOUND)?;
             out.put(&block.encode())
         };
         if self.runs.is_empty() {
