@@ -1,5 +1,6 @@
 // A pipeline as a shell makes it: three children, each working all the time, data on its way.
 // mist: tree
+// mist: dumps 5
 #include "mist.h"
 #define TOTAL (256 * 1024)
 

@@ -1,6 +1,7 @@
 // POSIX timers: their ids (with gaps), what is left, interval, clock, signal and value,
 // SIGEV_NONE, SIGEV_THREAD_ID; an absolute one; overruns of one whose signal is pending.
 // mist: cflags -pthread -lrt
+// mist: dumps 10
 #include "mist.h"
 #include <pthread.h>
 #define THREAD_ID 4

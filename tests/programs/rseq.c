@@ -1,6 +1,7 @@
 // Restartable sequences: registered as before, and a thread stopped inside of a critical
 // section commits only on the CPU on which it began. Threads run the section all the time.
 // mist: cflags -pthread
+// mist: dumps 40
 #include "mist.h"
 #include <pthread.h>
 #include <sys/rseq.h>

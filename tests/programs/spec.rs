@@ -69,6 +69,8 @@ pub struct Spec {
     pub user: bool,
     pub setsid: bool,
     pub stopped: bool,
+    /// How often it is dumped while it goes on, if not three times.
+    pub dumps: Option<u32>,
     /// Files of the program's directory that are gone when it is restored.
     pub removed: Vec<String>,
     /// Files that are others then.
@@ -101,6 +103,7 @@ impl Spec {
                 "stdout" => spec.stdout = true,
                 "user" => spec.user = true,
                 "setsid" => spec.setsid = true,
+                "dumps" => spec.dumps = words.next().and_then(|n| n.parse().ok()),
                 "removed" => spec.removed.extend(words),
                 "replaced" => spec.replaced.extend(words),
                 "stopped" => spec.stopped = true,

@@ -1,6 +1,7 @@
 // Nothing shows in a busy program: a storm of SIGALRM, children that come and go, threads that
 // come and go, and system calls whose results are all checked.
 // mist: cflags -pthread
+// mist: dumps 40
 #include "mist.h"
 #include <pthread.h>
 

@@ -1,5 +1,6 @@
 // Children that come and go while the tree is saved: each is waited for exactly once.
 // mist: tree
+// mist: dumps 30
 #include "mist.h"
 
 int main(void)

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::Read as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::Duration;
 
@@ -96,7 +96,7 @@ impl Test {
         match self.mode {
             Mode::Alone => {}
             Mode::GoOn => {
-                for _ in 0..3 {
+                for _ in 0..self.spec.dumps.unwrap_or(3) {
                     self.dump(false)?;
                     self.unharmed()?;
                 }
@@ -278,12 +278,28 @@ impl Test {
         if let Some(why) = &self.spec.refused {
             bail!("{what}, wanted a refusal for `{why}`, got an image");
         }
-        let text = String::from_utf8_lossy(&output.stdout);
-        let json: serde_json::Value = serde_json::from_str(&text)
-            .with_context(|| format!("{what} --json printed {text:?} {stderr}"))?;
-        let pid = json.get("pid").and_then(serde_json::Value::as_u64);
-        if pid != Some(u64::from(self.pid)) {
-            bail!("{what} --json: wanted \"pid\": {}, got {text}", self.pid);
+        let numbers = [
+            "pid",
+            "bytes_memory",
+            "bytes_written",
+            "pages",
+            "pages_zero",
+            "blackout_us",
+            "total_us",
+        ];
+        self.check_json(&output, &numbers)
+            .with_context(|| what.clone())?;
+        if self.mode == Mode::Kill {
+            let mut verify = mistctl();
+            verify.arg("verify").arg(self.image());
+            let output = run(verify, &self.dir, "verify", LIMIT)?;
+            if !output.status.success() {
+                let said = common::both(&output);
+                bail!(
+                    "mistctl verify ended with {}: {said}",
+                    ending(output.status)
+                );
+            }
         }
         if and_kill {
             if let Some(mut child) = self.program.take() {
@@ -356,18 +372,24 @@ impl Test {
                 ending(output.status)
             );
         }
-        let text = String::from_utf8_lossy(&output.stdout);
-        let json: serde_json::Value = serde_json::from_str(&text).with_context(|| {
-            format!("mistctl restore --detach --json printed {text:?} {stderr}")
-        })?;
-        let pid = json.get("pid").and_then(serde_json::Value::as_u64);
-        if pid != Some(u64::from(self.pid)) {
-            bail!(
-                "mistctl restore --same-pid: wanted pid {}, got {text}",
-                self.pid
-            );
-        }
+        self.check_json(&output, &["pid", "resume_us", "total_us"])
+            .context("mistctl restore --detach --same-pid")?;
         self.unharmed()
+    }
+
+    /// Whether a command printed one object with the program's pid and these numbers in it.
+    fn check_json(&self, output: &Output, numbers: &[&str]) -> Result<()> {
+        let text = String::from_utf8_lossy(&output.stdout);
+        let json: serde_json::Value = serde_json::from_str(&text)
+            .with_context(|| format!("--json printed {}", common::both(output)))?;
+        let number = |key: &str| json.get(key).and_then(serde_json::Value::as_u64);
+        if let Some(missing) = numbers.iter().find(|key| number(key).is_none()) {
+            bail!("--json, wanted a number \"{missing}\", got {text}");
+        }
+        if number("pid") != Some(u64::from(self.pid)) {
+            bail!("--json, wanted \"pid\": {}, got {text}", self.pid);
+        }
+        Ok(())
     }
 
     /// Starts a restore in the foreground; its output goes to the file that is returned.

@@ -1,6 +1,7 @@
 // The vDSO works, and clocks do not go back; getcpu and time, too. A thread reads clocks all
 // the time, so that stops fall into the vDSO.
 // mist: cflags -pthread
+// mist: dumps 20
 #include "mist.h"
 #include <pthread.h>
 #include <sys/auxv.h>

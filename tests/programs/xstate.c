@@ -1,6 +1,7 @@
 // Vector and floating-point registers that hold values while the program is away: SSE, AVX,
 // AVX-512, x87, MXCSR, the x87 control word, and the general ones.
 // mist: cflags -pthread
+// mist: dumps 10
 #include "mist.h"
 #include <cpuid.h>
 #include <pthread.h>
