@@ -402,7 +402,7 @@ fn a_new_image_gets_a_name_of_its_own() {
     let dir = tempfile::tempdir().expect("tempdir");
     let mut last = PathBuf::new();
     for _ in 0..3 {
-        let next = dated::next_path(dir.path());
+        let next = dated::next_path(dir.path()).expect("next_path");
         assert!(
             next > last
                 && names(std::slice::from_ref(&next))

@@ -8,9 +8,9 @@ use anyhow::Context;
 use clap::ValueEnum;
 use mistctl::dump::{After, Options, Report};
 use mistctl::error::Failure;
-use mistctl::image::Compress;
+use mistctl::image::{Compress, dated};
 
-use super::{out, stores, timestamp};
+use super::{out, stores};
 
 /// Save a running process as an image
 ///
@@ -105,7 +105,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     match (&args.output, args.keep) {
         (Some(dir), Some(keep)) => {
             let store = stores::Locked::open(dir)?;
-            let image = store.new_name(SystemTime::now())?;
+            let image = store.next_path()?;
             let report = mistctl::dump::run(&options(args, image, Some(dir.clone())))?;
             store.keep_newest(keep as usize)?;
             // Silent, with warnings too: what they say is the same every time, and `show` says it.
@@ -185,7 +185,7 @@ fn default_name(pid: i32) -> String {
         .collect();
     let comm = comm.trim_matches(|c| c == '.' || c == '-');
     let comm = if comm.is_empty() { "process" } else { comm };
-    format!("{comm}-{pid}-{}", timestamp::name(SystemTime::now()))
+    format!("{comm}-{pid}-{}", dated::name(SystemTime::now()))
 }
 
 fn warn(report: &Report) {

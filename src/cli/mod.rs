@@ -10,7 +10,6 @@ mod out;
 mod restore;
 mod show;
 mod stores;
-mod timestamp;
 mod verify;
 
 use std::process::ExitCode;

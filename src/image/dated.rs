@@ -41,12 +41,25 @@ pub struct Kept {
     pub busy: Vec<PathBuf>,
 }
 
-/// Path for an image made now: the first moment from now on that has no image yet.
-pub fn next_path(dir: &Path) -> PathBuf {
+/// Path for an image made now: the first moment from now on that no image has, nor a newer one; so it is the
+/// newest also where the clock was set back.
+///
+/// # Errors
+/// When the directory cannot be read, and when the newest image is more than a day ahead of the clock.
+pub fn next_path(dir: &Path) -> Result<PathBuf> {
+    const DAY: u64 = 86400;
+    let newest = images(dir)?.into_iter().next();
     let now = SystemTime::now();
-    let names = (0..).map(|s| dir.join(name(now + Duration::from_secs(s))));
-    let mut free = names.filter(|p| p.symlink_metadata().is_err());
-    free.next().unwrap_or_else(|| dir.join(name(now)))
+    (0..DAY)
+        .map(|s| dir.join(name(now + Duration::from_secs(s))))
+        .find(|p| newest.as_ref().is_none_or(|n| p > n) && p.symlink_metadata().is_err())
+        .with_context(|| match newest {
+            Some(n) => format!(
+                "{} is from the future: set the clock right, or remove it",
+                n.display()
+            ),
+            None => format!("{}: no name is free", dir.display()),
+        })
 }
 
 /// Name of an image made at a moment (UTC).
@@ -88,7 +101,7 @@ pub fn is_dated(name: &str) -> bool {
 /// When there is none; the error says what is wrong with the newest.
 pub fn newest_sound(dir: &Path, look: Look) -> Result<Newest> {
     let mut skipped = Vec::new();
-    for path in dated(dir)? {
+    for path in images(dir)? {
         match open(&path, look) {
             Ok(image) => {
                 return Ok(Newest {
@@ -123,7 +136,7 @@ pub fn keep_newest(dir: &Path, n: usize, look: Look) -> Result<Kept> {
     );
     remove_leftovers(dir)?;
     let mut done = Kept::default();
-    for path in dated(dir)? {
+    for path in images(dir)? {
         // Each has to be sound, also one that goes: what is broken is evidence, and takes no other's place.
         match open(&path, look) {
             Err(e) => done.broken.push((path, e)),
@@ -167,8 +180,11 @@ fn open(path: &Path, look: Look) -> Result<Image> {
     Ok(image)
 }
 
-/// Dated directories in `dir`, newest first.
-fn dated(dir: &Path) -> Result<Vec<PathBuf>> {
+/// Dated directories in `dir`, sound or not, newest first.
+///
+/// # Errors
+/// When the directory cannot be read.
+pub fn images(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(dir).with_context(|| format!("reading {}", dir.display()))? {
         let entry = entry.with_context(|| format!("reading {}", dir.display()))?;
@@ -184,7 +200,7 @@ fn dated(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(names.into_iter().rev().map(|n| dir.join(n)).collect())
 }
 
-/// Removes what a crash in the middle of a removal left behind.
+/// Removes what a crash in the middle of a removal, or of the making of an image, left behind.
 fn remove_leftovers(dir: &Path) -> Result<()> {
     for entry in std::fs::read_dir(dir)
         .with_context(|| format!("reading {}", dir.display()))?
@@ -193,9 +209,9 @@ fn remove_leftovers(dir: &Path) -> Result<()> {
         let name = entry.file_name();
         let leftover = name
             .to_str()
-            .and_then(|n| n.strip_suffix(REMOVING))
+            .and_then(|n| n.strip_suffix(REMOVING).or(n.strip_suffix(".partial")))
             .is_some_and(is_dated);
-        // Whoever is removing it now holds its lock.
+        // Whoever is removing or writing it now holds its lock.
         if leftover && entry.file_type().is_ok_and(|t| t.is_dir()) {
             let Locked::Ours(_lock) = lock_dir(&entry.path())? else {
                 continue;

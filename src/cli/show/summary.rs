@@ -3,15 +3,16 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::Context;
+use mistctl::image::dated;
 use mistctl::image::memory::Backing;
 use mistctl::image::process::State;
 use mistctl::image::{Image, Process, SpaceId, Vma};
 use serde::Serialize;
 
 use super::{describe, here};
-use crate::cli::timestamp;
 
 #[derive(Debug, Serialize)]
 pub struct Summary {
@@ -127,7 +128,7 @@ impl Summary {
         let carried = here::carried(m);
         Ok(Summary {
             image: image.path().to_owned(),
-            made: timestamp::shown(m.origin.realtime_ns),
+            made: made(m.origin.realtime_ns),
             origin: m.origin.clone(),
             bytes_on_disk: bytes_on_disk(image.path())?,
             bytes_memory,
@@ -139,6 +140,18 @@ impl Summary {
             pvm: m.pvm.is_some(),
         })
     }
+}
+
+/// "2026-11-21 22:30:00 UTC".
+fn made(realtime_ns: i128) -> String {
+    let since = Duration::from_nanos(u64::try_from(realtime_ns).unwrap_or(0));
+    let name = dated::name(UNIX_EPOCH + since);
+    let part = |from: usize, to: usize| name.get(from..to).unwrap_or("?");
+    let (date, time) = (
+        [part(0, 4), part(4, 6), part(6, 8)],
+        [part(9, 11), part(11, 13), part(13, 15)],
+    );
+    format!("{} {} UTC", date.join("-"), time.join(":"))
 }
 
 /// Bytes stored of start..end of a space, zero pages left out.
@@ -239,4 +252,15 @@ fn bytes_on_disk(dir: &Path) -> anyhow::Result<u64> {
         };
     }
     Ok(sum)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn moments_read_as_people_write_them() {
+        assert_eq!(made(951_827_696_000_000_000), "2000-02-29 12:34:56 UTC");
+        assert_eq!(made(-1), "1970-01-01 00:00:00 UTC");
+    }
 }
