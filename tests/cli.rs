@@ -322,8 +322,13 @@ fn nothing_is_left_behind_when_there_is_no_such_process() {
 /// mistctl as an ordinary user runs it, with or without file capabilities.
 fn as_nobody(dir: &Path, capabilities: Option<&str>) -> Option<Command> {
     let program = dir.join("mistctl");
-    fs::copy(env!("CARGO_BIN_EXE_mistctl"), &program).unwrap();
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    // By another process: a descriptor of ours, open for writing, could go into a child that another test starts
+    // just now, and the program would be busy (execve(2), ETXTBSY).
+    let copy = Command::new("install")
+        .args(["-m", "755", env!("CARGO_BIN_EXE_mistctl")])
+        .arg(&program)
+        .status();
+    assert!(copy.unwrap().success());
     if let Some(capabilities) = capabilities {
         let set = Command::new("setcap")
             .arg(capabilities)
