@@ -61,10 +61,15 @@ EXAMPLES
         pid=$(mistctl restore --detach /var/lib/mist/work)";
 
 pub fn run(args: &Args, started: Instant) -> anyhow::Result<ExitCode> {
-    let outcome = newest_sound(args, started)?;
+    let mut outcome = newest_sound(args, started)?;
     // The program runs: from here on signals are the program's, and no error of ours may hide its status.
     let child = outcome.child.filter(|_| !args.detach);
     let signals = child.map(|_| foreground::Signals::hold());
+    let mut filling = outcome.filling.take();
+    if let (None, Some(filling)) = (child, filling.take_if(|_| child.is_none())) {
+        outcome.report.bytes_memory += filling.wait().map_err(own_failure)?;
+        outcome.report.total_us = started.elapsed().as_micros() as u64;
+    }
     if args.json {
         let _ = out::object(&outcome.report);
     } else {
@@ -73,7 +78,11 @@ pub fn run(args: &Args, started: Instant) -> anyhow::Result<ExitCode> {
     let (Some(pid), Some(signals)) = (child, signals) else {
         return Ok(ExitCode::SUCCESS);
     };
-    match signals.and_then(|s| s.follow(pid)) {
+    let followed = signals.and_then(|s| s.follow(pid));
+    if let Some(filling) = filling {
+        filling.wait().map_err(own_failure)?;
+    }
+    match followed {
         Ok(status) => Ok(ExitCode::from(status)),
         Err(e) => {
             out::note(&format!(

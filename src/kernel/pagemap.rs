@@ -46,13 +46,21 @@ nix::ioctl_readwrite!(pagemap_scan, b'f', 16, ScanArg);
 pub struct Pagemap {
     pid: i32,
     file: File,
+    knows_guards: bool,
 }
 
 impl Pagemap {
     pub fn open(pid: i32) -> Result<Self> {
         let path = format!("/proc/{pid}/pagemap");
         let file = File::open(&path).with_context(|| format!("opening {path}"))?;
-        Ok(Self { pid, file })
+        let mut me = Self {
+            pid,
+            file,
+            knows_guards: true,
+        };
+        // An empty range: nothing but the categories is looked at.
+        me.knows_guards = me.scan_once(0, 0, 0, GUARD, 0, &mut []).is_ok();
+        Ok(me)
     }
 
     /// Pages in `start..end` that belong to the process alone (anonymous, or modified copies of file
@@ -63,14 +71,9 @@ impl Pagemap {
         end: u64,
         each: &mut dyn FnMut(u64, u64) -> Result<()>,
     ) -> Result<()> {
-        self.scan(
-            start,
-            end,
-            FILE | PFNZERO,
-            FILE | PFNZERO,
-            PRESENT | SWAPPED,
-            each,
-        )
+        // Guard pages look like swapped ones; kernels that have none do not know the category.
+        let not = FILE | PFNZERO | if self.knows_guards { GUARD } else { 0 };
+        self.scan(start, end, not, not, PRESENT | SWAPPED, each)
     }
 
     /// Address of the first page that [`Pagemap::private`] would give.
@@ -103,6 +106,9 @@ impl Pagemap {
         end: u64,
         each: &mut dyn FnMut(u64, u64) -> Result<()>,
     ) -> Result<()> {
+        if !self.knows_guards {
+            return Ok(());
+        }
         self.scan(start, end, 0, GUARD, 0, each)
     }
 
@@ -118,31 +124,50 @@ impl Pagemap {
         let mut regions = [Region::default(); 512];
         let mut at = start;
         while at < end {
-            let mut arg = ScanArg {
-                size: size_of::<ScanArg>() as u64,
-                start: at,
-                end,
-                vec: regions.as_mut_ptr() as u64,
-                vec_len: regions.len() as u64,
-                category_inverted: inverted,
-                category_mask: mask,
-                category_anyof_mask: any_of,
-                return_mask: PRESENT | SWAPPED | GUARD,
-                ..ScanArg::default()
-            };
-            // SAFETY: `arg` is a live pm_scan_arg and `vec` points to `vec_len` writable regions.
-            let n =
-                unsafe { pagemap_scan(self.file.as_raw_fd(), &mut arg) }.with_context(|| {
+            let (n, walk_end) = self
+                .scan_once(at, end, inverted, mask, any_of, &mut regions)
+                .with_context(|| {
                     format!("scanning pages {at:#x}-{end:#x} of process {}", self.pid)
                 })?;
-            for r in regions.iter().take(n as usize) {
+            for r in regions.iter().take(n) {
                 each(r.start, r.end)?;
             }
-            if arg.walk_end <= at {
+            if walk_end <= at {
                 break;
             }
-            at = arg.walk_end;
+            at = walk_end;
         }
         Ok(())
+    }
+
+    /// One ioctl: regions found, and how far it came.
+    fn scan_once(
+        &self,
+        start: u64,
+        end: u64,
+        inverted: u64,
+        mask: u64,
+        any_of: u64,
+        regions: &mut [Region],
+    ) -> nix::Result<(usize, u64)> {
+        let mut arg = ScanArg {
+            size: size_of::<ScanArg>() as u64,
+            start,
+            end,
+            vec: regions.as_mut_ptr() as u64,
+            vec_len: regions.len() as u64,
+            category_inverted: inverted,
+            category_mask: mask,
+            category_anyof_mask: any_of,
+            return_mask: if mask & GUARD != 0 {
+                PRESENT | SWAPPED | GUARD
+            } else {
+                PRESENT | SWAPPED
+            },
+            ..ScanArg::default()
+        };
+        // SAFETY: `arg` is a live pm_scan_arg and `vec` points to `vec_len` writable regions.
+        let n = unsafe { pagemap_scan(self.file.as_raw_fd(), &mut arg) }?;
+        Ok((n as usize, arg.walk_end))
     }
 }

@@ -136,3 +136,88 @@ impl Uffd {
         Ok(())
     }
 }
+
+nix::ioctl_readwrite!(uffdio_zeropage, 0xaa, 0x04, ZeroPage);
+
+#[repr(C)]
+struct ZeroPage {
+    range: Range,
+    mode: u64,
+    zeroed: i64,
+}
+
+/// UFFD_FEATURE_EVENT_FORK | _REMAP | _REMOVE | _UNMAP: what the program does to its mappings while they
+/// are being filled is told, and waits for us to take note.
+pub const EVENTS: u64 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6;
+
+/// struct uffd_msg, read.
+#[derive(Debug)]
+pub enum Event {
+    /// A thread waits for the page at this address.
+    Fault(u64),
+    /// A child has a copy of the address space, with missing pages of its own.
+    Fork(Uffd),
+    Remap {
+        from: u64,
+        to: u64,
+        len: u64,
+    },
+    /// Given back (madvise) or unmapped: nothing is to be filled there any more.
+    Gone {
+        start: u64,
+        end: u64,
+    },
+}
+
+impl Uffd {
+    /// The next event, if there is one.
+    pub fn event(&self) -> Result<Option<Event>> {
+        const SIZE: usize = 32;
+        let mut b = [0u8; SIZE];
+        match nix::unistd::read(&self.0, &mut b) {
+            Ok(SIZE) => {}
+            Ok(n) => bail!("a userfaultfd event of {n} bytes"),
+            Err(nix::errno::Errno::EAGAIN) => return Ok(None),
+            Err(e) => return Err(io::Error::from(e)).context("reading userfaultfd events"),
+        }
+        let word = |i: usize| u64::from_le_bytes(b[i..i + 8].try_into().unwrap_or_default());
+        Ok(Some(match b[0] {
+            0x12 => Event::Fault(word(16)),
+            0x13 => {
+                let fd = word(8) as i32;
+                // SAFETY: the kernel has just installed this descriptor in us for the event
+                // (fs/userfaultfd.c, resolve_userfault_fork); nobody else knows it.
+                Event::Fork(Uffd(unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) }))
+            }
+            0x14 => Event::Remap {
+                from: word(8),
+                to: word(16),
+                len: word(24),
+            },
+            0x15 | 0x16 => Event::Gone {
+                start: word(8),
+                end: word(16),
+            },
+            other => bail!("an unknown userfaultfd event {other:#x}"),
+        }))
+    }
+
+    /// Gives zero pages, and wakes who waits for them.
+    pub fn zero(&self, start: u64, len: u64) -> Result<Copied> {
+        let mut z = ZeroPage {
+            range: Range { start, len },
+            mode: 0,
+            zeroed: 0,
+        };
+        // SAFETY: `z` is a live uffdio_zeropage.
+        match unsafe { uffdio_zeropage(self.0.as_raw_fd(), &mut z) } {
+            Ok(_) => Ok(Copied::Done),
+            Err(nix::errno::Errno::EEXIST) => Ok(Copied::Exists(0)),
+            Err(nix::errno::Errno::ENOENT | nix::errno::Errno::ESRCH) => Ok(Copied::Gone(0)),
+            Err(nix::errno::Errno::EAGAIN) => Ok(Copied::Again(0)),
+            Err(e) => {
+                Err(io::Error::from(e)).with_context(|| format!("UFFDIO_ZEROPAGE at {start:#x}"))
+            }
+        }
+    }
+}

@@ -4,29 +4,34 @@
 //! each; killed in the middle we would leave some running and some dead. The undertaker knows them all,
 //! and when the pipe to us ends without our word it kills them.
 
-use std::fs::File;
-use std::io::{Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{IoSliceMut, Write};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 
 use anyhow::{Context, Result};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use nix::sys::wait::waitpid;
-use nix::unistd::{ForkResult, Pid, fork, pipe2, setsid};
+use nix::unistd::{ForkResult, Pid, fork, setsid};
 
 use super::pidfd;
 
 /// The word: all are released.
 const DONE: i32 = 0;
+/// A descriptor comes with this.
+const KEEP: i32 = -1;
 
-/// Our end of the pipe to it.
+/// Our end of the line to it.
+#[derive(Debug)]
 pub struct Undertaker {
     pid: Pid,
-    pipe: File,
+    pipe: UnixStream,
 }
 
 impl Undertaker {
     /// Forks it; call it from a single-threaded program.
     pub fn start() -> Result<Self> {
-        let (read, write) = pipe2(nix::fcntl::OFlag::O_CLOEXEC).context("making a pipe")?;
+        let (read, write) = UnixStream::pair().context("making a pair of sockets")?;
         // SAFETY: mistctl has one thread here, so the child may do anything.
         match unsafe { fork() }.context("forking")? {
             ForkResult::Child => {
@@ -37,7 +42,7 @@ impl Undertaker {
             }
             ForkResult::Parent { child } => Ok(Self {
                 pid: child,
-                pipe: write.into(),
+                pipe: write,
             }),
         }
     }
@@ -47,6 +52,24 @@ impl Undertaker {
         self.pipe
             .write_all(&pid.to_le_bytes())
             .context("telling the undertaker")
+    }
+
+    /// Keeps a descriptor open as long as the pipe is: a page fault that nobody will answer waits until
+    /// its process is killed, where with the last descriptor gone it would read zeros.
+    pub fn keep_open(&mut self, fd: impl AsFd) -> Result<()> {
+        let fds = [fd.as_fd().as_raw_fd()];
+        let message = [ControlMessage::ScmRights(&fds)];
+        let word = KEEP.to_le_bytes();
+        let iov = [std::io::IoSlice::new(&word)];
+        sendmsg::<()>(
+            self.pipe.as_raw_fd(),
+            &iov,
+            &message,
+            MsgFlags::empty(),
+            None,
+        )
+        .context("giving a descriptor to the undertaker")?;
+        Ok(())
     }
 
     /// All are released: it has nothing to do.
@@ -59,19 +82,48 @@ impl Undertaker {
     }
 }
 
-fn serve(read: OwnedFd) {
+fn serve(pipe: UnixStream) {
     // Not stopped or ended by the terminal's signals that end us.
     let _ = setsid();
-    let mut pipe = File::from(read);
     let mut known = Vec::new();
-    let mut word = [0u8; 4];
-    while pipe.read_exact(&mut word).is_ok() {
+    let mut kept = Vec::new();
+    loop {
+        let mut word = [0u8; 4];
+        let mut iov = [IoSliceMut::new(&mut word)];
+        let mut space = nix::cmsg_space!([i32; 4]);
+        let got = recvmsg::<()>(
+            pipe.as_raw_fd(),
+            &mut iov,
+            Some(&mut space),
+            MsgFlags::MSG_CMSG_CLOEXEC,
+        );
+        let Ok(got) = got else { break };
+        // Words are sent whole: four bytes into an empty socket.
+        if got.bytes != 4 {
+            break;
+        }
+        for c in got.cmsgs().into_iter().flatten() {
+            if let ControlMessageOwned::ScmRights(fds) = c {
+                // SAFETY: the kernel has just installed these descriptors for this message.
+                kept.extend(
+                    fds.into_iter()
+                        .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
+                );
+            }
+        }
         match i32::from_le_bytes(word) {
             DONE => return,
+            KEEP => {}
             pid => known.extend(pidfd::open(pid)),
         }
     }
-    for p in known {
+    for p in &known {
         let _ = pidfd::send_signal(p.as_fd(), libc::SIGKILL);
     }
+    // Only with the processes dead may the descriptors go.
+    for p in &known {
+        let mut fds = [PollFd::new(p.as_fd(), PollFlags::POLLIN)];
+        let _ = poll(&mut fds, PollTimeout::from(1000u16));
+    }
+    drop(kept);
 }

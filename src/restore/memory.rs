@@ -38,7 +38,7 @@ pub fn attach(body: &mut Remote) -> Result<Uffd> {
 }
 
 /// True for mappings that userfaultfd fills.
-fn by_uffd(v: &Vma) -> bool {
+pub fn by_uffd(v: &Vma) -> bool {
     v.backing == Backing::Anonymous && !v.shared && !v.has("ht")
 }
 
@@ -106,7 +106,7 @@ pub fn fill(
 
 /// Modified copies of file pages, and huge TLB pages: written over what the mapping shows, whatever its
 /// protection is, which only the tracer may (CONFIG_PROC_MEM_FORCE_PTRACE). Bytes written.
-fn write_copies(mem: &Mem, p: &Process, pages: &PagesReader) -> Result<u64> {
+pub fn write_copies(mem: &Mem, p: &Process, pages: &PagesReader) -> Result<u64> {
     let mut buffer = vec![0u8; PIECE];
     let mut scratch = Vec::new();
     let mut total = 0;

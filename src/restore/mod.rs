@@ -3,6 +3,7 @@
 mod creds;
 pub mod files;
 mod layout;
+mod lazy;
 mod memory;
 mod open;
 mod process;
@@ -12,6 +13,7 @@ mod signals;
 mod threads;
 mod tree;
 
+pub use lazy::Filling;
 use open::Opened;
 pub use run::run;
 
@@ -57,4 +59,6 @@ pub struct Outcome {
     pub report: Report,
     /// Pid, for us, of the first process when it is our child: the one to wait for.
     pub child: Option<i32>,
+    /// Memory is still being filled (--lazy): this process must not end before that.
+    pub filling: Option<Filling>,
 }

@@ -1,12 +1,14 @@
 //! The order of a restore. Everything half-built dies with us until the last line.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use indicatif::ProgressBar;
 
 use super::files::{self, Built, Surroundings};
+use super::lazy::Filler;
 use super::open::Opened;
 use super::shared::SharedObjects;
 use super::tree::Bodies;
@@ -41,13 +43,13 @@ struct Ready<'a> {
 /// # Errors
 /// Classified (see [`crate::error`]); nothing half-restored is left.
 pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
-    let image = Image::open(&opts.image)?;
+    let image = Arc::new(Image::open(&opts.image)?);
     let manifest = &image.manifest;
     let processes = &manifest.processes;
     let ours = creds::ours()?;
     caps::caller()?.may_restore(manifest, image.owner()?)?;
     let mut report = Report {
-        mode: "eager",
+        mode: if opts.lazy { "lazy" } else { "eager" },
         processes: processes.len(),
         ..Report::default()
     };
@@ -71,6 +73,11 @@ pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
         undertaker.know(pid)
     })?;
     bodies.bury(processes)?;
+    // Threads only from here on: what is forked has one.
+    let filler = opts
+        .lazy
+        .then(|| Filler::start(Arc::clone(&image)))
+        .transpose()?;
     report.bytes_memory += shared.bytes;
     let site = Site {
         image: &image,
@@ -82,7 +89,16 @@ pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
     let mut ready = Vec::new();
     for p in processes {
         if let Some(body) = bodies.remotes.remove(&p.pid) {
-            ready.push(rebuild(body, p, &site, &shared, &bodies, &mut report)?);
+            ready.push(rebuild(
+                body,
+                p,
+                &site,
+                &shared,
+                &bodies,
+                filler.as_ref(),
+                &mut undertaker,
+                &mut report,
+            )?);
         }
     }
     shared.keep()?;
@@ -91,7 +107,13 @@ pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
     for r in &ready {
         release(r, opts)?;
     }
-    undertaker.dismiss()?;
+    let filling = match filler {
+        Some(f) => Some(f.released(undertaker)?),
+        None => {
+            undertaker.dismiss()?;
+            None
+        }
+    };
     report.resume_us = started.elapsed().as_micros() as u64;
     report.total_us = report.resume_us;
     for w in [
@@ -106,17 +128,24 @@ pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
     report.pid = bodies.ids.get(&first).copied().unwrap_or(first);
     Ok(Outcome {
         child: Some(report.pid),
+        filling,
         report,
     })
 }
 
 /// One body becomes one process.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the one place where everything meets"
+)]
 fn rebuild<'a>(
     mut body: Remote,
     p: &'a Process,
     site: &Site,
     shared: &SharedObjects,
     bodies: &Bodies,
+    filler: Option<&Filler>,
+    undertaker: &mut Undertaker,
     report: &mut Report,
 ) -> Result<Ready<'a>> {
     let pages = site.image.pages();
@@ -130,8 +159,14 @@ fn rebuild<'a>(
         !stripped.redirect.is_empty(),
     )?;
     let uffd = memory::attach(&mut body)?;
-    report.bytes_memory += memory::fill(&uffd, body.mem(), p, pages, &ProgressBar::hidden())?;
-    drop(uffd);
+    if let Some(filler) = filler {
+        report.bytes_memory += memory::write_copies(body.mem(), p, pages)?;
+        undertaker.keep_open(&uffd.0)?;
+        filler.serve(uffd, p)?;
+    } else {
+        let bar = ProgressBar::hidden();
+        report.bytes_memory += memory::fill(&uffd, body.mem(), p, pages, &bar)?;
+    }
     layout::poke(body.mem(), &stripped.redirect)?;
     layout::set_mm(&mut body, p, site.opened.executable(p.exe), stripped.vdso.0)?;
     process::descriptors(&mut body, p, site.built)?;

@@ -1,0 +1,432 @@
+//! Memory that is filled while the program runs: pages it waits for at once, the rest behind.
+//!
+//! One thread serves all address spaces of a restore. The program's own changes to its mappings come as
+//! events, and are obeyed before anything else is copied: what it gave back must read zero, what it moved
+//! is filled at its new place, what it shares with a child is filled for both.
+
+use std::collections::BTreeMap;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
+use std::thread::JoinHandle;
+
+use anyhow::{Context, Result, anyhow};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::EventFd;
+
+use super::memory::by_uffd;
+use crate::image::memory::SpaceId;
+use crate::image::process::Process;
+use crate::image::store::Image;
+use crate::kernel::arch::PAGE;
+use crate::kernel::uffd::{Copied, EVENTS, Event, Uffd};
+use crate::kernel::undertaker::Undertaker;
+
+/// Bytes filled between two looks for pages that somebody waits for.
+const STEP: usize = 256 << 10;
+
+enum Word {
+    Serve(Box<Space>),
+    /// The programs run: fill all that nobody waits for, and end.
+    Released(Undertaker),
+}
+
+/// The thread that fills.
+pub struct Filler {
+    words: Sender<Word>,
+    wake: Arc<EventFd>,
+    thread: JoinHandle<Result<u64>>,
+}
+
+/// Memory of a running program is being filled; it dies with this process until that is done.
+#[derive(Debug)]
+pub struct Filling {
+    thread: JoinHandle<Result<u64>>,
+}
+
+impl Filling {
+    /// Waits until all memory is filled. Bytes filled.
+    ///
+    /// # Errors
+    /// The image turned out to be damaged: the processes are killed.
+    pub fn wait(self) -> Result<u64> {
+        self.thread
+            .join()
+            .unwrap_or_else(|_| Err(anyhow!("the filling thread panicked")))
+            .context("the restored program was killed: its memory could not be filled")
+    }
+}
+
+impl Filler {
+    pub fn start(image: Arc<Image>) -> Result<Self> {
+        let (words, heard) = mpsc::channel();
+        let wake = Arc::new(EventFd::new().context("eventfd")?);
+        let server = Server {
+            image,
+            heard,
+            wake: Arc::clone(&wake),
+            spaces: Vec::new(),
+            undertaker: None,
+            bytes: 0,
+        };
+        let thread = std::thread::Builder::new()
+            .name("mist-fill".to_owned())
+            .spawn(move || server.run())
+            .context("starting the filling thread")?;
+        Ok(Self {
+            words,
+            wake,
+            thread,
+        })
+    }
+
+    /// Takes charge of the anonymous memory of a process. `uffd` is its userfaultfd.
+    pub fn serve(&self, uffd: Uffd, p: &Process) -> Result<()> {
+        uffd.api(EVENTS)?;
+        let mut left = BTreeMap::new();
+        for v in p.vmas.iter().filter(|v| by_uffd(v)) {
+            uffd.register_missing(v.start, v.len())?;
+            left.insert(
+                v.start,
+                Extent {
+                    len: v.len(),
+                    from: v.start,
+                },
+            );
+        }
+        self.say(Word::Serve(Box::new(Space {
+            uffd,
+            space: p.space,
+            left,
+        })))
+    }
+
+    /// All programs run.
+    pub fn released(self, undertaker: Undertaker) -> Result<Filling> {
+        self.say(Word::Released(undertaker))?;
+        Ok(Filling {
+            thread: self.thread,
+        })
+    }
+
+    fn say(&self, word: Word) -> Result<()> {
+        self.words
+            .send(word)
+            .map_err(|_| anyhow!("the filling thread has ended"))?;
+        self.wake.write(1).context("waking the filling thread")?;
+        Ok(())
+    }
+}
+
+/// Memory from the map's key on that is still to be looked at; its content stands at `from` in the image.
+#[derive(Debug, Clone, Copy)]
+struct Extent {
+    len: u64,
+    from: u64,
+}
+
+struct Space {
+    uffd: Uffd,
+    space: SpaceId,
+    left: BTreeMap<u64, Extent>,
+}
+
+impl Space {
+    /// Takes `start..end` out of what is left, and gives the pieces.
+    fn take(&mut self, start: u64, end: u64) -> Vec<(u64, Extent)> {
+        let touched: Vec<(u64, Extent)> = self
+            .left
+            .range(..end)
+            .rev()
+            .take_while(|(at, e)| *at + e.len > start)
+            .map(|(at, e)| (*at, *e))
+            .collect();
+        let mut taken = Vec::new();
+        for (at, e) in touched {
+            self.left.remove(&at);
+            let (s, t) = (at.max(start), (at + e.len).min(end));
+            if at < s {
+                self.left.insert(
+                    at,
+                    Extent {
+                        len: s - at,
+                        from: e.from,
+                    },
+                );
+            }
+            if t < at + e.len {
+                self.left.insert(
+                    t,
+                    Extent {
+                        len: at + e.len - t,
+                        from: e.from + (t - at),
+                    },
+                );
+            }
+            taken.push((
+                s,
+                Extent {
+                    len: t - s,
+                    from: e.from + (s - at),
+                },
+            ));
+        }
+        taken
+    }
+
+    /// Where the content of the page at `addr` stands in the image, and how much there is left around it.
+    fn find(&self, addr: u64) -> Option<(u64, Extent)> {
+        let (at, e) = self.left.range(..=addr).next_back()?;
+        (addr < at + e.len).then_some((*at, *e))
+    }
+
+    /// Obeys what the program did to its mappings. A child comes back as a space of its own.
+    fn obey(&mut self, event: Event) -> Option<Space> {
+        match event {
+            Event::Fault(_) => None,
+            Event::Gone { start, end } => {
+                self.take(start, end);
+                None
+            }
+            Event::Remap { from, to, len } => {
+                for (at, e) in self.take(from, from + len) {
+                    self.left.insert(at - from + to, e);
+                }
+                None
+            }
+            Event::Fork(uffd) => Some(Space {
+                uffd,
+                space: self.space,
+                left: self.left.clone(),
+            }),
+        }
+    }
+}
+
+struct Server {
+    image: Arc<Image>,
+    heard: Receiver<Word>,
+    wake: Arc<EventFd>,
+    spaces: Vec<Space>,
+    /// There once the programs run.
+    undertaker: Option<Undertaker>,
+    bytes: u64,
+}
+
+impl Server {
+    /// Fills until nothing is left. An error ends the undertaker's line, and it the programs.
+    fn run(mut self) -> Result<u64> {
+        let mut buffer = vec![0u8; STEP];
+        let mut scratch = Vec::new();
+        loop {
+            self.listen()?;
+            let mut i = 0;
+            let mut idle = true;
+            while i < self.spaces.len() {
+                idle &= !self.events(i, &mut buffer)?;
+                if self.undertaker.is_some() {
+                    idle &= !self.behind(i, &mut buffer, &mut scratch)?;
+                }
+                i += 1;
+            }
+            if idle && self.undertaker.is_some() {
+                break;
+            }
+            if idle {
+                self.sleep()?;
+            }
+        }
+        // With the last copy of a userfaultfd all its registrations end, those too that a growing stack
+        // has inherited.
+        self.spaces.clear();
+        if let Some(u) = self.undertaker.take() {
+            u.dismiss()?;
+        }
+        Ok(self.bytes)
+    }
+
+    fn listen(&mut self) -> Result<()> {
+        loop {
+            match self.heard.try_recv() {
+                Ok(Word::Serve(space)) => self.spaces.push(*space),
+                Ok(Word::Released(undertaker)) => self.undertaker = Some(undertaker),
+                Err(TryRecvError::Empty) => return Ok(()),
+                // A restore that failed before the release: nobody is left to serve.
+                Err(TryRecvError::Disconnected) if self.undertaker.is_none() => {
+                    return Err(anyhow!("the restore ended before its memory was filled"));
+                }
+                Err(TryRecvError::Disconnected) => return Ok(()),
+            }
+        }
+    }
+
+    fn sleep(&self) -> Result<()> {
+        let mut fds: Vec<PollFd> = self
+            .spaces
+            .iter()
+            .map(|s| PollFd::new(s.uffd.0.as_fd(), PollFlags::POLLIN))
+            .collect();
+        fds.push(PollFd::new(self.wake.as_fd(), PollFlags::POLLIN));
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(e) => return Err(e).context("waiting for page faults"),
+        }
+        let woken = fds
+            .last()
+            .and_then(PollFd::revents)
+            .is_some_and(|r| !r.is_empty());
+        if woken {
+            let _ = self.wake.read();
+        }
+        Ok(())
+    }
+
+    /// Serves the faults and events that wait. True: there was one.
+    fn events(&mut self, i: usize, buffer: &mut [u8]) -> Result<bool> {
+        let mut any = false;
+        while let Some(event) = self
+            .spaces
+            .get(i)
+            .map(|s| s.uffd.event())
+            .transpose()?
+            .flatten()
+        {
+            any = true;
+            match event {
+                Event::Fault(addr) => self.fault(i, addr - addr % PAGE, buffer)?,
+                other => {
+                    let child = self.spaces.get_mut(i).and_then(|s| s.obey(other));
+                    self.spaces.extend(child);
+                }
+            }
+        }
+        Ok(any)
+    }
+
+    fn fault(&mut self, i: usize, addr: u64, buffer: &mut [u8]) -> Result<()> {
+        let Some(s) = self.spaces.get(i) else {
+            return Ok(());
+        };
+        let block = match s.find(addr) {
+            Some((at, e)) => {
+                let from = addr - at + e.from;
+                self.image.pages().find(s.space, from)?.map(|b| (at, e, b))
+            }
+            None => None,
+        };
+        let Some((at, e, b)) = block else {
+            // Never written, or given back.
+            let given = s.uffd.zero(addr, PAGE)?;
+            self.settle(i, addr, PAGE, &given);
+            return Ok(());
+        };
+        let out = buffer.get_mut(..b.bytes()).context("a block is too long")?;
+        self.image.pages().read(&b, out)?;
+        // The part of the block that lies in this extent.
+        let start = b.addr.max(e.from);
+        let end = (b.addr + out.len() as u64).min(e.from + e.len);
+        let part = &out[(start - b.addr) as usize..(end - b.addr) as usize];
+        self.give(i, start - e.from + at, part)?;
+        // A page that could not be given for the moment is asked for again.
+        self.spaces
+            .get(i)
+            .map_or(Ok(()), |s| s.uffd.wake(addr, PAGE))
+    }
+
+    /// Fills `data` at `addr`, page by page where some are there already.
+    fn give(&mut self, i: usize, addr: u64, data: &[u8]) -> Result<()> {
+        let mut done = 0u64;
+        while (done as usize) < data.len() {
+            let Some(s) = self.spaces.get(i) else {
+                return Ok(());
+            };
+            let given = s.uffd.copy(addr + done, &data[done as usize..])?;
+            let n = match given {
+                Copied::Done => data.len() as u64 - done,
+                Copied::Exists(n) => {
+                    // Filled before, by a fault: the next page may be missing still.
+                    s.uffd.wake(addr + done + n, PAGE)?;
+                    n + PAGE
+                }
+                // The program changes its mappings: its event comes first, and what is left of this is
+                // found again.
+                Copied::Again(n) => {
+                    self.done(i, addr + done, n);
+                    self.bytes += n;
+                    return Ok(());
+                }
+                // The kernel fills one mapping at a time, and the program may have split this one.
+                Copied::Gone(0) if data.len() as u64 - done > PAGE => {
+                    let page = done as usize..(done + PAGE) as usize;
+                    self.give(i, addr + done, data.get(page).context("a part of a page")?)?;
+                    done += PAGE;
+                    continue;
+                }
+                // Unmapped, and we were told or need not be: the process has ended.
+                Copied::Gone(0) => PAGE,
+                Copied::Gone(n) => n,
+            };
+            self.done(i, addr + done, n);
+            self.bytes += n;
+            done += n;
+        }
+        Ok(())
+    }
+
+    fn settle(&mut self, i: usize, addr: u64, len: u64, given: &Copied) {
+        match given {
+            Copied::Done => self.done(i, addr, len),
+            Copied::Exists(_) => {
+                self.done(i, addr, len);
+                let _ = self.spaces.get(i).map(|s| s.uffd.wake(addr, len));
+            }
+            // A thread whose page was refused for the moment faults again.
+            Copied::Again(_) | Copied::Gone(_) => {
+                let _ = self.spaces.get(i).map(|s| s.uffd.wake(addr, len));
+            }
+        }
+    }
+
+    fn done(&mut self, i: usize, addr: u64, len: u64) {
+        if let Some(s) = self.spaces.get_mut(i) {
+            s.take(addr, addr + len);
+        }
+    }
+
+    /// Fills the next piece nobody waits for. True: there was one.
+    fn behind(&mut self, i: usize, buffer: &mut [u8], scratch: &mut Vec<u8>) -> Result<bool> {
+        let Some(s) = self.spaces.get_mut(i) else {
+            return Ok(false);
+        };
+        let Some((at, e)) = s.left.first_key_value().map(|(a, e)| (*a, *e)) else {
+            return Ok(false);
+        };
+        let image = Arc::clone(&self.image);
+        let next = image
+            .pages()
+            .runs(s.space, e.from, e.from + e.len, STEP)
+            .next()
+            .transpose()?;
+        let Some(run) = next else {
+            // Nothing but pages that were never written.
+            s.left.remove(&at);
+            return Ok(true);
+        };
+        let out = buffer
+            .get_mut(..run.bytes())
+            .context("a run of pages is too long")?;
+        image.pages().read_run(&run, out, scratch)?;
+        let start = run.addr().max(e.from);
+        let end = (run.addr() + out.len() as u64).min(e.from + e.len);
+        if end <= start {
+            s.left.remove(&at);
+            return Ok(true);
+        }
+        if start > e.from {
+            s.take(at, at + (start - e.from));
+        }
+        let part = &out[(start - run.addr()) as usize..(end - run.addr()) as usize];
+        self.give(i, start - e.from + at, part)?;
+        Ok(true)
+    }
+}
