@@ -56,7 +56,7 @@ pub fn run(opts: &Options) -> Result<Report> {
     let blackout = |report: &mut Report| report.blackout_us = stopped.elapsed().as_micros() as u64;
     let (pids, mut holds): (Vec<i32>, Holds) = stop(opts)?.into_iter().unzip();
     let mut tables = Tables::new(pids.len() as SpaceId);
-    let (mut subjects, looked) = look(opts, &pids, &mut holds, &mut tables, &guardian)?;
+    let (mut subjects, mut looked) = look(opts, &pids, &mut holds, &mut tables, &guardian)?;
     let wants_copy = opts.after == After::Run;
     ask(&mut subjects, &holds, wants_copy, &writer, &mut report)?;
     report.bytes_memory +=
@@ -98,6 +98,14 @@ pub fn run(opts: &Options) -> Result<Report> {
     report.pages_zero = written.pages_zero;
     report.warnings.extend(tables.warnings);
     // Only now the image is durable.
+    if let Some(mut connections) = looked.connections.take() {
+        let pidfds = holds
+            .iter()
+            .flatten()
+            .map(|h| pidfd::open(h.pid))
+            .collect::<Result<Vec<_>>>()?;
+        connections.finish_kill(&pidfds.iter().map(AsFd::as_fd).collect::<Vec<_>>())?;
+    }
     for h in holds.into_iter().flatten() {
         match opts.after {
             After::Kill => h.kill()?,
@@ -169,20 +177,22 @@ fn stop(opts: &Options) -> Result<Vec<(i32, Option<HeldProcess>)>> {
 }
 
 /// What [`look`] found besides the processes.
-struct Looked {
+struct Looked<'g> {
     origin: Origin,
     descriptions: Vec<Description>,
     sockets: Vec<Socket>,
+    /// Of a dump that kills: holds TCP connections until then.
+    connections: Option<SocketDumper<'g>>,
 }
 
 /// Everything that can be seen from outside while the processes stand.
-fn look(
+fn look<'g>(
     opts: &Options,
     pids: &[i32],
     holds: &mut Holds,
     tables: &mut Tables,
-    guardian: &Guardian,
-) -> Result<(Vec<Subject>, Looked)> {
+    guardian: &'g Guardian,
+) -> Result<(Vec<Subject>, Looked<'g>)> {
     let origin = origin()?;
     let mut files = FileDumper::new(pids);
     let net = net::Options {
@@ -227,6 +237,7 @@ fn look(
         origin,
         descriptions: dumped.descriptions,
         sockets: socket_list,
+        connections: (opts.after == After::Kill).then_some(sockets),
     };
     Ok((subjects, looked))
 }
