@@ -18,7 +18,7 @@ const HEADER: usize = 16;
 /// A unix socket (linux/unix_diag.h).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct UnixDiag {
-    /// 0 for a connection that has not been accepted, and for a socket that is being closed.
+    /// Connections that were not accepted have none, and are not listed.
     pub ino: u32,
     /// SOCK_STREAM ...
     pub kind: u8,

@@ -108,21 +108,8 @@ impl crate::dump::files::Sockets for SocketDumper<'_> {
 pub(crate) struct Diag {
     /// By inode.
     pub unix: HashMap<u64, UnixDiag>,
-    /// Connections that were not accepted yet.
-    pub waiting: Vec<UnixDiag>,
     pub tcp: Vec<InetDiag>,
     pub udp: Vec<InetDiag>,
-}
-
-impl Diag {
-    /// Bytes that a client has sent over a unix connection that was not accepted yet.
-    pub fn waiting_bytes(&self, client: u32) -> u32 {
-        self.waiting
-            .iter()
-            .filter(|w| w.peer == Some(client))
-            .map(|w| w.receive_queue)
-            .sum()
-    }
 }
 
 impl<'g> SocketDumper<'g> {
@@ -269,13 +256,7 @@ impl<'g> SocketDumper<'g> {
             let all = ask
                 .unix()
                 .context("sock_diag: list of unix sockets; the kernel needs CONFIG_UNIX_DIAG")?;
-            for x in all {
-                if x.ino == 0 {
-                    diag.waiting.push(x);
-                } else {
-                    diag.unix.insert(u64::from(x.ino), x);
-                }
-            }
+            diag.unix = all.into_iter().map(|x| (u64::from(x.ino), x)).collect();
         }
         for family in [libc::AF_INET, libc::AF_INET6] {
             if has(family, libc::SOCK_STREAM) {

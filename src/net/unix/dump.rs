@@ -218,9 +218,14 @@ pub(crate) fn read(
         u.backlog = Some(x.send_queue);
         for client in &x.pending {
             let ino = u64::from(*client);
-            if diag.waiting_bytes(*client) > 0 {
+            // sock_diag is silent about the end that was not accepted; the client's end tells how much
+            // memory it has in flight towards it.
+            let in_flight = d
+                .index_of(ino)
+                .map_or(0, |c| sockopt::queued(&c.fd, Queue::Out).unwrap_or(0));
+            if in_flight > 0 {
                 return Err(Failure::Refused.because(format!(
-                    "{}: a connection to {} that was not accepted yet holds data; try again in a moment",
+                    "{}: a connection to {} that was not accepted yet holds data, which nobody can read before it is accepted; try again in a moment",
                     met.place(),
                     display(&u.name)
                 )));
