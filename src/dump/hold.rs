@@ -2,14 +2,24 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 
+use super::resume::{self, Tail, Watch};
 use crate::error::Failure;
+use crate::image::threads::Resume;
 use crate::kernel::arch::Regs;
 use crate::kernel::batch::Held;
 use crate::kernel::mem::Mem;
 use crate::kernel::tracee::{Stop, Tracee};
+
+/// How long a thread may take to stop. They take some ten microseconds.
+const PATIENCE: Duration = Duration::from_secs(2);
+const VFORK_PATIENCE: Duration = Duration::from_secs(5);
+/// How often a thread may be found in code that a mistctl before us has left.
+const TRIES: usize = 200;
 
 /// A process all of whose threads stand still. Dropped without [`HeldProcess::release`], its threads
 /// are put back and let go all the same.
@@ -18,6 +28,7 @@ pub struct HeldProcess {
     pub mem: Mem,
     /// Leader first (unless it is a zombie, then any other).
     pub threads: Vec<Held>,
+    tail: Tail,
     released: bool,
 }
 
@@ -25,10 +36,14 @@ impl HeldProcess {
     /// Seizes and stops every thread. `signal` of the group stop is kept in each [`Held`].
     pub fn stop(pid: i32) -> Result<Self> {
         let mem = Mem::open(pid).map_err(|e| gone_or(pid, e))?;
+        wait_for_vfork(pid)?;
+        let tail = Tail::find(pid, &mem);
+        let watch = Watch::before(pid, &thread_ids(pid)?, &mem);
         let mut held = Self {
             pid,
             mem,
             threads: Vec::new(),
+            tail,
             released: false,
         };
         let mut known = BTreeSet::new();
@@ -48,7 +63,7 @@ impl HeldProcess {
                 }
             }
             for t in seized {
-                if let Some(h) = hold(t)? {
+                if let Some(h) = hold(t, pid, &held.mem, &held.tail)? {
                     held.threads.push(h);
                 }
             }
@@ -62,7 +77,13 @@ impl HeldProcess {
             .position(|h| h.tracee.tid == pid)
             .unwrap_or(0);
         held.threads.swap(0, leader);
+        resume::settle(&mut held.threads, &watch, &held.mem, &mut held.tail)?;
         Ok(held)
+    }
+
+    /// The part of its vDSO's dead end that a batch may use.
+    pub fn tail(&self) -> Range<u64> {
+        self.tail.free()
     }
 
     pub fn leader(&self) -> &Held {
@@ -108,8 +129,15 @@ impl HeldProcess {
             return Ok(());
         }
         let mut first = Ok(());
+        let sockets = resume::renew(&mut self.threads, &self.mem, &mut self.tail);
         for h in &self.threads {
             let r = h.release(0);
+            if first.is_ok() {
+                first = r;
+            }
+        }
+        for s in sockets {
+            let r = s.put_back();
             if first.is_ok() {
                 first = r;
             }
@@ -182,20 +210,93 @@ fn seize(pid: i32, tid: i32) -> Result<Option<Tracee>> {
 }
 
 /// Waits for the stop of a seized and interrupted thread; None when it ended first.
-fn hold(tracee: Tracee) -> Result<Option<Held>> {
-    let Some(stop) = tracee.wait_interrupted()? else {
-        return Ok(None);
+fn hold(tracee: Tracee, pid: i32, mem: &Mem, tail: &Tail) -> Result<Option<Held>> {
+    for _ in 0..TRIES {
+        let Some(stop) = wait_stopped(tracee, pid)? else {
+            return Ok(None);
+        };
+        let stopped_by = match stop {
+            Stop::Interrupt { signal } if signal != libc::SIGTRAP => Some(signal),
+            _ => None,
+        };
+        let regs: Regs = tracee.regs()?;
+        let sigmask = tracee.sigmask()?;
+        let mut held = Held {
+            tracee,
+            regs,
+            program: regs,
+            resume: Resume::Run,
+            deadline: None,
+            sigmask,
+            stopped_by,
+        };
+        if resume::first_act(&mut held, pid, mem, tail)? {
+            return Ok(Some(held));
+        }
+        tracee.cont(0)?;
+        std::thread::sleep(Duration::from_millis(1));
+        tracee
+            .interrupt()
+            .with_context(|| format!("interrupting thread {}", tracee.tid))?;
+    }
+    Err(Failure::Busy.because(format!(
+        "thread {} of process {pid} still runs what another mistctl has put into its vDSO; nothing was \
+         changed, try again",
+        tracee.tid
+    )))
+}
+
+/// Waits for the stop that our interrupt makes, but not for ever: a thread that waits in the kernel
+/// and cannot be interrupted (a vfork, a dead file server) is left alone.
+fn wait_stopped(t: Tracee, pid: i32) -> Result<Option<Stop>> {
+    let begun = Instant::now();
+    loop {
+        let left = PATIENCE.saturating_sub(begun.elapsed());
+        match t.wait_timeout(left)? {
+            Some(s @ Stop::Interrupt { .. }) => return Ok(Some(s)),
+            Some(Stop::Exited(_) | Stop::Killed(_)) => return Ok(None),
+            Some(Stop::Signal(s)) => t.cont(s)?,
+            Some(Stop::Syscall | Stop::Event(_)) => t.cont(0)?,
+            None => {
+                let path = format!("/proc/{pid}/task/{}/wchan", t.tid);
+                let place = std::fs::read_to_string(path).unwrap_or_default();
+                return Err(Failure::Busy.because(format!(
+                    "thread {} of process {pid} does not stop: it waits in the kernel ({}), as a \
+                     parent does for its vfork child or a program for a dead file server; nothing \
+                     was changed, try again when that is over",
+                    t.tid,
+                    if place.is_empty() { "unknown" } else { &place },
+                )));
+            }
+        }
+    }
+}
+
+/// A parent in vfork cannot be stopped until its child has exec'd or ended: wait a while, before
+/// anything stands still.
+fn wait_for_vfork(pid: i32) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        let waiting = thread_ids(pid)?.into_iter().find(|tid| in_vfork(pid, *tid));
+        let Some(tid) = waiting else { return Ok(()) };
+        if begun.elapsed() > VFORK_PATIENCE {
+            return Err(Failure::Busy.because(format!(
+                "thread {tid} of process {pid} waits in vfork for its child to call exec or to end, and \
+                 cannot be stopped; nothing was changed, try again when the child has done that"
+            )));
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn in_vfork(pid: i32, tid: i32) -> bool {
+    const FORKS: [i64; 3] = [libc::SYS_vfork, libc::SYS_clone, libc::SYS_clone3];
+    let read = |name: &str| {
+        std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/{name}")).unwrap_or_default()
     };
-    let stopped_by = match stop {
-        Stop::Interrupt { signal } if signal != libc::SIGTRAP => Some(signal),
-        _ => None,
-    };
-    let regs: Regs = tracee.regs()?;
-    let sigmask = tracee.sigmask()?;
-    Ok(Some(Held {
-        tracee,
-        regs,
-        sigmask,
-        stopped_by,
-    }))
+    let nr = read("syscall")
+        .split_whitespace()
+        .next()
+        .and_then(|w| w.parse::<i64>().ok());
+    nr.is_some_and(|nr| FORKS.contains(&nr)) && read("wchan").contains("vfork")
 }

@@ -301,7 +301,7 @@ fn ask_one<'a>(
     // What stands behind the ELF image may be the code of an earlier batch.
     bytes[elf as usize..].fill(0);
     writer.pages().put(p.space, vdso.start, &bytes)?;
-    let tail = vdso.start + elf..vdso.end;
+    let tail = held.tail();
     let area = hole(&p.vmas, batch::AREA)
         .with_context(|| format!("process {pid} has no room for {} bytes", batch::AREA))?;
     let clonable = wants_copy && !is_init(pid);

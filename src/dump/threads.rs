@@ -4,7 +4,6 @@ use anyhow::{Context, Result, bail};
 use procfs::process::Status;
 
 use super::queries::ThreadAnswers;
-use super::resume;
 use crate::error::Failure;
 use crate::image::process::Creds;
 use crate::image::signals::PendingSignal;
@@ -33,9 +32,9 @@ pub fn read(pid: i32, held: &Held) -> Result<Thread> {
     let (robust_list, robust_list_len) = t.robust_list()?;
     Ok(Thread {
         tid: t.tid,
-        regs: held.regs.to_bytes().into(),
+        regs: held.program.to_bytes().into(),
         xstate: t.xstate()?.into(),
-        resume: resume::of(held),
+        resume: held.resume.clone(),
         comm: comm(pid, t.tid)?,
         sigmask: held.sigmask,
         pending: pending(held, false)?,
@@ -88,6 +87,7 @@ pub fn abort_rseq(held: &mut Held, mem: &Mem) -> Result<()> {
     let (start, len, abort) = (word(8), word(16), word(24));
     if held.regs.rip.wrapping_sub(start) < len {
         held.regs.rip = abort;
+        held.program.rip = abort;
         mem.write(area.pointer + CS_OFFSET, &0u64.to_le_bytes())?;
     }
     Ok(())

@@ -21,12 +21,15 @@ use nix::unistd::Pid;
 use super::arch::{Asm, CALL_SIZE, Call, R, Regs};
 use super::mem::Mem;
 use super::tracee::{Stop, Tracee};
+use crate::image::threads::Resume;
 
 /// Bytes of the scratch area, and where its data half begins.
 pub const AREA: u64 = 64 * 1024;
 const DATA: u64 = 32 * 1024;
 /// Room for a thread's own code (two calls, the mask, the jump).
 const THREAD_ROOM: u64 = 400;
+/// Bytes of the vDSO's tail that a batch needs at most.
+pub const ROOM: u64 = 1040;
 const ALL_SIGNALS: u64 = !0;
 
 /// A thread held in a PTRACE_EVENT_STOP, and how it will go on.
@@ -35,6 +38,12 @@ pub struct Held {
     pub tracee: Tracee,
     /// Set verbatim before it is let go.
     pub regs: Regs,
+    /// What the program sees when it looks: `regs`, but for a thread that is in a trampoline.
+    pub program: Regs,
+    /// What becomes of the call that the stop broke off.
+    pub resume: Resume,
+    /// When that call is to time out: CLOCK_MONOTONIC, nanoseconds.
+    pub deadline: Option<i64>,
     pub sigmask: u64,
     /// Group-stopped by this signal.
     pub stopped_by: Option<i32>,

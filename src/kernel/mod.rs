@@ -3,6 +3,7 @@
 pub mod arch;
 pub mod batch;
 pub mod body;
+pub mod calls;
 pub mod caps;
 pub mod epoll;
 pub mod fds;
@@ -17,8 +18,10 @@ pub mod sched;
 pub mod shm;
 pub mod sock_diag;
 pub mod socket;
+pub mod socket_timeout;
 pub mod sockopt;
 pub mod tcp_repair;
+pub mod timer_list;
 pub mod tracee;
 pub mod tty;
 pub mod uffd;

@@ -7,6 +7,7 @@ mod lazy;
 mod memory;
 mod open;
 mod process;
+mod resume;
 mod run;
 mod shared;
 mod signals;

@@ -12,7 +12,7 @@ use super::lazy::Filler;
 use super::open::Opened;
 use super::shared::SharedObjects;
 use super::tree::Bodies;
-use super::{Options, Outcome, Report, creds, layout, memory, process, signals, threads};
+use super::{Options, Outcome, Report, creds, layout, memory, process, resume, signals, threads};
 use crate::error::Failure;
 use crate::image::Manifest;
 use crate::image::process::{Creds, Process, State};
@@ -36,6 +36,8 @@ struct Ready<'a> {
     process: &'a Process,
     leader: Remote,
     others: Vec<Remote>,
+    /// The vDSO that works here.
+    vdso: (u64, u64),
 }
 
 /// Restores an image. `started` is the start of mistctl.
@@ -104,6 +106,10 @@ pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
     shared.keep()?;
     built.release()?;
     report.warnings.extend(sockets.activate());
+    let mut sleepers = Vec::new();
+    for r in &ready {
+        sleepers.push(resume::set(&r.leader, &r.others, r.process, r.vdso)?);
+    }
     for r in &ready {
         release(r, opts)?;
     }
@@ -114,6 +120,10 @@ pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
             None
         }
     };
+    for s in &mut sleepers {
+        s.finish()?;
+        report.warnings.append(&mut s.warnings);
+    }
     report.resume_us = started.elapsed().as_micros() as u64;
     report.total_us = report.resume_us;
     for w in [
@@ -196,9 +206,6 @@ fn rebuild<'a>(
     signals::timers(&mut body, p, &id_of)?;
     let unmapped = body.by_step(stripped.vdso.0, libc::SYS_munmap, &[body.area(), AREA])?;
     body::check("unmapping the restorer", unmapped)?;
-    for (r, t) in std::iter::once(&body).chain(&others).zip(&p.threads) {
-        threads::set_registers(r, t)?;
-    }
     for r in std::iter::once(&mut body).chain(&mut others) {
         report.warnings.append(&mut r.warnings);
     }
@@ -206,6 +213,7 @@ fn rebuild<'a>(
         process: p,
         leader: body,
         others,
+        vdso: stripped.vdso,
     })
 }
 

@@ -1,11 +1,10 @@
 //! Threads: making them, what the kernel keeps for each, their registers.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use super::signals;
 use crate::image::process::{Creds, Process};
-use crate::image::threads::{Resume, Thread};
-use crate::kernel::arch::Regs;
+use crate::image::threads::Thread;
 use crate::kernel::body;
 use crate::kernel::remote::{Arg, Remote};
 use crate::kernel::sched::SchedAttr;
@@ -117,24 +116,4 @@ pub fn furnish(r: &mut Remote, t: &Thread, ours: &Creds) -> Result<()> {
         &[libc::PR_SET_PDEATHSIG.into(), t.pdeathsig.into()],
     )?;
     r.flush()
-}
-
-/// Registers and mask; the thread stands at its own next instruction.
-pub fn set_registers(r: &Remote, t: &Thread) -> Result<()> {
-    let Some(mut regs) = Regs::from_bytes(&t.regs) else {
-        bail!("thread {} has {} bytes of registers", t.tid, t.regs.len())
-    };
-    match t.resume {
-        Resume::Run => {}
-        Resume::Again { nr } | Resume::Timed { nr, .. } | Resume::Partial { nr, .. } => {
-            regs.rax = nr;
-            regs.rip = regs.rip.wrapping_sub(2);
-        }
-    }
-    regs.orig_rax = u64::MAX;
-    if !t.xstate.is_empty() {
-        r.tracee.set_xstate(&t.xstate)?;
-    }
-    r.tracee.set_regs(&regs)?;
-    r.tracee.set_sigmask(t.sigmask)
 }

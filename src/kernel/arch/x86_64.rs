@@ -161,6 +161,44 @@ impl Regs {
         (self.orig_rax as i64 >= 0).then_some(self.orig_rax)
     }
 
+    /// Registers of a system call's arguments.
+    pub const ARGS: [R; 6] = ARGS;
+
+    /// Argument `i` of the system call; 0 past the sixth.
+    pub fn arg(&self, i: usize) -> u64 {
+        ARGS.get(i).map_or(0, |r| self.get(*r))
+    }
+
+    pub fn get(&self, r: R) -> u64 {
+        let mut copy = *self;
+        *copy.place(r)
+    }
+
+    pub fn set(&mut self, r: R, value: u64) {
+        *self.place(r) = value;
+    }
+
+    fn place(&mut self, r: R) -> &mut u64 {
+        match r {
+            R::Ax => &mut self.rax,
+            R::Cx => &mut self.rcx,
+            R::Dx => &mut self.rdx,
+            R::Bx => &mut self.rbx,
+            R::Sp => &mut self.rsp,
+            R::Bp => &mut self.rbp,
+            R::Si => &mut self.rsi,
+            R::Di => &mut self.rdi,
+            R::R8 => &mut self.r8,
+            R::R9 => &mut self.r9,
+            R::R10 => &mut self.r10,
+            R::R11 => &mut self.r11,
+            R::R12 => &mut self.r12,
+            R::R13 => &mut self.r13,
+            R::R14 => &mut self.r14,
+            R::R15 => &mut self.r15,
+        }
+    }
+
     /// A 32-bit program: its code segment is not the 64-bit one.
     pub fn is_32bit(&self) -> bool {
         self.cs != 0x33
@@ -183,7 +221,7 @@ impl Regs {
 }
 
 /// Register numbers of the instruction encoding.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 #[repr(u8)]
 pub enum R {
     Ax = 0,
@@ -202,6 +240,18 @@ pub enum R {
     R13 = 13,
     R14 = 14,
     R15 = 15,
+}
+
+impl R {
+    /// None past 15.
+    pub fn numbered(n: u8) -> Option<Self> {
+        use R::*;
+        [
+            Ax, Cx, Dx, Bx, Sp, Bp, Si, Di, R8, R9, R10, R11, R12, R13, R14, R15,
+        ]
+        .get(usize::from(n))
+        .copied()
+    }
 }
 
 const ARGS: [R; 6] = [R::Di, R::Si, R::Dx, R::R10, R::R8, R::R9];

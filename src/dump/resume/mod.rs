@@ -1,0 +1,430 @@
+//! A stop must not show: how a thread that was stopped in a system call goes on, here and in a
+//! restored process.
+//!
+//! The kernel lets calls that a tracer's stop broke off go on by themselves, if they end with one of
+//! its restart codes. Others return to the program, with EINTR or with less than was asked. So, as the
+//! first act after a thread's stop, EINTR is turned into the restart code -ERESTARTNOHAND (which still
+//! becomes EINTR when there is a signal with a handler), and a short count into a trampoline for the
+//! rest. Time-outs that were the kernel's only memory of the time left are renewed right before the
+//! release, in trampolines, too; should we die before that, such a call waits its whole time again.
+
+mod deadlines;
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::os::unix::fs::FileTypeExt;
+
+use anyhow::Result;
+
+pub use deadlines::Watch;
+
+use crate::image::threads::Resume;
+use crate::kernel::arch::{
+    self, ERESTART_RESTARTBLOCK, ERESTARTNOHAND, ERESTARTNOINTR, ERESTARTSYS, NR_RESTART_SYSCALL,
+    Regs, trampoline,
+};
+use crate::kernel::batch::{self, Held};
+use crate::kernel::calls::{self, Broken};
+use crate::kernel::mem::Mem;
+use crate::kernel::socket_timeout::{self, SocketTimeout};
+use crate::kernel::tracee::monotonic_ns;
+use crate::kernel::vdso;
+
+const EINTR: i64 = libc::EINTR as i64;
+/// Trampolines are shorter, but for the vectors of a writev.
+const LONGEST: usize = 256;
+
+/// The dead end of a process's vDSO, and what of it trampolines occupy.
+#[derive(Debug, Clone, Default)]
+pub struct Tail {
+    all: Range<u64>,
+    /// Trampolines stand from here to the end.
+    lowest: u64,
+}
+
+impl Tail {
+    /// Empty when the process has no vDSO.
+    pub fn find(pid: i32, mem: &Mem) -> Self {
+        let all = vdso_tail(pid, mem).unwrap_or_default();
+        Self {
+            lowest: all.end,
+            all,
+        }
+    }
+
+    /// What a batch may use.
+    pub fn free(&self) -> Range<u64> {
+        self.all.start..self.lowest
+    }
+
+    fn holds(&self, rip: u64) -> bool {
+        self.all.contains(&rip)
+    }
+
+    fn keep(&mut self, from: u64) {
+        self.lowest = self.lowest.min(from & !7).max(self.all.start);
+    }
+
+    /// The address for `len` bytes, if there are so many above `floor`.
+    fn take(&mut self, len: usize, floor: u64) -> Option<u64> {
+        let at = self.lowest.checked_sub(len as u64)? & !7;
+        (at >= floor).then(|| {
+            self.lowest = at;
+            at
+        })
+    }
+}
+
+fn vdso_tail(pid: i32, mem: &Mem) -> Option<Range<u64>> {
+    const AT_SYSINFO_EHDR: u64 = 33;
+    let auxv = std::fs::read(format!("/proc/{pid}/auxv")).ok()?;
+    let word = |b: &[u8]| b.try_into().map_or(0, u64::from_le_bytes);
+    let base = auxv
+        .chunks_exact(16)
+        .find(|c| word(&c[..8]) == AT_SYSINFO_EHDR)
+        .map(|c| word(&c[8..]))?;
+    let mut bytes = mem.read_vec(base, arch::PAGE as usize).ok()?;
+    // As long as there is more of it.
+    for i in 1..8 {
+        match mem.read_vec(base + i * arch::PAGE, arch::PAGE as usize) {
+            Ok(b) if vdso::elf_len(&bytes).is_err() => bytes.extend(b),
+            _ => break,
+        }
+    }
+    let len = vdso::elf_len(&bytes).ok()?;
+    Some(base + len..base + len.next_multiple_of(arch::PAGE))
+}
+
+/// What the stop did to a thread; its registers are put right at once. False for a thread that still
+/// runs code that a mistctl which died has left in the vDSO: let it finish that.
+pub fn first_act(held: &mut Held, pid: i32, mem: &Mem, tail: &Tail) -> Result<bool> {
+    let mut seen = held.regs;
+    if tail.holds(seen.rip) {
+        let room = (tail.all.end - seen.rip).min(LONGEST as u64) as usize;
+        let code = mem.read_vec(seen.rip, room)?;
+        let mut code = code.as_slice();
+        if let [0x0f, 0x05, behind @ ..] = code {
+            // On its way into the call.
+            (seen.orig_rax, seen.rax) = (seen.rax, -ERESTARTNOHAND as u64);
+            seen.rip += 2;
+            code = behind;
+        }
+        let broken = seen.syscall().is_some() && is_broken(&seen);
+        let probe = Regs {
+            rax: if broken { -EINTR as u64 } else { seen.rax },
+            ..seen
+        };
+        let Some(mut out) = trampoline::run_out(code, &probe) else {
+            return Ok(false);
+        };
+        if broken {
+            let done = out.rax;
+            out.rax = -ERESTARTNOHAND as u64;
+            held.program = out;
+            let nr = out.orig_rax;
+            held.resume = if (done as i64) > 0 {
+                Resume::Partial { nr, done }
+            } else {
+                Resume::Timed { nr, left_ns: 0 }
+            };
+            if -(held.regs.rax as i64) == EINTR && held.stopped_by.is_none() {
+                held.regs.rax = -ERESTARTNOHAND as u64;
+                held.tracee.set_regs(&held.regs)?;
+            }
+            return Ok(true);
+        }
+        // The call is over: out of the trampoline, with what it returned.
+        held.regs = out;
+        held.tracee.set_regs(&held.regs)?;
+        seen = out;
+    }
+    held.program = seen;
+    let Some(nr) = seen.syscall() else {
+        return Ok(true);
+    };
+    let result = seen.rax as i64;
+    if result == -EINTR && held.stopped_by.is_none() {
+        let socket = || {
+            calls::socket_option(nr).is_some() && socket_timeout::is_socket(pid, seen.arg(0) as i32)
+        };
+        if calls::shows_stop(nr) || socket() {
+            held.program.rax = -ERESTARTNOHAND as u64;
+            held.regs = held.program;
+            held.tracee.set_regs(&held.regs)?;
+            // With a time-out of its arguments or of its socket; [`settle`] finds out.
+            held.resume = Resume::Timed { nr, left_ns: 0 };
+        }
+    } else if is_broken(&seen) {
+        held.resume = Resume::Again { nr };
+        if let Some((_, broken)) = calls::timeout(nr, &seen)
+            && broken != Broken::Updated
+        {
+            held.resume = Resume::Timed { nr, left_ns: 0 };
+        }
+        if nr == NR_RESTART_SYSCALL {
+            held.resume = Resume::Timed { nr, left_ns: 0 };
+        }
+    } else if result > 0
+        && let Some(t) = calls::transfer(nr, &seen)
+        && calls::asked(t, &seen, mem).is_ok_and(|(all, _)| (result as u64) < all)
+        && waits(pid, nr, &seen)
+    {
+        held.program.rax = -ERESTARTNOHAND as u64;
+        held.resume = Resume::Partial {
+            nr,
+            done: result as u64,
+        };
+    }
+    Ok(true)
+}
+
+/// Ended by the stop and by nothing else.
+fn is_broken(r: &Regs) -> bool {
+    matches!(
+        -(r.rax as i64),
+        EINTR | ERESTARTSYS | ERESTARTNOINTR | ERESTARTNOHAND | ERESTART_RESTARTBLOCK
+    )
+}
+
+/// Whether such a call would have waited to transfer all: a pipe, socket or terminal that blocks.
+fn waits(pid: i32, nr: u64, r: &Regs) -> bool {
+    if nr as i64 == libc::SYS_getrandom {
+        return true;
+    }
+    let fd = r.arg(0) as i32;
+    let kind = std::fs::metadata(format!("/proc/{pid}/fd/{fd}")).map(|m| m.file_type());
+    if !kind.is_ok_and(|k| k.is_fifo() || k.is_socket() || k.is_char_device()) {
+        return false;
+    }
+    let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).unwrap_or_default();
+    let flags = info
+        .lines()
+        .find_map(|l| l.strip_prefix("flags:"))
+        .and_then(|v| i32::from_str_radix(v.trim(), 8).ok());
+    flags.is_some_and(|f| f & libc::O_NONBLOCK == 0)
+}
+
+/// Once all threads stand: when their calls are to time out, and trampolines for what they have yet
+/// to transfer, so that from now on our death shows as little as our going on.
+pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -> Result<()> {
+    let stopped = monotonic_ns();
+    for h in threads.iter() {
+        if tail.holds(h.regs.rip) {
+            tail.keep(h.regs.rip.saturating_sub(2));
+        }
+        keep_frames(h, mem, tail);
+    }
+    let mut timed = Vec::new();
+    let mut left = BTreeMap::new();
+    for h in threads.iter_mut() {
+        let tid = h.tracee.tid;
+        if let Resume::Timed { nr, .. } = &mut h.resume
+            && *nr == NR_RESTART_SYSCALL
+        {
+            match watch.call(tid).or_else(|| call_in_code(&h.program, mem)) {
+                Some(real) => {
+                    *nr = real;
+                    // The kernel asks its restart block, not this.
+                    h.program.orig_rax = real;
+                }
+                None => {
+                    // A poll or futex without time-out is the likeliest, and does no harm.
+                    h.resume = Resume::Run;
+                    continue;
+                }
+            }
+        }
+        let (Resume::Timed { nr, .. } | Resume::Again { nr }) = h.resume else {
+            continue;
+        };
+        match calls::timeout(nr, &h.program) {
+            Some((t, Broken::Updated)) => {
+                h.deadline = calls::argument(t, &h.program, mem)
+                    .ok()
+                    .map(|l| stopped.saturating_add(l));
+            }
+            Some((_, broken)) => {
+                timed.push(tid);
+                // nanosleep and clock_nanosleep have written how much is left, if that was wanted.
+                let at = match nr as i64 {
+                    libc::SYS_nanosleep => h.program.arg(1),
+                    libc::SYS_clock_nanosleep => h.program.arg(3),
+                    _ => 0,
+                };
+                let rem = calls::Timeout::Timespec(0);
+                let as_first = Regs {
+                    rdi: at,
+                    ..Regs::default()
+                };
+                if at != 0
+                    && broken == Broken::RestartBlock
+                    && let Ok(l) = calls::argument(rem, &as_first, mem)
+                {
+                    left.insert(tid, l);
+                }
+            }
+            None => {
+                let socket = SocketTimeout::of(tid, nr, h.program.arg(0) as i32);
+                let is_socket = h.program.rax as i64 == -ERESTARTNOHAND
+                    && matches!(h.resume, Resume::Timed { .. });
+                match socket {
+                    Ok(Some(s)) if is_socket => {
+                        let since = watch.since(tid).unwrap_or(stopped);
+                        h.deadline = Some(since.saturating_add(s.whole_ns()));
+                    }
+                    _ => h.resume = Resume::Again { nr },
+                }
+            }
+        }
+    }
+    if !timed.is_empty() {
+        let found = watch.deadlines(&timed, stopped, &left);
+        for h in threads.iter_mut() {
+            if let Some(d) = found.get(&h.tracee.tid) {
+                h.deadline = Some(*d);
+            }
+        }
+    }
+    for h in threads.iter_mut() {
+        if let Resume::Timed { nr, left_ns } = &mut h.resume {
+            *left_ns = match (h.deadline, calls::timeout(*nr, &h.program)) {
+                (Some(d), _) => (d - stopped).max(0),
+                (None, Some((t, _))) => calls::argument(t, &h.program, mem).unwrap_or(0),
+                (None, None) => 0,
+            };
+        }
+        if matches!(h.resume, Resume::Partial { .. }) && !tail.holds(h.regs.rip) {
+            let floor = tail.all.start + batch::ROOM;
+            if place(h, 0, mem, tail, floor)? {
+                h.tracee.set_regs(&h.regs)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A signal frame on a thread's stack may lead back into a trampoline: that one stays.
+fn keep_frames(h: &Held, mem: &Mem, tail: &mut Tail) {
+    const FRAMES: u64 = 64 * 1024;
+    if tail.all.is_empty() || !in_use(mem, tail) {
+        return;
+    }
+    let mut stack = vec![0; FRAMES as usize];
+    let mut got = 0;
+    while got < stack.len() {
+        let at = h.regs.rsp + got as u64;
+        let end = (stack.len()).min(got + (arch::PAGE - at % arch::PAGE) as usize);
+        if mem.read(at, &mut stack[got..end]).is_err() {
+            break;
+        }
+        got = end;
+    }
+    for w in stack[..got].chunks_exact(8) {
+        let value = w.try_into().map_or(0, u64::from_le_bytes);
+        if tail.holds(value) {
+            tail.keep(value.saturating_sub(2));
+        }
+    }
+}
+
+/// Whether an earlier dump has left anything at the end of the tail.
+fn in_use(mem: &Mem, tail: &Tail) -> bool {
+    let len = (tail.all.end - tail.all.start) as usize;
+    mem.read_vec(tail.all.start, len)
+        .is_ok_and(|b| b.iter().any(|x| *x != 0))
+}
+
+/// The call that a thread in restart_syscall made, where it stands in front of its `syscall`:
+/// mov eax, nr.
+fn call_in_code(r: &Regs, mem: &Mem) -> Option<u64> {
+    let code = mem.read_vec(r.rip.checked_sub(7)?, 7).ok()?;
+    match *code {
+        [0xb8, a, b, c, d, 0x0f, 0x05] => Some(u64::from(u32::from_le_bytes([a, b, c, d]))),
+        _ => None,
+    }
+}
+
+/// Writes a trampoline for the rest of a thread's call and points the thread there.
+fn place(h: &mut Held, left: i64, mem: &Mem, tail: &mut Tail, floor: u64) -> Result<bool> {
+    let Some(sketch) = calls::rest(0, &h.program, &h.resume, left, mem)? else {
+        return Ok(false);
+    };
+    let Some(at) = tail.take(sketch.bytes.len(), floor) else {
+        return Ok(false);
+    };
+    let Some(t) = calls::rest(at, &h.program, &h.resume, left, mem)? else {
+        return Ok(false);
+    };
+    mem.write(at, &t.bytes)?;
+    h.regs = t.regs;
+    Ok(true)
+}
+
+/// Right before the release: time-outs get what is left of them now. Where the tail has no room for
+/// another trampoline, the call waits its whole time again.
+/// Sockets whose time-outs are to be put back once the threads run are returned.
+pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Vec<SocketTimeout> {
+    let mut sockets = Vec::new();
+    for h in threads {
+        let now = monotonic_ns();
+        let left = h.deadline.map(|d| (d - now).max(0));
+        match (&h.resume, left) {
+            (Resume::Partial { .. }, _) if !tail.holds(h.regs.rip) => {
+                let floor = tail.all.start;
+                // Without room the program sees a short count.
+                let _ = place(h, 0, mem, tail, floor);
+            }
+            (Resume::Again { nr }, Some(left)) => {
+                if let Some((t, Broken::Updated)) = calls::timeout(*nr, &h.program) {
+                    let _ = overwrite(t, &h.program, left, mem);
+                }
+            }
+            (Resume::Timed { nr, .. }, Some(left)) => {
+                let nr = *nr;
+                match calls::timeout(nr, &h.program) {
+                    Some((_, Broken::RestartBlock)) => {}
+                    Some((t, _)) if tail.holds(h.regs.rip) => retime(t, h, left, mem, tail),
+                    Some(_) => {
+                        let floor = tail.all.start;
+                        let _ = place(h, left, mem, tail, floor);
+                    }
+                    None => {
+                        let fd = h.program.arg(0) as i32;
+                        if let Ok(Some(mut s)) = SocketTimeout::of(h.tracee.tid, nr, fd)
+                            && s.shorten(left).is_ok()
+                        {
+                            sockets.push(s);
+                        }
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    sockets
+}
+
+/// The time-out in a trampoline that the thread is in already.
+fn retime(t: calls::Timeout, h: &mut Held, left: i64, mem: &Mem, tail: &Tail) {
+    match t {
+        calls::Timeout::Millis(i) => {
+            if let Some(r) = Regs::ARGS.get(i) {
+                h.regs.set(*r, calls::millis(left));
+            }
+        }
+        calls::Timeout::Timespec(i) | calls::Timeout::Timeval(i) => {
+            if tail.holds(h.regs.arg(i)) {
+                let _ = overwrite(t, &h.regs, left, mem);
+            }
+        }
+    }
+}
+
+fn overwrite(t: calls::Timeout, r: &Regs, left: i64, mem: &Mem) -> Result<()> {
+    let left = left.max(0) as u64;
+    match t {
+        calls::Timeout::Millis(_) => Ok(()),
+        calls::Timeout::Timespec(i) => mem.write(r.arg(i), &calls::timespec(left)),
+        calls::Timeout::Timeval(i) => mem.write(r.arg(i), &calls::timeval(left)),
+    }
+}

@@ -1,0 +1,216 @@
+//! The rest of a system call that a stop broke off, and the way back into the program.
+//!
+//! A thread is set behind the trampoline's `syscall` as if the call had been interrupted there
+//! (rax = -ERESTARTNOHAND): without a signal the kernel issues the call, with one it fails with EINTR,
+//! as it would have in the program. What follows puts the program's registers back and touches neither
+//! flags, stack nor memory:
+//!
+//! ```text
+//! syscall | rax = done + rest, or done | mov reg, program's ... | jmp rcx | data (time-out, vectors)
+//! ```
+//!
+//! The code can be read back ([`run_out`]), so that a later stop finds the program behind it.
+
+use super::{Asm, ERESTARTNOHAND, R, Regs};
+
+/// Instructions that [`run_out`] follows at most; a trampoline has fewer.
+const STEPS_MAX: usize = 24;
+
+/// What is to be written, and the registers that make use of it.
+#[derive(Debug)]
+pub struct Trampoline {
+    pub bytes: Vec<u8>,
+    pub regs: Regs,
+}
+
+/// For a thread that is in a call with `program` registers: the call goes on with `args` (number of
+/// the argument, value) in place of its own. `done` is added to its result. `data` is kept behind the
+/// code, and its address added to the values of the arguments in `in_data`.
+/// `at` is a multiple of 8.
+pub fn emit(
+    at: u64,
+    program: &Regs,
+    nr: u64,
+    args: &[(usize, u64)],
+    done: Option<u32>,
+    in_data: &[usize],
+    data: &[u8],
+) -> Trampoline {
+    let mut a = Asm::new();
+    a.syscall_insn();
+    let mut regs = *program;
+    regs.rip = at + a.len() as u64;
+    regs.rax = -ERESTARTNOHAND as u64;
+    regs.orig_rax = nr;
+    if let Some(done) = done {
+        a.mov_reg(R::Cx, R::Ax);
+        a.raw(&[0x48, 0x0f, 0xc9]); // bswap rcx
+        a.raw(&[0x0f, 0xb6, 0xc9]); // movzx ecx, cl: not 0 for errors only
+        a.raw(&[0xe3, 7]); // jrcxz to the addition
+        a.raw(&[0xb8]); // mov eax, done
+        a.raw(&done.to_le_bytes());
+        a.raw(&[0xeb, 7]); // jmp behind it
+        a.raw(&[0x48, 0x8d, 0x80]); // lea rax, [rax + done]
+        a.raw(&done.to_le_bytes());
+    }
+    for (i, value) in args {
+        if let Some(r) = Regs::ARGS.get(*i) {
+            a.mov(*r, program.get(*r));
+            regs.set(*r, *value);
+        }
+    }
+    if nr != program.orig_rax {
+        a.raw(&[0x0f, 0x1f, 0x80]); // nop, which says for a reader what the program called
+        a.raw(&(program.orig_rax as u32).to_le_bytes());
+    }
+    a.mov(R::Cx, program.rip);
+    a.raw(&[0xff, 0xe1]); // jmp rcx
+    while !a.len().is_multiple_of(8) {
+        a.raw(&[0xcc]);
+    }
+    for i in in_data {
+        if let Some(r) = Regs::ARGS.get(*i) {
+            regs.set(*r, regs.get(*r).wrapping_add(at + a.len() as u64));
+        }
+    }
+    a.raw(data);
+    while !a.len().is_multiple_of(8) {
+        a.raw(&[0]);
+    }
+    Trampoline {
+        bytes: a.bytes().to_vec(),
+        regs,
+    }
+}
+
+/// Where a thread that stands in a trampoline will be in the program: follows the `code` at its rip.
+/// orig_rax becomes the program's call where that is another one. None when this is no trampoline's
+/// code.
+pub fn run_out(code: &[u8], at: &Regs) -> Option<Regs> {
+    let mut regs = *at;
+    let mut rest = code;
+    for _ in 0..STEPS_MAX {
+        let rip = regs.rip;
+        let len = match *rest {
+            [0xff, 0xe1, ..] => {
+                regs.rip = regs.rcx;
+                return Some(regs);
+            }
+            [0x48, 0x89, 0xc1, ..] => {
+                regs.rcx = regs.rax;
+                3
+            }
+            [0x48, 0x0f, 0xc9, ..] => {
+                regs.rcx = regs.rcx.swap_bytes();
+                3
+            }
+            [0x0f, 0xb6, 0xc9, ..] => {
+                regs.rcx &= 0xff;
+                3
+            }
+            [0xe3, by, ..] => 2 + if regs.rcx == 0 { usize::from(by) } else { 0 },
+            [0xeb, by, ..] => 2 + usize::from(by),
+            [0x48, 0x8d, 0x80, a, b, c, d, ..] => {
+                let by = i64::from(i32::from_le_bytes([a, b, c, d]));
+                regs.rax = regs.rax.wrapping_add_signed(by);
+                7
+            }
+            [0x0f, 0x1f, 0x80, a, b, c, d, ..] => {
+                regs.orig_rax = u64::from(u32::from_le_bytes([a, b, c, d]));
+                7
+            }
+            _ => mov(rest, &mut regs)?,
+        };
+        rest = rest.get(len..)?;
+        regs.rip = rip + len as u64;
+    }
+    None
+}
+
+/// One of the forms of [`Asm::mov`]; its length.
+fn mov(code: &[u8], regs: &mut Regs) -> Option<usize> {
+    let imm32 = |at: usize| -> Option<u32> {
+        Some(u32::from_le_bytes(code.get(at..at + 4)?.try_into().ok()?))
+    };
+    let (r, value, len) = match *code {
+        [0x41, op @ 0xb8..=0xbf, ..] => (8 + (op & 7), u64::from(imm32(2)?), 6),
+        [op @ 0xb8..=0xbf, ..] => (op & 7, u64::from(imm32(1)?), 5),
+        [rex @ 0x48..=0x49, 0xc7, op @ 0xc0..=0xc7, ..] => (
+            (rex & 1) * 8 + (op & 7),
+            i64::from(imm32(3)? as i32) as u64,
+            7,
+        ),
+        [rex @ 0x48..=0x49, op @ 0xb8..=0xbf, ..] => (
+            (rex & 1) * 8 + (op & 7),
+            u64::from_le_bytes(code.get(2..10)?.try_into().ok()?),
+            10,
+        ),
+        _ => return None,
+    };
+    regs.set(R::numbered(r)?, value);
+    Some(len)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn program() -> Regs {
+        Regs {
+            rdi: 3,
+            rsi: 0x7fff_1234_5678,
+            rdx: 1000,
+            r10: u64::MAX - 5,
+            r8: 77,
+            rip: 0x40_1002,
+            rax: -ERESTARTNOHAND as u64,
+            orig_rax: 1,
+            rcx: 0x40_1002,
+            ..Regs::default()
+        }
+    }
+
+    fn behind(t: &Trampoline, at: u64, rax: i64) -> Regs {
+        let r = Regs {
+            rax: rax as u64,
+            orig_rax: u64::MAX,
+            ..t.regs
+        };
+        run_out(&t.bytes[(r.rip - at) as usize..], &r).unwrap()
+    }
+
+    #[test]
+    fn the_program_gets_its_registers_and_the_whole_count() {
+        let args = [(1, 0x7fff_1234_5680), (2, 992), (3, 0)];
+        let t = emit(0x1000, &program(), 1, &args, Some(8), &[], &[]);
+        assert_eq!(t.regs.orig_rax, 1);
+        assert_eq!(
+            (t.regs.rsi, t.regs.rdx, t.regs.r10),
+            (0x7fff_1234_5680, 992, 0)
+        );
+        for (rest, whole) in [(992, 1000), (0, 8), (-4, 8), (-32, 8)] {
+            let end = Regs {
+                rax: whole,
+                orig_rax: u64::MAX,
+                ..program()
+            };
+            assert_eq!(behind(&t, 0x1000, rest), end);
+        }
+    }
+
+    #[test]
+    fn a_time_out_leaves_errors_alone() {
+        let t = emit(0x2000, &program(), 1, &[(3, 0)], None, &[3], &[1; 16]);
+        assert_eq!(t.regs.rip, 0x2002);
+        assert_eq!(t.bytes[(t.regs.r10 - 0x2000) as usize..], [1; 16]);
+        assert_eq!(behind(&t, 0x2000, -4).rax, -4i64 as u64);
+        assert_eq!(behind(&t, 0x2000, 0).r10, program().r10);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_code_is_followed_or_refused(code in proptest::collection::vec(0u8.., 0..200)) {
+            let _ = run_out(&code, &program());
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! The time-out of a socket (SO_RCVTIMEO, SO_SNDTIMEO), for a call that has slept a part of it.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use super::guardian::{Guardian, Undo};
+use super::{calls, pidfd, sockopt};
+
+/// How long to wait for a thread to be back in its call. It does nothing else on the way there.
+const PATIENCE: Duration = Duration::from_millis(20);
+
+/// A socket of another process whose time-out is changed for the moment in which a call reads it.
+#[derive(Debug)]
+pub struct SocketTimeout {
+    socket: OwnedFd,
+    option: i32,
+    tid: i32,
+    nr: u64,
+    whole: [u8; 16],
+    guardian: Option<Guardian>,
+}
+
+/// Whether that descriptor is a socket.
+pub fn is_socket(pid: i32, fd: i32) -> bool {
+    std::fs::read_link(format!("/proc/{pid}/fd/{fd}"))
+        .is_ok_and(|l| l.to_string_lossy().starts_with("socket:"))
+}
+
+impl SocketTimeout {
+    /// For thread `tid`, in call `nr` on descriptor `fd` of its process. None when that socket has no
+    /// time-out for this call.
+    pub fn of(tid: i32, nr: u64, fd: i32) -> Result<Option<Self>> {
+        let Some(option) = calls::socket_option(nr) else {
+            return Ok(None);
+        };
+        let process = pidfd::open_thread(tid)?;
+        let socket = pidfd::get_fd(process.as_fd(), fd)
+            .with_context(|| format!("taking descriptor {fd} of thread {tid}"))?;
+        let value = sockopt::get(&socket, libc::SOL_SOCKET, option, 16)
+            .with_context(|| format!("reading the time-out of descriptor {fd} of thread {tid}"))?;
+        let Ok(whole) = <[u8; 16]>::try_from(value) else {
+            return Ok(None);
+        };
+        let s = Self {
+            socket,
+            option,
+            tid,
+            nr,
+            whole,
+            guardian: None,
+        };
+        Ok((s.whole_ns() > 0).then_some(s))
+    }
+
+    /// The program's own time-out, nanoseconds.
+    pub fn whole_ns(&self) -> i64 {
+        let word = |i: usize| {
+            self.whole
+                .get(i..i + 8)
+                .and_then(|b| b.try_into().ok())
+                .map_or(0, i64::from_le_bytes)
+        };
+        word(0)
+            .saturating_mul(1_000_000_000)
+            .saturating_add(word(8).saturating_mul(1000))
+    }
+
+    fn set(&self, value: &[u8; 16]) -> Result<()> {
+        sockopt::set(&self.socket, libc::SOL_SOCKET, self.option, value)
+            .context("setting the time-out of a socket")
+    }
+
+    /// Until [`SocketTimeout::put_back`], calls that begin time out after this; 0 would be never.
+    /// The guardian puts it back if we die.
+    pub fn shorten(&mut self, left_ns: i64) -> Result<()> {
+        let guardian = Guardian::start().context("starting a guardian")?;
+        let undo = Undo::Options(vec![(libc::SOL_SOCKET, self.option, self.whole.to_vec())]);
+        guardian.protect(&self.socket, &undo)?;
+        self.guardian = Some(guardian);
+        self.set(&calls::timeval(left_ns.max(1000) as u64))
+    }
+
+    /// Waits until the thread, which was let go, is in its call, and gives the socket its own time-out.
+    pub fn put_back(&self) -> Result<()> {
+        let path = format!("/proc/{}/syscall", self.tid);
+        let want = format!("{} ", self.nr);
+        let begun = Instant::now();
+        while begun.elapsed() < PATIENCE {
+            match std::fs::read_to_string(&path) {
+                Ok(text) if text.starts_with(&want) => break,
+                Ok(text) if text.starts_with("running") => std::thread::yield_now(),
+                Ok(_) => std::thread::sleep(Duration::from_micros(50)),
+                Err(_) => break,
+            }
+        }
+        self.set(&self.whole)?;
+        if let Some(g) = &self.guardian {
+            g.forget_all()?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,208 @@
+//! How the threads of a rebuilt process go on: in the middle of the calls they slept in.
+//!
+//! All but few of them are left to the kernel, which issues a call again that ended with one of its
+//! restart codes, or ends it with EINTR where a signal has come meanwhile. For nanosleep, poll and
+//! futex with a time-out the kernel remembers when they end; so we let the thread begin such a call
+//! with the time it has left, and stop it in there. The rest goes through trampolines in the dead end
+//! of the vDSO, as in a dump.
+
+use anyhow::{Context, Result, bail};
+
+use crate::image::process::Process;
+use crate::image::threads::{Resume, Thread};
+use crate::kernel::arch::{
+    ERESTART_RESTARTBLOCK, ERESTARTNOHAND, ERESTARTNOINTR, ERESTARTSYS, Regs,
+};
+use crate::kernel::calls::{self, Broken, Timeout};
+use crate::kernel::mem::Mem;
+use crate::kernel::remote::Remote;
+use crate::kernel::socket_timeout::SocketTimeout;
+use crate::kernel::tracee::{Stop, Tracee};
+use crate::kernel::vdso;
+
+/// What is to be done once the threads run.
+#[derive(Debug, Default)]
+pub struct Afterwards {
+    sockets: Vec<SocketTimeout>,
+    pub warnings: Vec<String>,
+}
+
+impl Afterwards {
+    /// Gives sockets their own time-outs again.
+    pub fn finish(&mut self) -> Result<()> {
+        for s in self.sockets.drain(..) {
+            s.put_back()?;
+        }
+        Ok(())
+    }
+}
+
+/// Registers and masks of all threads, right before they are released; `vdso` is the range of the one
+/// that works here. Nothing of ours is needed in the process any more.
+pub fn set(
+    leader: &Remote,
+    others: &[Remote],
+    p: &Process,
+    vdso: (u64, u64),
+) -> Result<Afterwards> {
+    let mem = leader.mem();
+    let bytes = mem.read_vec(vdso.0, vdso.1.saturating_sub(vdso.0) as usize)?;
+    let start = (vdso.0 + vdso::elf_len(&bytes)?).next_multiple_of(8);
+    let mut place = Place {
+        start,
+        lowest: vdso.1,
+    };
+    let mut after = Afterwards::default();
+    for (r, t) in std::iter::once(leader).chain(others).zip(&p.threads) {
+        let regs = go_on(r.tracee, t, mem, &mut place, &mut after)
+            .with_context(|| format!("setting thread {} going", t.tid))?;
+        if !t.xstate.is_empty() {
+            r.tracee.set_xstate(&t.xstate)?;
+        }
+        r.tracee.set_regs(&regs)?;
+        r.tracee.set_sigmask(t.sigmask)?;
+    }
+    Ok(after)
+}
+
+/// The dead end of the vDSO; trampolines stand from `lowest` on.
+struct Place {
+    start: u64,
+    lowest: u64,
+}
+
+/// Bytes at its beginning that [`begin`] uses.
+const WORK: u64 = 32;
+
+fn go_on(
+    tracee: Tracee,
+    t: &Thread,
+    mem: &Mem,
+    place: &mut Place,
+    after: &mut Afterwards,
+) -> Result<Regs> {
+    let Some(mut regs) = Regs::from_bytes(&t.regs) else {
+        bail!("it has {} bytes of registers", t.regs.len())
+    };
+    let (nr, left) = match t.resume {
+        Resume::Run => {
+            regs.orig_rax = u64::MAX;
+            return Ok(regs);
+        }
+        Resume::Timed { nr, left_ns } => (nr, left_ns),
+        Resume::Again { nr } | Resume::Partial { nr, .. } => (nr, 0),
+    };
+    regs.orig_rax = nr;
+    if !matches!(
+        -(regs.rax as i64),
+        ERESTARTSYS | ERESTARTNOINTR | ERESTARTNOHAND
+    ) {
+        // There is no restart block in a new thread.
+        regs.rax = -ERESTARTNOHAND as u64;
+    }
+    if let Resume::Timed { .. } = t.resume {
+        match calls::timeout(nr, &regs) {
+            Some((timeout, Broken::RestartBlock)) => {
+                let result = begin(tracee, timeout, &regs, left, mem, place.start)?;
+                regs.rax = result as u64;
+                if result != -ERESTART_RESTARTBLOCK {
+                    // It has ended already.
+                    regs.orig_rax = u64::MAX;
+                }
+                return Ok(regs);
+            }
+            None => {
+                let socket = SocketTimeout::of(tracee.tid, nr, regs.arg(0) as i32);
+                if let Ok(Some(mut s)) = socket {
+                    s.shorten(left)?;
+                    after.sockets.push(s);
+                }
+                return Ok(regs);
+            }
+            Some(_) => {}
+        }
+    }
+    let Some(sketch) = calls::rest(0, &regs, &t.resume, left, mem)? else {
+        return Ok(regs);
+    };
+    let at = place.lowest.saturating_sub(sketch.bytes.len() as u64) & !7;
+    if at < place.start + WORK {
+        after.warnings.push(format!(
+            "thread {}: no room left in the vDSO to let its system call {nr} end in time; it {}",
+            t.tid,
+            if let Resume::Partial { done, .. } = t.resume {
+                regs.rax = done;
+                regs.orig_rax = u64::MAX;
+                "returns what was transferred so far"
+            } else {
+                "waits its whole time again"
+            }
+        ));
+        return Ok(regs);
+    }
+    if let Some(t) = calls::rest(at, &regs, &t.resume, left, mem)? {
+        mem.write(at, &t.bytes)?;
+        place.lowest = at;
+        regs = t.regs;
+    }
+    Ok(regs)
+}
+
+/// Lets a thread begin its call with the time it has left and be interrupted at once, with everything
+/// but SIGKILL blocked: what the call returns is then -ERESTART_RESTARTBLOCK, and the kernel knows when
+/// it ends. Or its result, if there was nothing to wait for.
+fn begin(
+    tracee: Tracee,
+    timeout: Timeout,
+    program: &Regs,
+    left: i64,
+    mem: &Mem,
+    place: u64,
+) -> Result<i64> {
+    const SYSCALL: [u8; 8] = [0x0f, 0x05, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc];
+    let mut code = SYSCALL.to_vec();
+    let mut regs = *program;
+    regs.rip = place;
+    regs.rax = program.orig_rax;
+    regs.orig_rax = u64::MAX;
+    regs.eflags = 0x202;
+    let left = left.max(1);
+    let (argument, value) = match timeout {
+        Timeout::Millis(i) => (i, calls::millis(left)),
+        Timeout::Timespec(i) => {
+            code.extend(calls::timespec(left as u64));
+            (i, place + SYSCALL.len() as u64)
+        }
+        Timeout::Timeval(i) => {
+            code.extend(calls::timeval(left as u64));
+            (i, place + SYSCALL.len() as u64)
+        }
+    };
+    if let Some(r) = Regs::ARGS.get(argument) {
+        regs.set(*r, value);
+    }
+    mem.write(place, &code)?;
+    tracee.set_regs(&regs)?;
+    tracee.cont_to_syscall()?;
+    wait_for(tracee, |s| s == Stop::Syscall)?;
+    // It has not begun yet; with this pending it will not sleep.
+    tracee
+        .interrupt()
+        .with_context(|| format!("interrupting thread {}", tracee.tid))?;
+    tracee.cont(0)?;
+    wait_for(tracee, |s| matches!(s, Stop::Interrupt { .. }))?;
+    let result = tracee.regs()?.rax as i64;
+    mem.write(place, &vec![0; code.len()])?;
+    Ok(result)
+}
+
+fn wait_for(tracee: Tracee, wanted: impl Fn(Stop) -> bool) -> Result<()> {
+    loop {
+        match tracee.wait()? {
+            s if wanted(s) => return Ok(()),
+            Stop::Interrupt { .. } => tracee.cont_to_syscall()?,
+            Stop::Syscall | Stop::Event(_) => tracee.cont(0)?,
+            other => bail!("it ended: {other:?}"),
+        }
+    }
+}
