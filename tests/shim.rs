@@ -288,8 +288,11 @@ fn own_tid(kit: &Path) {
     partner.ask(&format!("send {v:x} 1 x"));
     assert!(new.ask(&format!("recv {p:x} 1")).contains("text x"));
     assert_eq!(new.tid("raw"), v);
+    // A notice about its own exit comes when it leaves, by V; here to a handler.
+    new.ask("exits 90");
+    new.ask(&format!("notify 1 90 {v:x}"));
+    assert!(new.ask("exit").starts_with(&format!("[exit of {v:x}]")));
     // A new enrolment is a new task.
-    new.ask("exit");
     assert_eq!(new.ask("raw"), "ffffffff");
     assert_eq!(new.enrol(), after(r2));
     assert_eq!(new.tid("raw"), after(r2));
@@ -304,12 +307,15 @@ fn callbacks(kit: &Path) {
         p,
         ..
     } = moved(&vm);
+    new.ask(&format!("setopt 4 {v:x}"));
     assert_eq!(new.ask(&format!("handler {p:x} 4")), "1");
     partner.ask(&format!("send {v:x} 4 x"));
     partner.ask(&format!("send {v:x} 5 y"));
     let answer = new.ask("recv -1 5");
     assert!(
-        answer.starts_with(&format!("[handler from {p:x} tag 4 raw {v:x} mytid {v:x}]")),
+        answer.starts_with(&format!(
+            "[handler from {p:x} tag 4 raw {v:x} mytid {v:x} collector {v:x}]"
+        )),
         "{answer}"
     );
     assert!(
@@ -479,6 +485,9 @@ fn notices(kit: &Path) {
         "asked again about t{present:x}"
     );
     assert_eq!(task.partner.block().notifies().unwrap(), 0);
+    // There is no route to it, which is told at once.
+    assert_eq!(task.partner.ask(&format!("notify 5 80 {v:x}")), "0");
+    assert_eq!(task.partner.ask("nnotice 80"), format!("{v:x}"));
     // A request made about V now is about its present incarnation, which is gone.
     assert_eq!(task.partner.ask(&format!("notify 1 78 {v:x}")), "0");
     assert_eq!(task.partner.ask("notice 78"), format!("{v:x}"));

@@ -24,7 +24,7 @@ pub struct Pmsg {
     pub src: c_int,
     pub dst: c_int,
     pub enc: c_int,
-    flag: c_int,
+    pub flag: c_int,
     cpos: c_int,
     pub crc: c_int,
 }
@@ -67,6 +67,9 @@ pub struct Tracer {
     pub outtag: c_int,
 }
 
+/// Bit of a message's flags: it was packed here, not received.
+pub const MM_PACK: c_int = 1;
+
 /// First message code of TM_, TC_ and SM_ messages; all have bit 31.
 pub const TM_CONNECT: c_int = 0x8001_0001_u32 as c_int;
 pub const TM_NOTIFY: c_int = TM_CONNECT + 14;
@@ -94,7 +97,18 @@ unsafe fn int_at(up: *mut Pmsg, at: usize) -> Option<*mut [u8; 4]> {
             return None;
         }
         let first = (*master).link;
-        if first.is_null() || (*first).buf.is_null() || ((*first).len as usize) < 4 * at + 4 {
+        if first.is_null() || (*first).buf.is_null() {
+            return None;
+        }
+        // libpvm's messages to its own task are still as they were packed: the length of the piece is
+        // not set yet, but it has room for what libpvm packs.
+        let used = (*first).dat.offset_from((*first).buf.cast());
+        let length = if (*up).flag & MM_PACK != 0 {
+            (*first).max as isize - used
+        } else {
+            (*first).len as isize
+        };
+        if length < 4 * at as isize + 4 {
             return None;
         }
         Some((*first).dat.add(4 * at).cast())
@@ -155,6 +169,7 @@ pub unsafe fn fits(real: &Real, up: *mut Pmsg) -> bool {
             && get_int(up, 0) == Some(PROTOCOL)
             && (*(*(*up).frag).link).len == message.len
             && (*(*(*up).frag).link).link == (*up).frag
+            && message.flag & MM_PACK == 0
             && message.link.is_null() == message.rlink.is_null()
     }
 }

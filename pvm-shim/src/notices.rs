@@ -10,7 +10,7 @@ use pvm_abi::{CTX_TC, CTX_TM, NOOP_MAGIC, NOOP_MARKER, TID_PVMD, WAIT_ID_IGNORE,
 
 use crate::border::{deliver, send_own};
 use crate::inside::{BLOCK, moved, r_of, v_of, with};
-use crate::layout::{Pmsg, TC_NOOP, TC_OUTPUT, TM_NOTIFY, TM_SETOPT, get_int, set_int};
+use crate::layout::{MM_PACK, Pmsg, TC_NOOP, TC_OUTPUT, TM_NOTIFY, TM_SETOPT, get_int, set_int};
 use crate::real::{Real, real};
 
 /// Kinds of pvm_notify, and the flag that takes one back.
@@ -167,7 +167,10 @@ enum Verdict {
 pub unsafe fn take_over(real: &Real, up: *mut Pmsg) -> bool {
     // SAFETY: the layout fits.
     let (src, ctx, tag, wid) = unsafe { ((*up).src as u32, (*up).ctx, (*up).tag, (*up).wid) };
-    if src & TID_PVMD == 0 && src != 0 {
+    // libpvm itself tells of routes, and of this task's own exit.
+    // SAFETY: as above.
+    let own = unsafe { (*up).flag } & MM_PACK != 0;
+    if src & TID_PVMD == 0 && !own {
         return false;
     }
     let verdict = if ctx == CTX_TM && wid == WAIT_ID_IGNORE {
@@ -177,9 +180,9 @@ pub unsafe fn take_over(real: &Real, up: *mut Pmsg) -> bool {
     } else {
         // SAFETY: as above.
         unsafe {
-            match notice(up, src, ctx, tag) {
+            match notice(up, own, ctx, tag) {
                 Some(verdict) => verdict,
-                None if src != 0 && with(|local| local.notices.collects(ctx, tag)) => output(up),
+                None if !own && with(|local| local.notices.collects(ctx, tag)) => output(up),
                 None => Verdict::Pass,
             }
         }
@@ -223,7 +226,7 @@ fn stands(r: u32, v: u32) -> Stands {
 ///
 /// # Safety
 /// As for [`take_over`].
-unsafe fn notice(up: *mut Pmsg, src: u32, ctx: c_int, tag: c_int) -> Option<Verdict> {
+unsafe fn notice(up: *mut Pmsg, own: bool, ctx: c_int, tag: c_int) -> Option<Verdict> {
     // SAFETY: the layout fits.
     let first = unsafe { get_int(up, 0) }?;
     let about = v_of(first);
@@ -254,7 +257,7 @@ unsafe fn notice(up: *mut Pmsg, src: u32, ctx: c_int, tag: c_int) -> Option<Verd
             .map_or((0, 0), |asked| (asked.what, asked.asked_r))
     });
     let tells_tid = matches!(what, TASK_EXIT | ROUTE_ADD | ROUTE_DELETE);
-    if what == TASK_EXIT && src != 0 {
+    if what == TASK_EXIT && !own {
         match stands(first, about) {
             Stands::Present => {}
             Stands::Moving => return Some(Verdict::Hold),

@@ -53,9 +53,19 @@ static int handler(int mid)
 {
 	int len, tag, src;
 	pvm_bufinfo(mid, &len, &tag, &src);
-	say("[handler from %x tag %d raw %x mytid %x] ", src, tag, pvmmytid, pvm_mytid());
+	say("[handler from %x tag %d raw %x", src, tag, pvmmytid);
+	say(" mytid %x", pvm_mytid());
+	say(" collector %x] ", pvm_getopt(PvmOutputTid));
 	if (jump == 2)
 		longjmp(back, 1);
+	return 0;
+}
+
+static int exits(int mid)
+{
+	int tid;
+	pvm_upkint(&tid, 1, 1);
+	say("[exit of %x] ", tid);
 	return 0;
 }
 
@@ -284,6 +294,8 @@ static int run(int argc, char **argv)
 		say("%d", WEXITSTATUS(cc));
 	} else if (!strcmp(c, "fds"))
 		say("%d", pvm_getfds(&list));
+	else if (!strcmp(c, "exits"))
+		say("%d", pvm_addmhf(-1, NUM(1), 0, exits) >= 0);
 	else if (!strcmp(c, "noops")) {
 		/* instead of libpvm's own handler */
 		pvm_delmhf(3);

@@ -151,4 +151,18 @@ mod tests {
         );
         assert_eq!(anchor(Some(OsStr::new("7f000001:1234")), nowhere), nowhere);
     }
+
+    #[test]
+    fn a_socket_made_anew_has_another_table() {
+        let dir = std::env::temp_dir().join(format!("mist-place-{}", std::process::id()));
+        fs::create_dir(&dir).unwrap();
+        let anchor = dir.join("socket");
+        fs::write(&anchor, "").unwrap();
+        let first = table_path(&anchor).unwrap();
+        assert_eq!(first, table_path(&anchor).unwrap());
+        fs::write(dir.join("other"), "").unwrap();
+        fs::rename(dir.join("other"), &anchor).unwrap();
+        assert_ne!(first, table_path(&anchor).unwrap());
+        fs::remove_dir_all(&dir).unwrap();
+    }
 }
