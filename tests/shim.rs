@@ -437,8 +437,8 @@ fn family(kit: &Path) {
     let vm = Vm::start(kit);
     let Move { mut new, v, r2, .. } = moved(&vm);
     let (stage, args) = vm.stage("child");
-    // The child is an incarnation too, of a task that pvmd never had.
-    let (child_r, child_v) = (after(r2), 0x7_1234);
+    // The child is an incarnation too, of a task that pvmd never had, on a host it never had.
+    let (child_r, child_v) = (after(r2), 0x8_1234);
     vm.table().add_incarnation(child_r, child_v).unwrap();
     vm.table().open_gate(child_v, child_r).unwrap();
     assert_eq!(
@@ -449,6 +449,7 @@ fn family(kit: &Path) {
     assert_eq!(child.enrol(), child_v);
     assert_eq!(child.tid("parent"), v);
     assert_eq!(child.ask("siblings"), format!("{child_v:x}"));
+    assert_eq!(new.ask(&format!("hostsync {child_v:x}")), "0");
     new.ask(&format!("send {child_v:x} 1 hello"));
     assert_eq!(
         child.ask(&format!("recv {v:x} 1")),
@@ -1083,11 +1084,10 @@ fn errors(kit: &Path) {
     let vm = Vm::start(kit);
     let Move { mut new, v, .. } = moved(&vm);
     new.ask("perror here");
-    assert!(
-        new.said
-            .iter()
-            .any(|said| said.contains(&format!("[t{v:x}]"))),
-        "{:?}",
-        new.said
-    );
+    new.ask("send 0 1 x");
+    let named = |what: &str| {
+        let line = format!("libpvm [t{v:x}]: {what}");
+        new.said.iter().any(|said| said.starts_with(&line))
+    };
+    assert!(named("here: ") && named("pvm_send(): "), "{:?}", new.said);
 }
