@@ -43,16 +43,17 @@ fn main() -> ExitCode {
         ("soak_over_direct_routes_finds_nothing", |s| {
             soak(s, "-t 3 -d")
         }),
-        ("soak_sees_a_lost_message", |s| sees(s, "lose", "LOST")),
+        ("soak_sees_a_lost_message", |s| sees(s, "lose", &["LOST"])),
         ("soak_sees_a_doubled_message", |s| {
-            sees(s, "double", "DOUBLED")
+            sees(s, "double", &["DOUBLED"])
         }),
         ("soak_sees_messages_change_places", |s| {
-            sees(s, "swap", "REORDERED")
+            sees(s, "swap", &["REORDERED"])
         }),
         ("soak_sees_a_damaged_and_a_misdelivered_message", |s| {
-            sees(s, "damage", "DAMAGED")?;
-            sees(s, "stray", "MISATTRIBUTED")
+            sees(s, "damage", &["DAMAGED"])?;
+            // Whoever is first: the one who gets it, or the one who does not.
+            sees(s, "stray", &["MISATTRIBUTED", "LOST"])
         }),
     ];
     // One stage for all, set up by the first that needs it, and struck below.
@@ -206,19 +207,20 @@ fn soak(stage: &Stage, options: &str) -> Result<()> {
     Ok(())
 }
 
-/// With one fault made on purpose, soak reports that kind of fault.
-fn sees(stage: &Stage, fault: &str, verdict: &str) -> Result<()> {
+/// With one fault made on purpose, soak reports that kind of fault, or one of those kinds.
+fn sees(stage: &Stage, fault: &str, verdicts: &[&str]) -> Result<()> {
     let bin = stage.bin.path().display();
-    // PVM_EXPORT makes pvm_spawn hand these variables on to the tasks.
+    // PVM_EXPORT makes pvm_spawn hand these variables on to the tasks. Two tasks and a long phase:
+    // the next message of the same pair, which shows the fault, comes soon and for certain.
     let shell = format!(
-        "LD_PRELOAD={bin}/fault.so MIST_FAULT={fault} PVM_EXPORT=LD_PRELOAD:MIST_FAULT {bin}/soak -t 5 -q 5 -x 100000"
+        "LD_PRELOAD={bin}/fault.so MIST_FAULT={fault} PVM_EXPORT=LD_PRELOAD:MIST_FAULT {bin}/soak -n 2 -p 600 -t 5 -q 20 -x 10000"
     );
     let output = stage
         .hosts
         .try_verb(&["exec", "h0", "bash", "-c", &shell])?;
     let said = both(&output);
     ensure!(
-        said.contains("soak: FAULT") && said.contains(verdict),
+        said.contains("soak: FAULT") && verdicts.iter().any(|v| said.contains(v)),
         "{fault}: {said}"
     );
     ensure!(output.status.code() == Some(1), "{fault}: {said}");
