@@ -2,8 +2,11 @@
 #include "mist.h"
 
 static volatile sig_atomic_t fired[3];
+static volatile int64_t first;
 static void on_alarm(int sig)
 {
+    if (sig == SIGALRM && !first)
+        first = mist_now();
     fired[sig == SIGALRM ? 0 : sig == SIGVTALRM ? 1 : 2]++;
 }
 static int64_t us(struct timeval t)
@@ -35,7 +38,7 @@ int main(void)
     CHECK("ITIMER_PROF, microseconds left", 1, us(got.it_value) > 195000000 && us(got.it_value) <= 200100000);
     for (int i = 0; i < 5000 && !fired[0]; i++)
         mist_turn();
-    int64_t took = mist_now() - began;
+    int64_t took = first - began;
     CHECK("ITIMER_REAL fires", 1, fired[0] > 0);
     CHECK("ITIMER_REAL fires not too early", 1, took >= 1200000);
     mist_timed("ITIMER_REAL", "relative", took, 1200000);

@@ -1,6 +1,7 @@
 // The first thread has ended, the others go on: /proc/PID shows a zombie that leads living
 // threads.
 // mist: cflags -pthread
+// mist: may-refuse main thread
 #include "mist.h"
 #include <pthread.h>
 

@@ -1,4 +1,6 @@
 // TCP connections that wait to be accepted, both ends here.
+// What is in them nobody can read before they are accepted.
+// mist: may-refuse not accepted yet
 #include "mist.h"
 #include <netinet/in.h>
 
