@@ -11,7 +11,7 @@ use crate::error::{Classify, Failure};
 use crate::image::process::{Limit, MmLayout, Process, State};
 
 /// Refuses what no dump can carry, before anything is stopped.
-pub fn check(pid: i32, inside: &[i32]) -> Result<()> {
+pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<()> {
     let refuse = |what: String| Err(Failure::Refused.because(what));
     let asked_for = inside.first() == Some(&pid);
     let status = match Proc::new(pid).and_then(|p| p.status()) {
@@ -51,11 +51,12 @@ pub fn check(pid: i32, inside: &[i32]) -> Result<()> {
             status.name
         ));
     }
-    if let Some(child) = tree(pid, true)
-        .iter()
-        .find(|p| !inside.contains(p))
-        .filter(|_| asked_for && inside.len() == 1)
-    {
+    let child = if with_tree {
+        None
+    } else {
+        tree(pid, true).get(1).copied()
+    };
+    if let Some(child) = child {
         return refuse(format!(
             "process {pid} ({}) has children (process {child}), which it would miss after a restore; \
              dump them with it: --tree",

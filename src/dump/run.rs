@@ -41,7 +41,7 @@ pub fn run(opts: &Options) -> Result<Report> {
     let started = Instant::now();
     let pids = process::tree(opts.pid, opts.tree);
     for pid in &pids {
-        process::check(*pid, &pids)?;
+        process::check(*pid, &pids, opts.tree)?;
     }
     let writer = ImageWriter::create(&opts.image, opts.store.as_deref(), opts.compress)?;
     let bar = progress(opts.progress);
