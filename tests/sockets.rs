@@ -651,6 +651,87 @@ fn peer_outside_goes_on_with_the_restored_end() {
     });
 }
 
+/// Not a test: captures a socket of another process for a kill, and is killed with everything held.
+#[test]
+fn as_capturer() {
+    let (Ok(pid), Ok(fd)) = (
+        std::env::var("MIST_TEST_PID"),
+        std::env::var("MIST_TEST_FD"),
+    ) else {
+        return;
+    };
+    let die = || -> Result<()> {
+        let (pid, fd) = (pid.parse()?, fd.parse()?);
+        let target = pidfd::open(pid)?;
+        let guardian = Guardian::start()?;
+        let options = Options {
+            kill: true,
+            ..OUTSIDE
+        };
+        let mut dumper = SocketDumper::new(options, &guardian);
+        dumper.add(pid, fd, pidfd::get_fd(target.as_fd(), fd)?)?;
+        dumper.finish(&mut |_, _| bail!("nothing is in flight"))?;
+        if std::env::var_os("MIST_TEST_KEEP").is_some() {
+            dumper.finish_kill(&[target.as_fd()])?;
+        }
+        let me = pidfd::open(i32::try_from(std::process::id())?)?;
+        Ok(pidfd::send_signal(me.as_fd(), libc::SIGKILL)?)
+    };
+    die().expect("a capture");
+}
+
+/// Runs [`as_capturer`] on the target's socket, to its end by SIGKILL.
+fn killed_capture(t: &Target, fd: i32, keep: bool) -> Result<()> {
+    use std::os::unix::process::ExitStatusExt;
+    let mut capturer = Command::new(std::env::current_exe()?);
+    capturer
+        .args(["--exact", "as_capturer", "--test-threads=1"])
+        .env("MIST_TEST_PID", t.pid().to_string())
+        .env("MIST_TEST_FD", fd.to_string())
+        .stdout(Stdio::null());
+    if keep {
+        capturer.env("MIST_TEST_KEEP", "1");
+    }
+    assert_eq!(capturer.status()?.signal(), Some(libc::SIGKILL));
+    Ok(())
+}
+
+#[test]
+fn killed_capture_leaves_the_connection_usable() {
+    in_namespace("killed_capture_leaves_the_connection_usable", || {
+        let (mut t, fds, mut peer) = peer_of_client()?;
+        expect(&mut peer, b"hello from the target")?;
+        for _ in 0..20 {
+            killed_capture(&t, fds[0], false)?;
+            t.go_on()?;
+            expect(&mut peer, b"still here")?;
+            peer.write_all(b"and I")?;
+            assert_eq!(read_soon(t.fd(fds[0])?)?, b"and I");
+        }
+        let reuse = sockopt::get_int(t.fd(fds[0])?, libc::SOL_SOCKET, libc::SO_REUSEADDR)?;
+        assert_eq!(reuse, 1);
+        Ok(())
+    });
+}
+
+#[test]
+fn killed_capture_that_was_to_kill_keeps_the_connection() {
+    in_namespace(
+        "killed_capture_that_was_to_kill_keeps_the_connection",
+        || {
+            let (t, fds, mut peer) = peer_of_client()?;
+            expect(&mut peer, b"hello from the target")?;
+            killed_capture(&t, fds[0], true)?;
+            wait_readable(t.pidfd.as_fd()).context("the target's end")?;
+            // Neither an end nor a reset reaches the peer.
+            peer.write_all(b"anybody?")?;
+            let e = peer.read(&mut [0; 8]).unwrap_err();
+            assert_eq!(e.kind(), std::io::ErrorKind::WouldBlock);
+            Ok(())
+        },
+    );
+}
+
 /// Kills the keeper that holds the socket with this cookie.
 fn end_keeper(cookie: u64) -> Result<()> {
     let name = format!("\0mist-keeper-{cookie:x}");

@@ -112,10 +112,13 @@ impl Guardian {
         self.tell(&[OP_FORGET_ALL], &[])
     }
 
-    /// From now on: when the processes behind `pidfds` are all dead at our end-of-file, do not undo but
-    /// keep the descriptors with these ids open (sockets in repair mode, whose peers must not hear a
-    /// RST) and hand them out to who asks for them at the abstract address `name`. If one of the
-    /// processes lives, everything is undone as before. See [`crate::net::keeper`].
+    /// The point of no return of a dump that kills. All sockets that are protected enter TCP_REPAIR mode,
+    /// in which their end is silent. At our end-of-file the processes behind `pidfds` are killed if
+    /// they are not dead already, and the descriptors with these ids stay open, to be handed out to who
+    /// asks for them at the abstract address `name`. See [`crate::net::keeper`].
+    ///
+    /// # Errors
+    /// EPIPE and the like, or the address cannot be opened: everything is undone at our end, as before.
     pub fn keep(&self, name: &[u8], keep: &[UndoId], pidfds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let mut m = vec![OP_KEEP];
         m.extend_from_slice(&(name.len() as u32).to_ne_bytes());
@@ -329,6 +332,11 @@ fn watch(channel: &OwnedFd) {
                         k.listener = crate::net::keeper::listen(name).ok();
                         ready = k.listener.is_some();
                     }
+                    if ready {
+                        for p in &protected {
+                            let _ = super::tcp_repair::on(&p.fd);
+                        }
+                    }
                     let _ = socket::send(channel, &[u8::from(ready)], &Extra::default());
                     if ready {
                         keep = Some(k);
@@ -338,9 +346,11 @@ fn watch(channel: &OwnedFd) {
             _ => {}
         }
     }
-    if let Some(k) = keep
-        && k.pidfds.iter().all(dead)
-    {
+    if let Some(k) = keep {
+        for pidfd in &k.pidfds {
+            send_signal(pidfd, libc::SIGKILL);
+        }
+        k.pidfds.iter().for_each(wait_for_death);
         protected.retain(|p| k.ids.contains(&p.id));
         if let Some(listener) = &k.listener {
             let kept: Vec<OwnedFd> = protected.into_iter().map(|p| p.fd).collect();
@@ -356,16 +366,7 @@ fn watch(channel: &OwnedFd) {
 fn undo(p: &Protected) {
     let options = match &p.undo {
         Undo::Signal(signal) => {
-            // SAFETY: a pidfd and a signal number; null means no siginfo.
-            unsafe {
-                libc::syscall(
-                    libc::SYS_pidfd_send_signal,
-                    p.fd.as_raw_fd(),
-                    *signal,
-                    std::ptr::null::<libc::siginfo_t>(),
-                    0,
-                );
-            }
+            send_signal(&p.fd, *signal);
             return;
         }
         Undo::Filter(program, options) => {
@@ -379,16 +380,29 @@ fn undo(p: &Protected) {
     }
 }
 
-/// Whether the process behind a pidfd has ended: then it is readable (pidfd_open(2)).
-fn dead(pidfd: &OwnedFd) -> bool {
+fn send_signal(pidfd: &OwnedFd, signal: i32) {
+    // SAFETY: a pidfd and a signal number; null means no siginfo.
+    unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            signal,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        );
+    }
+}
+
+/// A pidfd is readable when its process has ended (pidfd_open(2)). One that hangs in the kernel is not
+/// waited for longer than ten seconds.
+fn wait_for_death(pidfd: &OwnedFd) {
     let mut p = libc::pollfd {
         fd: pidfd.as_raw_fd(),
         events: libc::POLLIN,
         revents: 0,
     };
-    // A process that was sent SIGKILL may take a moment to go.
     // SAFETY: one pollfd.
-    unsafe { libc::poll(&mut p, 1, 2000) == 1 }
+    unsafe { libc::poll(&mut p, 1, 10_000) };
 }
 
 fn wait_readable(fd: &OwnedFd) {

@@ -35,8 +35,8 @@ use crate::kernel::{socket, sockopt};
 pub struct Options {
     /// Carry TCP connections whose peer is outside the dump.
     pub tcp_established: bool,
-    /// The processes are killed once the image is durable: TCP connections stay in repair mode from
-    /// [`SocketDumper::finish`] on, so that their end sends nothing.
+    /// The processes are killed once the image is durable: TCP connections to peers outside are deaf from
+    /// [`SocketDumper::finish`] on, and [`SocketDumper::finish_kill`] makes their end silent.
     pub kill: bool,
     /// Carry unix sockets whose peer is outside as [`crate::image::sockets::Unix::outside`] instead of
     /// refusing; standard streams (descriptors 0, 1, 2) are always carried so.
@@ -228,10 +228,10 @@ impl<'g> SocketDumper<'g> {
         Ok(sockets)
     }
 
-    /// For a dump that kills: call it when the image is durable, before the processes are killed, with a
-    /// pidfd of each. Connections stay in repair mode, so that their end sends nothing; the guardian
-    /// keeps those with a peer outside until they are restored (see [`tcp`]). Should we die before
-    /// all processes are dead, it undoes everything instead.
+    /// For a dump that kills: call it when the image is durable, just before the processes are killed, with
+    /// a pidfd of each. It is the point of no return: connections end without a word from here on,
+    /// and the guardian kills the processes if we die first. It keeps connections with a peer outside
+    /// until they are restored (net/tcp.rs).
     ///
     /// # Errors
     /// The guardian is gone: nothing must be killed then, for peers would notice.

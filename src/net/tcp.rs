@@ -7,7 +7,8 @@
 //! 1. a socket filter that drops all is attached (SO_ATTACH_FILTER, `ret #0`). The kernel asks it before
 //!    it looks at a segment: nothing is acknowledged, nothing changes; the peer sends again later, as
 //!    it would over a bad line. No firewall is needed, and nobody else's packets are concerned;
-//! 2. TCP_REPAIR is left on, in which a socket closes without a word;
+//! 2. once the image is durable, and before the processes are killed, TCP_REPAIR is turned on, in which a
+//!    socket closes without a word (not earlier: the program's own calls fail in that mode);
 //! 3. the guardian, which holds a duplicate, stays behind as the keeper ([`super::keeper`]): as long as the
 //!    socket exists, the kernel finds it for the peer's segments and drops them by the filter. Without
 //!    it they would meet no socket and be answered with RST.

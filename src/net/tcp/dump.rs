@@ -18,7 +18,7 @@ use crate::kernel::tcp_repair::{self, RepairQueue};
 use crate::kernel::{socket, sockopt::DROP_ALL};
 use crate::net::{Diag, Met, SocketDumper, inet};
 
-/// Connections that stay in repair mode until the processes are dead.
+/// Connections that are to end without a word, deaf if the peer is outside.
 #[derive(Default)]
 pub(crate) struct Held {
     held: Vec<HeldSocket>,
@@ -38,6 +38,10 @@ impl HeldSocket {
         if let Some(program) = &self.filter {
             let _ = sockopt::set_filter(&self.fd, program);
         }
+        self.leave_repair();
+    }
+
+    fn leave_repair(&self) {
         for (level, name, value) in &self.undo {
             let _ = sockopt::set(&self.fd, *level, *name, value);
         }
@@ -340,6 +344,9 @@ fn read_connection(
     };
     let result = read_in_repair(fd, t.state, keep);
     if result.is_ok() && kill {
+        // In repair mode the program's own calls fail. Deaf is enough until it is killed: should we die
+        // before, it may run on before the guardian comes, and notices nothing.
+        h.leave_repair();
         held.held.push(h);
     } else {
         h.undo();
@@ -450,7 +457,7 @@ pub(crate) fn hold_until_dead(d: &mut SocketDumper<'_>, pidfds: &[BorrowedFd<'_>
     d.guardian
         .keep(&name, &ids, pidfds)
         .context("telling the guardian process what to keep")?;
-    // From here on our copies close without a word, in repair mode.
+    // In repair mode now: our copies close without a word.
     d.held.held.clear();
     Ok(())
 }
