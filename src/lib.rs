@@ -8,5 +8,6 @@ pub mod error;
 pub mod image;
 pub mod kernel;
 pub mod net;
+mod progress;
 pub mod pvm;
 pub mod restore;

@@ -46,10 +46,22 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<()> {
         return Ok(());
     }
     if status.vmsize.is_none() {
-        return refuse(format!(
-            "process {pid} ({}) is a kernel thread",
-            status.name
-        ));
+        // include/linux/sched.h
+        const PF_KTHREAD: u32 = 0x0020_0000;
+        let kernel = Proc::new(pid)
+            .and_then(|p| p.stat())
+            .is_ok_and(|s| s.flags & PF_KTHREAD != 0);
+        return match (kernel, asked_for) {
+            (true, _) => refuse(format!(
+                "process {pid} ({}) is a kernel thread",
+                status.name
+            )),
+            (false, true) => {
+                Err(Failure::NoSuchProcess.because(format!("process {pid} is just ending")))
+            }
+            // It is found dead, or gone, when the tree stands still.
+            (false, false) => Ok(()),
+        };
     }
     let child = if with_tree {
         None

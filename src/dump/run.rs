@@ -4,7 +4,7 @@ use std::os::fd::AsFd;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 
 use super::files::FileDumper;
 use super::hold::HeldProcess;
@@ -19,8 +19,10 @@ use crate::image::{Description, FORMAT_NAME, FORMAT_VERSION, Manifest, Origin, S
 use crate::kernel::arch::{self, PAGE, TASK_SIZE};
 use crate::kernel::batch::{self, Batch, Cloned, Snapshot};
 use crate::kernel::guardian::Guardian;
+use crate::kernel::time_ns::Offsets;
 use crate::kernel::{caps, pidfd, vdso};
 use crate::net::{self, SocketDumper};
+use crate::progress;
 
 /// One process of the dump: what the image says of it, and what we hold of it.
 struct Subject {
@@ -44,7 +46,7 @@ pub fn run(opts: &Options) -> Result<Report> {
         process::check(*pid, &pids, opts.tree)?;
     }
     let writer = ImageWriter::create(&opts.image, opts.store.as_deref(), opts.compress)?;
-    let bar = progress(opts.progress);
+    let bar = progress::bar(opts.progress, 0);
     let mut report = Report {
         pid: opts.pid,
         image: opts.image.clone(),
@@ -119,16 +121,6 @@ pub fn run(opts: &Options) -> Result<Report> {
     Ok(report)
 }
 
-fn progress(wanted: bool) -> ProgressBar {
-    if !wanted {
-        return ProgressBar::hidden();
-    }
-    let style =
-        ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
-            .unwrap_or_else(|_| ProgressStyle::default_bar());
-    ProgressBar::new(0).with_style(style)
-}
-
 fn release(holds: &mut Holds) -> Result<()> {
     holds
         .iter_mut()
@@ -193,7 +185,7 @@ fn look<'g>(
     tables: &mut Tables,
     guardian: &'g Guardian,
 ) -> Result<(Vec<Subject>, Looked<'g>)> {
-    let origin = origin()?;
+    let origin = origin(pids.first().copied().unwrap_or(0))?;
     let mut files = FileDumper::new(pids);
     let net = net::Options {
         tcp_established: opts.tcp_established,
@@ -387,7 +379,7 @@ fn copy_memory(
     memory::copy(&sources, writer.pages(), bar)
 }
 
-fn origin() -> Result<Origin> {
+fn origin(pid: i32) -> Result<Origin> {
     let uts = nix::sys::utsname::uname().context("uname")?;
     let text = |s: &std::ffi::OsStr| s.to_string_lossy().into_owned();
     let clock = |id| -> Result<i128> {
@@ -397,6 +389,7 @@ fn origin() -> Result<Origin> {
     let realtime = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
+    let (ours, theirs) = (Offsets::of("self"), Offsets::of(&pid.to_string()));
     Ok(Origin {
         mistctl: env!("CARGO_PKG_VERSION").to_owned(),
         hostname: text(uts.nodename()),
@@ -407,8 +400,10 @@ fn origin() -> Result<Origin> {
             .trim()
             .to_owned(),
         realtime_ns: realtime.as_nanos() as i128,
-        monotonic_ns: clock(nix::time::ClockId::CLOCK_MONOTONIC)?,
-        boottime_ns: clock(nix::time::ClockId::CLOCK_BOOTTIME)?,
+        monotonic_ns: clock(nix::time::ClockId::CLOCK_MONOTONIC)? - ours.monotonic
+            + theirs.monotonic,
+        boottime_ns: clock(nix::time::ClockId::CLOCK_BOOTTIME)? - ours.boottime + theirs.boottime,
+        time_offsets_ns: (theirs.monotonic, theirs.boottime),
         xfeatures: arch::xfeatures(),
     })
 }

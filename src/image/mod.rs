@@ -72,10 +72,13 @@ pub struct Origin {
     pub machine: String,
     /// /proc/sys/kernel/random/boot_id: CLOCK_MONOTONIC of two boots cannot be compared.
     pub boot_id: String,
-    /// Clocks at the moment the processes stood still, in nanoseconds.
+    /// Clocks as the processes saw them when they stood still, in nanoseconds.
     pub realtime_ns: i128,
     pub monotonic_ns: i128,
     pub boottime_ns: i128,
+    /// How far CLOCK_MONOTONIC and CLOCK_BOOTTIME were ahead of the host's (a time namespace).
+    #[serde(default)]
+    pub time_offsets_ns: (i128, i128),
     /// User-space xstate components in use by the kernel (XCR0).
     pub xfeatures: u64,
 }

@@ -21,6 +21,7 @@ pub mod socket;
 pub mod socket_timeout;
 pub mod sockopt;
 pub mod tcp_repair;
+pub mod time_ns;
 pub mod timer_list;
 pub mod tracee;
 pub mod tty;

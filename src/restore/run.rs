@@ -14,10 +14,11 @@ use super::shared::SharedObjects;
 use super::tree::Bodies;
 use super::{Options, Outcome, Report, creds, layout, memory, process, resume, signals, threads};
 use crate::error::Failure;
-use crate::image::Manifest;
 use crate::image::process::{Creds, Process, State};
 use crate::image::store::Image;
+use crate::image::{Manifest, Origin};
 use crate::kernel::remote::{AREA, Remote};
+use crate::kernel::time_ns::Offsets;
 use crate::kernel::undertaker::Undertaker;
 use crate::kernel::{body, caps};
 use crate::net::Restorer;
@@ -58,10 +59,11 @@ pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
     let same_ids = can_have_ids(processes, opts, &mut report)?;
 
     let mut undertaker = Undertaker::start()?;
+    let same_clocks = set_clocks(&manifest.origin, &mut report)?;
     let floor = floor(manifest);
     let mut shared = SharedObjects::new(&image, floor)?;
     let mut sockets = Restorer::build(&manifest.sockets)?;
-    let mut built = descriptors(manifest, opts, floor, &shared, &sockets)?;
+    let mut built = descriptors(manifest, opts, floor, &shared, &sockets, same_clocks)?;
     sockets.fill(&|id| {
         let fd = built
             .fds
@@ -231,6 +233,42 @@ fn release(r: &Ready, opts: &Options) -> Result<()> {
     Ok(())
 }
 
+/// Lets the processes see their clocks go on from where they stood: deadlines in their memory count on
+/// it. True: they do.
+fn set_clocks(origin: &Origin, report: &mut Report) -> Result<bool> {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let ours = Offsets::of("self");
+    let wanted = if boot.trim() == origin.boot_id {
+        let (monotonic, boottime) = origin.time_offsets_ns;
+        Offsets {
+            monotonic,
+            boottime,
+        }
+    } else {
+        let host = |id, offset| -> Result<i128> {
+            let t = nix::time::clock_gettime(id).context("clock_gettime")?;
+            Ok(i128::from(t.tv_sec()) * 1_000_000_000 + i128::from(t.tv_nsec()) - offset)
+        };
+        let monotonic = host(nix::time::ClockId::CLOCK_MONOTONIC, ours.monotonic)?;
+        let boottime = host(nix::time::ClockId::CLOCK_BOOTTIME, ours.boottime)?;
+        Offsets {
+            monotonic: origin.monotonic_ns - monotonic,
+            boottime: origin.boottime_ns - boottime,
+        }
+    };
+    if wanted == ours {
+        return Ok(true);
+    }
+    if let Err(e) = wanted.for_children() {
+        report.warnings.push(format!(
+            "the program sees this host's clocks, not those it had (a deadline in its memory may be \
+             far off): {e:#}"
+        ));
+        return Ok(false);
+    }
+    Ok(true)
+}
+
 /// Where our own descriptors go: above every number of the programs.
 fn floor(m: &Manifest) -> i32 {
     let top = m
@@ -276,12 +314,12 @@ fn descriptors(
     floor: i32,
     shared: &SharedObjects,
     sockets: &Restorer,
+    same_clocks: bool,
 ) -> Result<Built> {
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let surroundings = Surroundings {
         floor,
         detached: opts.detach,
-        same_clocks: boot.trim() == m.origin.boot_id,
+        same_clocks,
     };
     let mut socket = |i: u32| -> Result<OwnedFd> {
         let fd = sockets

@@ -1,0 +1,75 @@
+//! Time namespaces (time_namespaces(7)): processes that go on seeing the clocks of another boot or host.
+
+use anyhow::{Context, Result};
+use nix::sched::{CloneFlags, unshare};
+
+/// How far CLOCK_MONOTONIC and CLOCK_BOOTTIME of a namespace are ahead of the host's, in nanoseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Offsets {
+    pub monotonic: i128,
+    pub boottime: i128,
+}
+
+const SECOND: i128 = 1_000_000_000;
+
+impl Offsets {
+    /// Those of a process ("self" is us); none on a kernel without time namespaces.
+    pub fn of(who: &str) -> Self {
+        std::fs::read_to_string(format!("/proc/{who}/timens_offsets"))
+            .map(|text| Self::parse(&text))
+            .unwrap_or_default()
+    }
+
+    fn parse(text: &str) -> Self {
+        let mut me = Self::default();
+        for line in text.lines() {
+            let mut words = line.split_whitespace();
+            let (Some(clock), Some(s), Some(ns)) = (words.next(), words.next(), words.next())
+            else {
+                continue;
+            };
+            let (Ok(s), Ok(ns)) = (s.parse::<i64>(), ns.parse::<i64>()) else {
+                continue;
+            };
+            let total = i128::from(s) * SECOND + i128::from(ns);
+            match clock {
+                "monotonic" => me.monotonic = total,
+                "boottime" => me.boottime = total,
+                _ => {}
+            }
+        }
+        me
+    }
+
+    /// From now on our children have these offsets, whatever ours are. Once only, and not for us.
+    ///
+    /// # Errors
+    /// Needs CAP_SYS_ADMIN and CAP_SYS_TIME.
+    pub fn for_children(self) -> Result<()> {
+        const CLONE_NEWTIME: i32 = 0x80;
+        unshare(CloneFlags::from_bits_retain(CLONE_NEWTIME)).context("making a time namespace")?;
+        let line = |clock: &str, ns: i128| {
+            format!(
+                "{clock} {} {}\n",
+                ns.div_euclid(SECOND),
+                ns.rem_euclid(SECOND)
+            )
+        };
+        let text = line("monotonic", self.monotonic) + &line("boottime", self.boottime);
+        std::fs::write("/proc/self/timens_offsets", text)
+            .context("setting the clocks of a time namespace (/proc/self/timens_offsets)")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn offsets_are_read() {
+        let o = Offsets::parse("monotonic          -5 500000000\nboottime   7 0\n");
+        assert_eq!(o.monotonic, -4_500_000_000);
+        assert_eq!(o.boottime, 7_000_000_000);
+        assert_eq!(Offsets::parse("nonsense"), Offsets::default());
+    }
+}
