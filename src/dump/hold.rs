@@ -38,7 +38,7 @@ impl HeldProcess {
         let mem = Mem::open(pid).map_err(|e| gone_or(pid, e))?;
         wait_for_vfork(pid)?;
         let tail = Tail::find(pid, &mem);
-        let watch = Watch::before(pid, &thread_ids(pid)?, &mem);
+        let mut watch = Watch::before(pid, &thread_ids(pid)?, &mem);
         let mut held = Self {
             pid,
             mem,
@@ -63,7 +63,7 @@ impl HeldProcess {
                 }
             }
             for t in seized {
-                if let Some(h) = hold(t, pid, &held.mem, &held.tail)? {
+                if let Some(h) = hold(t, pid, &held.mem, &mut held.tail)? {
                     held.threads.push(h);
                 }
             }
@@ -77,7 +77,7 @@ impl HeldProcess {
             .position(|h| h.tracee.tid == pid)
             .unwrap_or(0);
         held.threads.swap(0, leader);
-        resume::settle(&mut held.threads, &watch, &held.mem, &mut held.tail)?;
+        resume::settle(&mut held.threads, &mut watch, &held.mem, &mut held.tail)?;
         Ok(held)
     }
 
@@ -210,7 +210,7 @@ fn seize(pid: i32, tid: i32) -> Result<Option<Tracee>> {
 }
 
 /// Waits for the stop of a seized and interrupted thread; None when it ended first.
-fn hold(tracee: Tracee, pid: i32, mem: &Mem, tail: &Tail) -> Result<Option<Held>> {
+fn hold(tracee: Tracee, pid: i32, mem: &Mem, tail: &mut Tail) -> Result<Option<Held>> {
     for _ in 0..TRIES {
         let Some(stop) = wait_stopped(tracee, pid)? else {
             return Ok(None);
@@ -227,6 +227,7 @@ fn hold(tracee: Tracee, pid: i32, mem: &Mem, tail: &Tail) -> Result<Option<Held>
             program: regs,
             resume: Resume::Run,
             deadline: None,
+            noted: None,
             sigmask,
             stopped_by,
         };

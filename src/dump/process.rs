@@ -45,6 +45,10 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<()> {
         }
         return Ok(());
     }
+    if status.vmsize.is_none() && !asked_for {
+        // A child on its way out.
+        return Ok(());
+    }
     if status.vmsize.is_none() {
         // include/linux/sched.h
         const PF_KTHREAD: u32 = 0x0020_0000;

@@ -44,6 +44,8 @@ pub struct Held {
     pub resume: Resume,
     /// When that call is to time out: CLOCK_MONOTONIC, nanoseconds.
     pub deadline: Option<i64>,
+    /// The deadline that a trampoline carries for us.
+    pub noted: Option<i64>,
     pub sigmask: u64,
     /// Group-stopped by this signal.
     pub stopped_by: Option<i32>,

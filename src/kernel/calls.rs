@@ -162,7 +162,7 @@ pub fn rest(
     let left = left_ns.max(0) as u64;
     let emit = |nr, args: &[(usize, u64)], done, in_data: &[usize], data: &[u8]| {
         Ok(Some(trampoline::emit(
-            at, program, nr, args, done, in_data, data,
+            at, program, nr, args, done, None, in_data, data,
         )))
     };
     match *resume {

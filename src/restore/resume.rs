@@ -11,13 +11,13 @@ use anyhow::{Context, Result, bail};
 use crate::image::process::Process;
 use crate::image::threads::{Resume, Thread};
 use crate::kernel::arch::{
-    ERESTART_RESTARTBLOCK, ERESTARTNOHAND, ERESTARTNOINTR, ERESTARTSYS, Regs,
+    ERESTART_RESTARTBLOCK, ERESTARTNOHAND, ERESTARTNOINTR, ERESTARTSYS, Regs, trampoline,
 };
 use crate::kernel::calls::{self, Broken, Timeout};
 use crate::kernel::mem::Mem;
 use crate::kernel::remote::Remote;
 use crate::kernel::socket_timeout::SocketTimeout;
-use crate::kernel::tracee::{Stop, Tracee};
+use crate::kernel::tracee::{Stop, Tracee, monotonic_ns};
 use crate::kernel::vdso;
 
 /// What is to be done once the threads run.
@@ -116,6 +116,16 @@ fn go_on(
                 if let Ok(Some(mut s)) = socket {
                     s.shorten(left)?;
                     after.sockets.push(s);
+                    // For a later dump.
+                    let end = Some(monotonic_ns().saturating_add(left));
+                    let emit = |at| trampoline::emit(at, &regs, nr, &[], None, end, &[], &[]);
+                    let at = place.lowest.saturating_sub(emit(0).bytes.len() as u64) & !7;
+                    if at >= place.start + WORK {
+                        let t = emit(at);
+                        mem.write(at, &t.bytes)?;
+                        place.lowest = at;
+                        return Ok(t.regs);
+                    }
                 }
                 return Ok(regs);
             }

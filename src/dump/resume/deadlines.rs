@@ -22,6 +22,7 @@ const CLOSE_NS: i64 = 500_000;
 /// What threads were doing right before they were stopped.
 #[derive(Debug, Default)]
 pub struct Watch {
+    pid: i32,
     timers: Option<TimerList>,
     seen: BTreeMap<i32, Seen>,
 }
@@ -33,6 +34,8 @@ struct Seen {
     restarted: bool,
     /// When it went to sleep: CLOCK_MONOTONIC.
     since: Option<i64>,
+    /// How often it had gone to sleep. The stop adds one; more say that this was an earlier call.
+    sleeps: Option<u64>,
     /// Time-out in its arguments.
     timeout: Option<i64>,
 }
@@ -58,10 +61,12 @@ impl Watch {
             if timeout.is_none() && calls::socket_option(nr).is_none() {
                 continue;
             }
+            let sched = Sched::read(&format!("/proc/{pid}/task/{tid}/sched"));
             let s = Seen {
                 nr,
                 restarted,
-                since: exec_start(&format!("/proc/{pid}/task/{tid}/sched")),
+                since: sched.map(|s| s.exec_start),
+                sleeps: sched.map(|s| s.sleeps),
                 timeout: timeout.and_then(|(t, _)| calls::argument(t, &regs, mem).ok()),
             };
             seen.insert(tid, s);
@@ -76,7 +81,20 @@ impl Watch {
         }
         let timed = seen.values().any(|s| s.timeout.is_some());
         let timers = if timed { TimerList::read().ok() } else { None };
-        Self { timers, seen }
+        Self { pid, timers, seen }
+    }
+
+    /// Forgets what was seen of threads that have begun another call before they stopped.
+    pub fn check(&mut self, tids: &[i32]) {
+        for tid in tids {
+            let now = Sched::read(&format!("/proc/{}/task/{tid}/sched", self.pid));
+            if let Some(s) = self.seen.get(tid)
+                && let (Some(before), Some(now)) = (s.sleeps, now)
+                && now.sleeps > before + 1
+            {
+                self.seen.remove(tid);
+            }
+        }
     }
 
     /// The call that a thread in restart_syscall goes on with.
@@ -123,7 +141,14 @@ impl Watch {
             .filter_map(|t| Some((*t, estimate(t)?)))
             .flat_map(|(tid, e)| timers.iter().map(move |x| ((x - e).abs(), tid, *x)))
             .filter(|(distance, tid, x)| {
-                *x <= latest(tid) && (*distance < CLOSE_NS || !left.contains_key(tid))
+                // The scheduler's clock may have lost time during the sleep.
+                let asleep = self.since(*tid).map_or(0, |s| stopped - s);
+                let lost = if left.contains_key(tid) {
+                    0
+                } else {
+                    asleep / 10
+                };
+                *x <= latest(tid) && *distance < CLOSE_NS + lost
             })
             .collect();
         pairs.sort_unstable();
@@ -204,14 +229,29 @@ fn guess(place: &str, r: &Regs) -> Option<u64> {
     Some(nr as u64)
 }
 
-/// The scheduler's time at which a task last began to run, which for one that sleeps is when it went
-/// to sleep (kernel/sched/debug.c); nanoseconds.
-fn exec_start(path: &str) -> Option<i64> {
-    let text = std::fs::read_to_string(path).ok()?;
-    let line = text.lines().find(|l| l.starts_with("se.exec_start"))?;
-    let value = line.split(':').nth(1)?.trim();
-    let (ms, fraction) = value.split_once('.')?;
-    Some(ms.parse::<i64>().ok()? * 1_000_000 + fraction.parse::<i64>().ok()?)
+/// Of /proc/PID/sched (kernel/sched/debug.c).
+#[derive(Debug, Clone, Copy)]
+struct Sched {
+    /// The scheduler's time at which the task last began to run, which for one that sleeps is about
+    /// when it went to sleep; nanoseconds.
+    exec_start: i64,
+    /// How often it has gone to sleep.
+    sleeps: u64,
+}
+
+impl Sched {
+    fn read(path: &str) -> Option<Self> {
+        let text = std::fs::read_to_string(path).ok()?;
+        let value = |key: &str| {
+            let line = text.lines().find(|l| l.starts_with(key))?;
+            Some(line.split(':').nth(1)?.trim())
+        };
+        let (ms, fraction) = value("se.exec_start")?.split_once('.')?;
+        Some(Self {
+            exec_start: ms.parse::<i64>().ok()? * 1_000_000 + fraction.parse::<i64>().ok()?,
+            sleeps: value("nr_voluntary_switches")?.parse().ok()?,
+        })
+    }
 }
 
 /// From the scheduler's clocks, one a CPU, to CLOCK_MONOTONIC.
@@ -241,7 +281,7 @@ fn offset_on(cpu: usize) -> Option<i64> {
             // Having slept we have just begun to run.
             std::thread::sleep(std::time::Duration::from_micros(1));
             let now = monotonic_ns();
-            Some(now - exec_start("/proc/thread-self/sched")?)
+            Some(now - Sched::read("/proc/thread-self/sched")?.exec_start)
         })
         .min();
     let _ = sched_setaffinity(me, &ours);
@@ -254,6 +294,7 @@ mod tests {
 
     fn watch(seen: &[(i32, bool, i64, i64)]) -> Watch {
         Watch {
+            pid: 0,
             timers: None,
             seen: seen
                 .iter()
@@ -262,6 +303,7 @@ mod tests {
                         nr: 35,
                         restarted,
                         since: Some(since),
+                        sleeps: None,
                         timeout: Some(timeout),
                     };
                     (tid, s)

@@ -46,10 +46,19 @@ impl Tail {
     /// Empty when the process has no vDSO.
     pub fn find(pid: i32, mem: &Mem) -> Self {
         let all = vdso_tail(pid, mem).unwrap_or_default();
-        Self {
+        let mut tail = Self {
             lowest: all.end,
             all,
+        };
+        // What an earlier dump has left may be in use; once the threads stand [`settle`] knows.
+        let from = tail.all.start + batch::ROOM;
+        let len = tail.all.end.saturating_sub(from) as usize;
+        if let Ok(old) = mem.read_vec(from, len)
+            && let Some(i) = old.iter().position(|b| *b != 0)
+        {
+            tail.keep(from + i as u64);
         }
+        tail
     }
 
     /// What a batch may use.
@@ -97,7 +106,7 @@ fn vdso_tail(pid: i32, mem: &Mem) -> Option<Range<u64>> {
 
 /// What the stop did to a thread; its registers are put right at once. False for a thread that still
 /// runs code that a mistctl which died has left in the vDSO: let it finish that.
-pub fn first_act(held: &mut Held, pid: i32, mem: &Mem, tail: &Tail) -> Result<bool> {
+pub fn first_act(held: &mut Held, pid: i32, mem: &Mem, tail: &mut Tail) -> Result<bool> {
     let mut seen = held.regs;
     if tail.holds(seen.rip) {
         let room = (tail.all.end - seen.rip).min(LONGEST as u64) as usize;
@@ -118,6 +127,7 @@ pub fn first_act(held: &mut Held, pid: i32, mem: &Mem, tail: &Tail) -> Result<bo
             return Ok(false);
         };
         if broken {
+            held.noted = trampoline::note(code);
             let done = out.rax;
             out.rax = -ERESTARTNOHAND as u64;
             held.program = out;
@@ -174,6 +184,10 @@ pub fn first_act(held: &mut Held, pid: i32, mem: &Mem, tail: &Tail) -> Result<bo
             nr,
             done: result as u64,
         };
+        let floor = tail.all.start + batch::ROOM;
+        if place(held, 0, mem, tail, floor)? {
+            held.tracee.set_regs(&held.regs)?;
+        }
     }
     Ok(true)
 }
@@ -206,14 +220,21 @@ fn waits(pid: i32, nr: u64, r: &Regs) -> bool {
 
 /// Once all threads stand: when their calls are to time out, and trampolines for what they have yet
 /// to transfer, so that from now on our death shows as little as our going on.
-pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -> Result<()> {
+pub fn settle(threads: &mut [Held], watch: &mut Watch, mem: &Mem, tail: &mut Tail) -> Result<()> {
     let stopped = monotonic_ns();
+    tail.lowest = tail.all.end;
     for h in threads.iter() {
         if tail.holds(h.regs.rip) {
             tail.keep(h.regs.rip.saturating_sub(2));
         }
         keep_frames(h, mem, tail);
     }
+    let sleepers: Vec<i32> = threads
+        .iter()
+        .filter(|h| matches!(h.resume, Resume::Timed { .. }))
+        .map(|h| h.tracee.tid)
+        .collect();
+    watch.check(&sleepers);
     let mut timed = Vec::new();
     let mut left = BTreeMap::new();
     for h in threads.iter_mut() {
@@ -221,18 +242,11 @@ pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -
         if let Resume::Timed { nr, .. } = &mut h.resume
             && *nr == NR_RESTART_SYSCALL
         {
-            match watch.call(tid).or_else(|| call_in_code(&h.program, mem)) {
-                Some(real) => {
-                    *nr = real;
-                    // The kernel asks its restart block, not this.
-                    h.program.orig_rax = real;
-                }
-                None => {
-                    // A poll or futex without time-out is the likeliest, and does no harm.
-                    h.resume = Resume::Run;
-                    continue;
-                }
-            }
+            *nr = call_in_code(&h.program, mem)
+                .or_else(|| watch.call(tid))
+                .unwrap_or_else(|| call_by_arguments(&h.program, mem));
+            // The kernel asks its restart block, not this.
+            h.program.orig_rax = *nr;
         }
         let (Resume::Timed { nr, .. } | Resume::Again { nr }) = h.resume else {
             continue;
@@ -273,6 +287,9 @@ pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -
                         h.deadline = Some(since.saturating_add(s.whole_ns()));
                     }
                     _ => h.resume = Resume::Again { nr },
+                }
+                if let Some(d) = h.noted {
+                    h.deadline = h.deadline.map(|_| d);
                 }
             }
         }
@@ -344,6 +361,32 @@ fn call_in_code(r: &Regs, mem: &Mem) -> Option<u64> {
     }
 }
 
+/// The call that a thread in restart_syscall made, by what its arguments look like.
+fn call_by_arguments(r: &Regs, mem: &Mem) -> u64 {
+    const SMALL: u64 = 4096;
+    let is_address = |v: u64| v >= SMALL && (v as i64) > 0;
+    // struct timespec, and no pointer or two ints.
+    let is_time = |at: u64| {
+        mem.read_u64(at).is_ok_and(|s| s < 1 << 31)
+            && mem.read_u64(at + 8).is_ok_and(|n| n < 1_000_000_000)
+    };
+    let futex_flags = libc::FUTEX_PRIVATE_FLAG as u64 | libc::FUTEX_CLOCK_REALTIME as u64;
+    let nr = if !is_address(r.arg(0)) || r.arg(0) >> 31 == 1 && r.arg(1) <= 1 {
+        libc::SYS_clock_nanosleep
+    } else if is_address(r.arg(1)) || r.arg(1) == 0 && is_time(r.arg(0)) {
+        libc::SYS_nanosleep
+    } else if r.arg(1) == 0
+        || r.arg(1) & futex_flags != 0
+            && r.arg(0).is_multiple_of(4)
+            && (r.arg(3) == 0 || is_time(r.arg(3)))
+    {
+        libc::SYS_futex
+    } else {
+        libc::SYS_poll
+    };
+    nr as u64
+}
+
 /// Writes a trampoline for the rest of a thread's call and points the thread there.
 fn place(h: &mut Held, left: i64, mem: &Mem, tail: &mut Tail, floor: u64) -> Result<bool> {
     let Some(sketch) = calls::rest(0, &h.program, &h.resume, left, mem)? else {
@@ -394,6 +437,11 @@ pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Vec<SocketTime
                             && s.shorten(left).is_ok()
                         {
                             sockets.push(s);
+                            if !tail.holds(h.regs.rip)
+                                && let Some(d) = h.deadline
+                            {
+                                note_deadline(h, d, mem, tail);
+                            }
                         }
                     }
                 }
@@ -402,6 +450,19 @@ pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Vec<SocketTime
         }
     }
     sockets
+}
+
+/// Lets a call whose time-out is its socket's go through a trampoline, which does nothing but tell a
+/// later dump when the call ends.
+fn note_deadline(h: &mut Held, deadline: i64, mem: &Mem, tail: &mut Tail) {
+    let nr = h.program.orig_rax;
+    let emit = |at| trampoline::emit(at, &h.program, nr, &[], None, Some(deadline), &[], &[]);
+    if let Some(at) = tail.take(emit(0).bytes.len(), tail.all.start) {
+        let t = emit(at);
+        if mem.write(at, &t.bytes).is_ok() {
+            h.regs = t.regs;
+        }
+    }
 }
 
 /// The time-out in a trampoline that the thread is in already.

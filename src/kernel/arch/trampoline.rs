@@ -26,13 +26,15 @@ pub struct Trampoline {
 /// For a thread that is in a call with `program` registers: the call goes on with `args` (number of
 /// the argument, value) in place of its own. `done` is added to its result. `data` is kept behind the
 /// code, and its address added to the values of the arguments in `in_data`.
-/// `at` is a multiple of 8.
+/// A `note` is for [`note`] to read and does nothing. `at` is a multiple of 8.
+#[expect(clippy::too_many_arguments, reason = "the parts of a trampoline")]
 pub fn emit(
     at: u64,
     program: &Regs,
     nr: u64,
     args: &[(usize, u64)],
     done: Option<u32>,
+    note: Option<i64>,
     in_data: &[usize],
     data: &[u8],
 ) -> Trampoline {
@@ -42,6 +44,10 @@ pub fn emit(
     regs.rip = at + a.len() as u64;
     regs.rax = -ERESTARTNOHAND as u64;
     regs.orig_rax = nr;
+    if let Some(note) = note {
+        a.raw(&NOTE); // mov rcx, note
+        a.raw(&note.to_le_bytes());
+    }
     if let Some(done) = done {
         a.mov_reg(R::Cx, R::Ax);
         a.raw(&[0x48, 0x0f, 0xc9]); // bswap rcx
@@ -81,6 +87,19 @@ pub fn emit(
         bytes: a.bytes().to_vec(),
         regs,
     }
+}
+
+/// mov rcx, imm64: rcx is set again before anyone looks.
+const NOTE: [u8; 2] = [0x48, 0xb9];
+
+/// The note in a trampoline, of which `code` is what follows the `syscall`.
+pub fn note(code: &[u8]) -> Option<i64> {
+    let behind = code.get(10..)?;
+    // Else it is the program's rip.
+    if !code.starts_with(&NOTE) || behind.starts_with(&[0xff, 0xe1]) {
+        return None;
+    }
+    Some(i64::from_le_bytes(code.get(2..10)?.try_into().ok()?))
 }
 
 /// Where a thread that stands in a trampoline will be in the program: follows the `code` at its rip.
@@ -182,7 +201,7 @@ mod tests {
     #[test]
     fn the_program_gets_its_registers_and_the_whole_count() {
         let args = [(1, 0x7fff_1234_5680), (2, 992), (3, 0)];
-        let t = emit(0x1000, &program(), 1, &args, Some(8), &[], &[]);
+        let t = emit(0x1000, &program(), 1, &args, Some(8), None, &[], &[]);
         assert_eq!(t.regs.orig_rax, 1);
         assert_eq!(
             (t.regs.rsi, t.regs.rdx, t.regs.r10),
@@ -200,11 +219,15 @@ mod tests {
 
     #[test]
     fn a_time_out_leaves_errors_alone() {
-        let t = emit(0x2000, &program(), 1, &[(3, 0)], None, &[3], &[1; 16]);
+        let t = emit(0x2000, &program(), 1, &[(3, 0)], None, None, &[3], &[1; 16]);
         assert_eq!(t.regs.rip, 0x2002);
         assert_eq!(t.bytes[(t.regs.r10 - 0x2000) as usize..], [1; 16]);
         assert_eq!(behind(&t, 0x2000, -4).rax, -4i64 as u64);
         assert_eq!(behind(&t, 0x2000, 0).r10, program().r10);
+        assert_eq!(note(&t.bytes[2..]), None);
+        let t = emit(0x2000, &program(), 45, &[], None, Some(-7), &[], &[]);
+        assert_eq!(note(&t.bytes[2..]), Some(-7));
+        assert_eq!(behind(&t, 0x2000, 5).rip, program().rip);
     }
 
     proptest::proptest! {
