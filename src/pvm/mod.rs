@@ -1,5 +1,9 @@
-//! PVM: the tid table of a host, and what tasks under the shim publish.
+//! PVM: the task-pvmd protocol, the tid table of a host, and what tasks under the shim publish.
 
 pub mod block;
+pub mod client;
 pub mod shimabi;
 pub mod table;
+pub mod tid;
+pub mod virtual_machine;
+pub mod wire;

@@ -1,4 +1,5 @@
 //! A virtual machine of one host for tests of the shim, and tasks that do what they are told.
+#![allow(dead_code, reason = "each test binary uses a part of it")]
 
 use std::fs::{self, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
@@ -94,6 +95,7 @@ fn outside() -> ExitCode {
     fs::set_permissions(kit, fs::Permissions::from_mode(0o755)).unwrap();
     fs::copy(library(), kit.join("libmistshim.so")).unwrap();
     fs::copy(std::env::current_exe().unwrap(), kit.join("tests")).unwrap();
+    fs::copy(env!("CARGO_BIN_EXE_mistctl"), kit.join("mistctl")).unwrap();
     let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/shim");
     for program in ["actor", "api"] {
         let libraries = ["-lgpvm3", "-lpvm3"].map(String::from);
@@ -110,7 +112,11 @@ fn outside() -> ExitCode {
         let user = User::from_name(USER).unwrap().unwrap();
         tests.uid(user.uid.as_raw()).gid(user.gid.as_raw());
     }
-    match tests.status().unwrap().code() {
+    let ended = tests.status().unwrap();
+    if let Some(signal) = std::os::unix::process::ExitStatusExt::signal(&ended) {
+        eprintln!("the tests were ended by signal {signal}");
+    }
+    match ended.code() {
         Some(0) => ExitCode::SUCCESS,
         _ => ExitCode::FAILURE,
     }

@@ -1,0 +1,626 @@
+//! A task of the virtual machine that is not built on libpvm: speaks to the pvmd of this host by itself.
+//!
+//! One connection, one thread; everything has a time limit, and every error names the pvmd. What the virtual
+//! machine can be asked is in [`crate::pvm::virtual_machine`].
+
+use std::collections::VecDeque;
+use std::ffi::{OsStr, OsString};
+use std::fs::{File, OpenOptions};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockType, SockaddrIn, UnixAddr, connect, getsockopt, recv,
+    send, setsockopt, socket, sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
+use pvm_abi::{CTX_TC, CTX_TM, NOOP_MAGIC, place};
+
+use crate::pvm::tid::Tid;
+use crate::pvm::virtual_machine::error_name;
+use crate::pvm::wire::{self, Assembler, Body, Message, Reader, XDR, tc, tm};
+
+/// How long a pvmd may take for an answer before it counts as hung, unless told otherwise.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+/// Bytes of messages that may be half received.
+const PARTIAL_LIMIT: usize = 256 << 20;
+
+/// Where a pvmd listens.
+#[derive(Clone, Debug)]
+pub struct Pvmd {
+    address: Address,
+    /// For errors: the address, and where it was found.
+    name: String,
+    /// Folder for the files by which task and pvmd prove who they are.
+    tmp: PathBuf,
+}
+
+#[derive(Clone, Debug)]
+enum Address {
+    Unix(PathBuf),
+    Tcp(SocketAddrV4),
+}
+
+impl Pvmd {
+    /// The pvmd that a task with this process's environment (PVMSOCK, PVM_TMP, PVM_VMID) enrols with; none when
+    /// no pvmd has left its address. It may have died since.
+    ///
+    /// # Errors
+    /// When the file with the address cannot be read, or holds none.
+    pub fn find() -> Result<Option<Pvmd>> {
+        let sock = std::env::var_os("PVMSOCK").filter(|sock| !sock.is_empty());
+        Pvmd::find_at(sock.as_deref(), &place::own_address_file())
+    }
+
+    /// The same, given PVMSOCK and the file in which the pvmd leaves its address.
+    ///
+    /// # Errors
+    /// As for [`Pvmd::find`].
+    pub fn find_at(sock: Option<&OsStr>, file: &Path) -> Result<Option<Pvmd>> {
+        let tmp = file.parent().unwrap_or(Path::new("/tmp")).to_owned();
+        let (line, from) = match sock {
+            Some(sock) => (sock.to_owned(), "PVMSOCK".to_owned()),
+            None => match first_line(file) {
+                Ok(line) => (line, file.display().to_string()),
+                Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+                Err(e) => {
+                    return Err(e).with_context(|| {
+                        format!("cannot read the pvmd's address from {}", file.display())
+                    });
+                }
+            },
+        };
+        let address = Address::of(&line).with_context(|| {
+            format!(
+                "{from} holds no address of a pvmd: '{}'",
+                line.to_string_lossy()
+            )
+        })?;
+        let name = format!("the pvmd at {} ({from})", line.to_string_lossy());
+        Ok(Some(Pvmd { address, name, tmp }))
+    }
+
+    /// Path of the tid table of this pvmd's tasks, see docs/shim.md.
+    ///
+    /// # Errors
+    /// When the pvmd is gone.
+    pub fn table_path(&self) -> Result<PathBuf> {
+        let sock = match &self.address {
+            Address::Unix(path) => Some(path.as_os_str()),
+            Address::Tcp(_) => None,
+        };
+        crate::pvm::table::path_for(sock, &place::own_address_file())
+    }
+
+    /// Connects; the socket does not block.
+    fn connect(&self, limit: Duration) -> Result<OwnedFd> {
+        let family = match self.address {
+            Address::Unix(_) => AddressFamily::Unix,
+            Address::Tcp(_) => AddressFamily::Inet,
+        };
+        let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
+            .context("cannot make a socket")?;
+        // connect(2) heeds it too; a listener whose queue is full would let it wait for ever.
+        let limit = TimeVal::milliseconds(limit.as_millis().clamp(1, 3_600_000) as i64);
+        setsockopt(&fd, sockopt::SendTimeout, &limit).context("cannot set SO_SNDTIMEO")?;
+        match &self.address {
+            Address::Unix(path) => connect(fd.as_raw_fd(), &UnixAddr::new(path.as_path())?),
+            Address::Tcp(to) => connect(fd.as_raw_fd(), &SockaddrIn::from(*to)),
+        }
+        .with_context(|| format!("cannot connect to {}", self.name))?;
+        if matches!(self.address, Address::Tcp(_)) {
+            setsockopt(&fd, sockopt::TcpNoDelay, &true).context("cannot set TCP_NODELAY")?;
+        }
+        nix::fcntl::fcntl(
+            &fd,
+            nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK),
+        )
+        .context("cannot set O_NONBLOCK")?;
+        Ok(fd)
+    }
+
+    /// Whether nobody listens there any more: the pvmd died and left its files behind.
+    ///
+    /// # Errors
+    /// When that cannot be told.
+    pub fn is_dead(&self) -> Result<bool> {
+        match self.connect(PATIENCE) {
+            Ok(_) => Ok(false),
+            Err(e) => match e.downcast_ref::<Errno>() {
+                Some(Errno::ECONNREFUSED | Errno::ENOENT) => Ok(true),
+                _ => Err(e),
+            },
+        }
+    }
+}
+
+fn first_line(file: &Path) -> std::io::Result<OsString> {
+    let mut text = Vec::new();
+    File::open(file)?.take(4096).read_to_end(&mut text)?;
+    let line = text.split(|byte| *byte == b'\n').next().unwrap_or_default();
+    Ok(OsStr::from_bytes(line).to_owned())
+}
+
+impl Address {
+    /// A path, or an internet address and port in hexadecimal: 7f000001:e10a.
+    fn of(line: &OsStr) -> Option<Address> {
+        if line.as_bytes().starts_with(b"/") {
+            return Some(Address::Unix(PathBuf::from(line)));
+        }
+        let (host, port) = line.to_str()?.split_once(':')?;
+        let host = u32::from_str_radix(host, 16).ok()?;
+        let port = u16::from_str_radix(port, 16).ok()?;
+        Some(Address::Tcp(SocketAddrV4::new(Ipv4Addr::from(host), port)))
+    }
+}
+
+/// A task of the virtual machine.
+pub struct Client {
+    fd: OwnedFd,
+    pvmd: String,
+    assembler: Assembler,
+    inbox: VecDeque<Message>,
+    fragment: usize,
+    wait: u32,
+    tid: Tid,
+    parent: Tid,
+    patience: Duration,
+}
+
+impl Client {
+    /// Enrols with `pvmd`. A process that the pvmd started itself passes on PVMEPID from its environment as
+    /// `cookie` and becomes that task; with 0 it is a new one.
+    ///
+    /// # Errors
+    /// When nobody answers within [`PATIENCE`], it is none of this user's pvmds, or it does not want us.
+    pub fn enrol(pvmd: &Pvmd, cookie: i32) -> Result<Client> {
+        let mut client = Client {
+            fd: pvmd.connect(PATIENCE)?,
+            pvmd: pvmd.name.clone(),
+            assembler: Assembler::new(PARTIAL_LIMIT),
+            inbox: VecDeque::new(),
+            fragment: 4080,
+            wait: 0,
+            tid: Tid::NONE,
+            parent: Tid::NONE,
+            patience: PATIENCE,
+        };
+        client
+            .shake_hands(pvmd, cookie)
+            .with_context(|| format!("cannot enrol with {}", pvmd.name))?;
+        Ok(client)
+    }
+
+    fn shake_hands(&mut self, pvmd: &Pvmd, cookie: i32) -> Result<()> {
+        let proof = Proof::new(&pvmd.tmp)?;
+        let hello = Body::new()
+            .int(wire::PROTOCOL)
+            .string(proof.path.as_os_str().as_bytes());
+        let answer = self.ask(tm::CONNECT, hello)?;
+        let mut reader = answer.reader();
+        let (version, ok) = (reader.int()?, reader.int()?);
+        if version != wire::PROTOCOL || ok != 1 {
+            bail!(
+                "it speaks version {version} of the protocol and answers {ok}; this needs {}",
+                wire::PROTOCOL
+            );
+        }
+        if !proof.given()? {
+            bail!(
+                "it did not write to {}: it is no pvmd of this user's",
+                proof.path.display()
+            );
+        }
+        give_proof(Path::new(OsStr::from_bytes(reader.string()?)))?;
+        let whoami = Body::new().int(std::process::id() as i32).int(cookie);
+        let answer = self.ask(tm::CONN2, whoami)?;
+        let mut reader = answer.reader();
+        let ok = reader.int()?;
+        if ok < 1 {
+            bail!("it refuses: {}", error_name(ok));
+        }
+        (self.tid, self.parent) = (reader.tid()?, reader.tid()?);
+        if !self.tid.is_task() {
+            bail!("it gave {}, which is no task's tid", self.tid);
+        }
+        // Where output and traces go, with context and tag each.
+        for _ in 0..6 {
+            reader.int()?;
+        }
+        self.fragment = reader.uint()? as usize;
+        Ok(())
+    }
+
+    /// Our tid.
+    pub fn tid(&self) -> Tid {
+        self.tid
+    }
+
+    /// Who spawned us; [`Tid::NONE`] for a task nobody spawned.
+    pub fn parent(&self) -> Tid {
+        self.parent
+    }
+
+    /// How long the pvmd may take for an answer from now on.
+    pub fn set_patience(&mut self, patience: Duration) {
+        self.patience = patience;
+    }
+
+    /// The pid of the pvmd, where it can be told (socket(7), SO_PEERCRED).
+    pub fn pvmd_pid(&self) -> Option<i32> {
+        let peer = getsockopt(&self.fd, sockopt::PeerCredentials).ok()?;
+        (peer.pid() > 0).then(|| peer.pid())
+    }
+
+    /// Leaves the virtual machine as `pvm_exit` does. Dropping the client does it too, as a crash would.
+    ///
+    /// # Errors
+    /// When the pvmd does not say that it has taken note.
+    pub fn exit(mut self) -> Result<()> {
+        self.ask(tm::EXIT, Body::new()).map(drop)
+    }
+
+    /// Asks the own pvmd; messages that come meanwhile are kept for [`Client::recv`].
+    ///
+    /// # Errors
+    /// When the connection breaks, or no answer comes in time.
+    pub fn ask(&mut self, tag: u32, body: Body) -> Result<Message> {
+        self.wait += 1;
+        let wait = self.wait;
+        let until = Instant::now() + self.patience;
+        self.post(
+            Tid::PVMD,
+            tag,
+            CTX_TM as u32,
+            wait,
+            body.into_bytes(),
+            until,
+        )?;
+        loop {
+            let Some(message) = self.next(Some(until))? else {
+                bail!(
+                    "{} did not answer within {} s (request {:#x})",
+                    self.pvmd,
+                    self.patience.as_secs(),
+                    tag
+                );
+            };
+            if message.wait == wait && message.ctx == CTX_TM as u32 && message.tag == tag {
+                return Ok(message);
+            }
+            self.inbox.push_back(message);
+        }
+    }
+
+    /// Tells the own pvmd something that it does not answer.
+    ///
+    /// # Errors
+    /// When the connection breaks, or the pvmd takes nothing.
+    pub fn tell(&mut self, tag: u32, body: Body) -> Result<()> {
+        let until = Instant::now() + self.patience;
+        self.post(Tid::PVMD, tag, CTX_TM as u32, 0, body.into_bytes(), until)
+    }
+
+    /// Sends a message in the default context, as `pvm_send` does. Messages to tasks that are no more vanish.
+    ///
+    /// # Errors
+    /// When the connection breaks, or the pvmd takes nothing.
+    pub fn send(&mut self, to: Tid, tag: i32, body: Body) -> Result<()> {
+        let until = Instant::now() + self.patience;
+        self.post(to, tag as u32, 0, 0, body.into_bytes(), until)
+    }
+
+    /// Sends a TC_NOOP, which every libpvm discards unseen: behind everything sent to that task before. Its body
+    /// begins with the words that say it is one of mist's, and `kind`.
+    ///
+    /// # Errors
+    /// As for [`Client::send`].
+    pub fn send_noop(&mut self, to: Tid, kind: u32, rest: &[u8]) -> Result<()> {
+        let body = Body::new().uint(NOOP_MAGIC).uint(kind).bytes(rest);
+        let until = Instant::now() + self.patience;
+        self.post(to, tc::NOOP, CTX_TC as u32, 0, body.into_bytes(), until)
+    }
+
+    /// The next message, whatever it is: of a program, a notice, a TC_NOOP. None when `limit` is over; without
+    /// one it waits as long as it takes.
+    ///
+    /// # Errors
+    /// When the connection breaks: the pvmd has ended.
+    pub fn recv(&mut self, limit: Option<Duration>) -> Result<Option<Message>> {
+        if let Some(message) = self.inbox.pop_front() {
+            return Ok(Some(message));
+        }
+        self.next(limit.map(|limit| Instant::now() + limit))
+    }
+
+    /// The next message from `from` (none: anybody) in the default context with this tag; others are kept.
+    ///
+    /// # Errors
+    /// As for [`Client::recv`].
+    pub fn recv_from(
+        &mut self,
+        from: Option<Tid>,
+        tag: i32,
+        limit: Duration,
+    ) -> Result<Option<Message>> {
+        let wanted = |m: &Message| {
+            m.ctx == 0 && m.tag == tag as u32 && from.is_none_or(|from| from == m.src)
+        };
+        if let Some(at) = self.inbox.iter().position(wanted) {
+            return Ok(self.inbox.remove(at));
+        }
+        let until = Instant::now() + limit;
+        while let Some(message) = self.next(Some(until))? {
+            if wanted(&message) {
+                return Ok(Some(message));
+            }
+            self.inbox.push_back(message);
+        }
+        Ok(None)
+    }
+
+    fn post(
+        &mut self,
+        dst: Tid,
+        tag: u32,
+        ctx: u32,
+        wait: u32,
+        body: Vec<u8>,
+        until: Instant,
+    ) -> Result<()> {
+        let message = Message {
+            src: self.tid,
+            dst,
+            tag,
+            ctx,
+            wait,
+            encoding: XDR,
+            body,
+        };
+        let bytes = message.encode(self.fragment);
+        let mut rest = bytes.as_slice();
+        while !rest.is_empty() {
+            match send(self.fd.as_raw_fd(), rest, MsgFlags::MSG_NOSIGNAL) {
+                Ok(count) => rest = rest.get(count..).unwrap_or_default(),
+                Err(Errno::EAGAIN) => {
+                    if !self.ready(PollFlags::POLLOUT, Some(until))? {
+                        bail!("{} takes nothing: a message to {dst} got stuck", self.pvmd);
+                    }
+                }
+                Err(Errno::EINTR) => {}
+                Err(e) => {
+                    return Err(e).with_context(|| format!("cannot write to {}", self.pvmd));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The next message from the connection; none when it is too late.
+    fn next(&mut self, until: Option<Instant>) -> Result<Option<Message>> {
+        loop {
+            let message = self
+                .assembler
+                .message()
+                .with_context(|| format!("{} sends what makes no sense", self.pvmd))?;
+            match message {
+                Some(m) if m.ctx == CTX_TC as u32 && m.tag == tc::CONREQ => {
+                    self.refuse_route(&m)?
+                }
+                Some(m) => return Ok(Some(m)),
+                None => {
+                    if !self.fill(until)? {
+                        return Ok(None);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Reads what there is; false when it is too late.
+    fn fill(&mut self, until: Option<Instant>) -> Result<bool> {
+        let mut bytes = [0; 65536];
+        loop {
+            match recv(self.fd.as_raw_fd(), &mut bytes, MsgFlags::empty()) {
+                Ok(0) => bail!("{} has ended the connection", self.pvmd),
+                Ok(count) => {
+                    self.assembler.push(bytes.get(..count).unwrap_or_default());
+                    return Ok(true);
+                }
+                Err(Errno::EAGAIN) => {
+                    if !self.ready(PollFlags::POLLIN, until)? {
+                        return Ok(false);
+                    }
+                }
+                Err(Errno::EINTR) => {}
+                Err(Errno::ECONNRESET) => bail!("{} has ended the connection", self.pvmd),
+                Err(e) => {
+                    return Err(e).with_context(|| format!("cannot read from {}", self.pvmd));
+                }
+            }
+        }
+    }
+
+    /// Waits until the connection can be used; false when it is too late.
+    fn ready(&self, what: PollFlags, until: Option<Instant>) -> Result<bool> {
+        loop {
+            let timeout = match until {
+                None => PollTimeout::NONE,
+                Some(until) => {
+                    let left = until.saturating_duration_since(Instant::now());
+                    // Rounded up, so that nothing spins in the last millisecond.
+                    let ms = left.as_micros().div_ceil(1000).min(60_000) as u16;
+                    PollTimeout::from(ms)
+                }
+            };
+            match poll(&mut [PollFd::new(self.fd.as_fd(), what)], timeout) {
+                Ok(0) | Err(Errno::EINTR) => {}
+                Ok(_) => return Ok(true),
+                Err(e) => return Err(e).context("poll of the connection to the pvmd"),
+            }
+            if until.is_some_and(|until| Instant::now() >= until) {
+                return Ok(false);
+            }
+        }
+    }
+
+    /// A task that gets no answer to its wish for a direct route waits for ever.
+    fn refuse_route(&mut self, wish: &Message) -> Result<()> {
+        let version = Reader::new(&wish.body).int().unwrap_or(wire::PROTOCOL);
+        let no = Body::new().int(version).int(1).string(b"");
+        let until = Instant::now() + self.patience;
+        self.post(
+            wish.src,
+            tc::CONACK,
+            CTX_TC as u32,
+            0,
+            no.into_bytes(),
+            until,
+        )
+    }
+}
+
+/// To wait for messages together with other things. Something may be there without the descriptor being
+/// readable: call [`Client::recv`] with a limit of 0 until it gives none.
+impl AsFd for Client {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// An empty file of ours: who writes to it is this user, or root.
+struct Proof {
+    path: PathBuf,
+    file: File,
+}
+
+impl Proof {
+    fn new(tmp: &Path) -> Result<Proof> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let mut tries = 0;
+        loop {
+            let number = NEXT.fetch_add(1, Ordering::Relaxed);
+            let path = tmp.join(format!("pvmtmp.mist.{}.{number}", std::process::id()));
+            match OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&path)
+            {
+                Ok(file) => return Ok(Proof { path, file }),
+                Err(e) if e.kind() == ErrorKind::AlreadyExists && tries < 1000 => tries += 1,
+                Err(e) => {
+                    return Err(e).with_context(|| {
+                        format!(
+                            "cannot make {}, by which the pvmd shows whose it is",
+                            path.display()
+                        )
+                    });
+                }
+            }
+        }
+    }
+
+    fn given(&self) -> Result<bool> {
+        let meta = self
+            .file
+            .metadata()
+            .with_context(|| format!("{}: fstat", self.path.display()))?;
+        Ok(meta.len() > 0)
+    }
+}
+
+impl Drop for Proof {
+    fn drop(&mut self) {
+        // The pvmd does not remove it; when it cannot be removed it is an empty file in /tmp.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Writes to the pvmd's own file, if it is one that the pvmd may have made.
+fn give_proof(path: &Path) -> Result<()> {
+    let failed = || {
+        format!(
+            "cannot write to {}, by which we show whose we are",
+            path.display()
+        )
+    };
+    let mut file = OpenOptions::new()
+        .write(true)
+        .custom_flags(nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK | nix::libc::O_NOCTTY)
+        .open(path)
+        .with_context(failed)?;
+    let meta = file.metadata().with_context(failed)?;
+    if !meta.is_file() || meta.len() > 1 || meta.uid() != nix::unistd::geteuid().as_raw() {
+        return Err(anyhow!("it is no empty file of this user's")).with_context(failed);
+    }
+    file.write_all(b"m").with_context(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_paths_or_hexadecimal() {
+        let of = |text: &str| Address::of(OsStr::new(text));
+        assert!(matches!(of("/tmp/x"), Some(Address::Unix(path)) if path == Path::new("/tmp/x")));
+        assert!(matches!(
+            of("7f000001:e10a"),
+            Some(Address::Tcp(to)) if to == SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0xe10a)
+        ));
+        for wrong in ["", "x", "7f000001", "7f000001:", ":1", "7f000001:10000"] {
+            assert!(of(wrong).is_none(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn no_file_means_no_pvmd_and_nonsense_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("pvmd.7");
+        assert!(Pvmd::find_at(None, &file).unwrap().is_none());
+        std::fs::write(&file, "what\n").unwrap();
+        let error = Pvmd::find_at(None, &file).unwrap_err().to_string();
+        assert!(error.contains("pvmd.7 holds no address"), "{error}");
+        std::fs::write(&file, "/nonexistent/socket\n").unwrap();
+        assert!(
+            Pvmd::find_at(None, &file)
+                .unwrap()
+                .unwrap()
+                .is_dead()
+                .unwrap()
+        );
+    }
+
+    #[test]
+    fn a_listener_that_says_nothing_is_no_pvmd() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let server = std::thread::spawn(move || {
+            let (mut peer, _) = listener.accept().unwrap();
+            let mut some = [0; 10];
+            peer.read_exact(&mut some).unwrap();
+            // Here the connection ends.
+        });
+        let sock = path.as_os_str().to_owned();
+        let pvmd = Pvmd::find_at(Some(&sock), &dir.path().join("pvmd.7"))
+            .unwrap()
+            .unwrap();
+        let error = format!("{:#}", Client::enrol(&pvmd, 0).err().unwrap());
+        server.join().unwrap();
+        assert!(error.contains("cannot enrol with the pvmd at"), "{error}");
+        assert!(error.contains("(PVMSOCK)"), "{error}");
+        let left = std::fs::read_dir(dir.path()).unwrap().count();
+        assert_eq!(left, 1, "only the socket is left");
+    }
+}
