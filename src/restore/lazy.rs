@@ -4,7 +4,7 @@
 //! events, and are obeyed before anything else is copied: what it gave back must read zero, what it moved
 //! is filled at its new place, what it shares with a child is filled for both.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
@@ -16,6 +16,7 @@ use nix::sys::eventfd::EventFd;
 
 use super::memory::by_uffd;
 use crate::image::memory::SpaceId;
+use crate::image::pages::PagesReader;
 use crate::image::process::Process;
 use crate::image::store::Image;
 use crate::kernel::arch::PAGE;
@@ -26,13 +27,15 @@ use crate::kernel::undertaker::Undertaker;
 const STEP: usize = 256 << 10;
 
 enum Word {
-    Serve(Box<Space>),
+    /// With pages that must be there before anything runs, and where to say that they are.
+    Serve(Box<Space>, BTreeSet<u64>, Sender<()>),
     /// The programs run: fill all that nobody waits for, and end.
     Released(Undertaker),
 }
 
 /// The thread that fills.
 pub struct Filler {
+    image: Arc<Image>,
     words: Sender<Word>,
     wake: Arc<EventFd>,
     thread: JoinHandle<Result<u64>>,
@@ -62,7 +65,7 @@ impl Filler {
         let (words, heard) = mpsc::channel();
         let wake = Arc::new(EventFd::new().context("eventfd")?);
         let server = Server {
-            image,
+            image: Arc::clone(&image),
             heard,
             wake: Arc::clone(&wake),
             spaces: Vec::new(),
@@ -71,9 +74,17 @@ impl Filler {
         };
         let thread = std::thread::Builder::new()
             .name("mist-fill".to_owned())
-            .spawn(move || server.run())
+            .spawn(move || {
+                // Signals are for the thread that waits for the program: one that this thread took by
+                // default, SIGCHLD above all, would be lost to it.
+                nix::sys::signal::SigSet::all()
+                    .thread_block()
+                    .context("blocking signals")?;
+                server.run()
+            })
             .context("starting the filling thread")?;
         Ok(Self {
+            image,
             words,
             wake,
             thread,
@@ -94,11 +105,21 @@ impl Filler {
                 },
             );
         }
-        self.say(Word::Serve(Box::new(Space {
+        let space = Space {
             uffd,
             space: p.space,
             left,
-        })))
+            waiting: BTreeSet::new(),
+        };
+        let (done, filled) = mpsc::channel();
+        self.say(Word::Serve(
+            Box::new(space),
+            urgent(p, self.image.pages())?,
+            done,
+        ))?;
+        filled
+            .recv()
+            .context("the filling thread has ended; the image may be damaged")
     }
 
     /// All programs run.
@@ -118,6 +139,58 @@ impl Filler {
     }
 }
 
+/// Pages that the kernel itself writes or reads where nobody can wait for them: an exiting thread gets no
+/// page through userfaultfd (fs/userfaultfd.c, handle_userfault), so its clear_child_tid and the robust
+/// futexes that it holds have to be there.
+fn urgent(p: &Process, pages: &PagesReader) -> Result<BTreeSet<u64>> {
+    /// ROBUST_LIST_LIMIT of kernel/futex/core.c.
+    const LOCKS_MAX: usize = 2048;
+    let mut all = BTreeSet::new();
+    let mut add = |addr: u64| {
+        let mapped = p
+            .vmas
+            .iter()
+            .any(|v| by_uffd(v) && (v.start..v.end).contains(&addr));
+        if mapped {
+            all.insert(addr - addr % PAGE);
+        }
+        mapped
+    };
+    for t in &p.threads {
+        add(t.clear_child_tid);
+        // struct robust_list_head: the list, the offset of a futex from its entry, the one in work.
+        let head = t.robust_list;
+        if !add(head) || !add(head.wrapping_add(16)) {
+            continue;
+        }
+        let offset = word(p.space, head.wrapping_add(8), pages)?;
+        let mut entry = word(p.space, head, pages)?;
+        for _ in 0..LOCKS_MAX {
+            // Bit 0 tells a priority-inheriting futex.
+            let at = entry & !1;
+            if at == head || !add(at) {
+                break;
+            }
+            add(at.wrapping_add(offset));
+            entry = word(p.space, at, pages)?;
+        }
+        add(word(p.space, head.wrapping_add(16), pages)?.wrapping_add(offset));
+    }
+    Ok(all)
+}
+
+/// Eight bytes of the image; what was never written is zero.
+fn word(space: SpaceId, addr: u64, pages: &PagesReader) -> Result<u64> {
+    let Some(b) = pages.find(space, addr)? else {
+        return Ok(0);
+    };
+    let mut bytes = vec![0; b.bytes()];
+    pages.read(&b, &mut bytes)?;
+    let at = (addr - b.addr) as usize;
+    let word = bytes.get(at..at + 8).and_then(|w| w.try_into().ok());
+    Ok(word.map_or(0, u64::from_le_bytes))
+}
+
 /// Memory from the map's key on that is still to be looked at; its content stands at `from` in the image.
 #[derive(Debug, Clone, Copy)]
 struct Extent {
@@ -129,6 +202,8 @@ struct Space {
     uffd: Uffd,
     space: SpaceId,
     left: BTreeMap<u64, Extent>,
+    /// Pages that threads wait for.
+    waiting: BTreeSet<u64>,
 }
 
 impl Space {
@@ -198,6 +273,7 @@ impl Space {
                 uffd,
                 space: self.space,
                 left: self.left.clone(),
+                waiting: BTreeSet::new(),
             }),
         }
     }
@@ -219,7 +295,7 @@ impl Server {
         let mut buffer = vec![0u8; STEP];
         let mut scratch = Vec::new();
         loop {
-            self.listen()?;
+            self.listen(&mut buffer)?;
             let mut i = 0;
             let mut idle = true;
             while i < self.spaces.len() {
@@ -245,10 +321,18 @@ impl Server {
         Ok(self.bytes)
     }
 
-    fn listen(&mut self) -> Result<()> {
+    fn listen(&mut self, buffer: &mut [u8]) -> Result<()> {
         loop {
             match self.heard.try_recv() {
-                Ok(Word::Serve(space)) => self.spaces.push(*space),
+                Ok(Word::Serve(space, urgent, done)) => {
+                    let i = self.spaces.len();
+                    self.spaces.push(*space);
+                    for page in urgent {
+                        self.fault(i, page, buffer)?;
+                    }
+                    // Who asked may have given up meanwhile.
+                    let _ = done.send(());
+                }
                 Ok(Word::Released(undertaker)) => self.undertaker = Some(undertaker),
                 Err(TryRecvError::Empty) => return Ok(()),
                 // A restore that failed before the release: nobody is left to serve.
@@ -292,20 +376,41 @@ impl Server {
             .flatten()
         {
             any = true;
-            match event {
-                Event::Fault(addr) => self.fault(i, addr - addr % PAGE, buffer)?,
-                other => {
-                    let child = self.spaces.get_mut(i).and_then(|s| s.obey(other));
-                    self.spaces.extend(child);
+            if let Some(s) = self.spaces.get_mut(i) {
+                match event {
+                    Event::Fault(addr) => {
+                        s.waiting.insert(addr - addr % PAGE);
+                    }
+                    other => {
+                        let child = s.obey(other);
+                        self.spaces.extend(child);
+                    }
                 }
+            }
+        }
+        let waiting = self
+            .spaces
+            .get(i)
+            .map(|s| s.waiting.clone())
+            .unwrap_or_default();
+        for page in waiting {
+            any = true;
+            if self.fault(i, page, buffer)?
+                && let Some(s) = self.spaces.get_mut(i)
+            {
+                s.waiting.remove(&page);
+                s.uffd.wake(page, PAGE)?;
             }
         }
         Ok(any)
     }
 
-    fn fault(&mut self, i: usize, addr: u64, buffer: &mut [u8]) -> Result<()> {
+    /// Gives the page at `addr`. False: not now, the program is changing its mappings, and the event that
+    /// tells how comes first. Its thread is not woken then: it would only ask again, and the kernel tells of
+    /// faults before it tells of events.
+    fn fault(&mut self, i: usize, addr: u64, buffer: &mut [u8]) -> Result<bool> {
         let Some(s) = self.spaces.get(i) else {
-            return Ok(());
+            return Ok(true);
         };
         let block = match s.find(addr) {
             Some((at, e)) => {
@@ -317,8 +422,11 @@ impl Server {
         let Some((at, e, b)) = block else {
             // Never written, or given back.
             let given = s.uffd.zero(addr, PAGE)?;
-            self.settle(i, addr, PAGE, &given);
-            return Ok(());
+            if matches!(given, Copied::Again(_)) {
+                return Ok(false);
+            }
+            self.done(i, addr, PAGE);
+            return Ok(true);
         };
         let out = buffer.get_mut(..b.bytes()).context("a block is too long")?;
         self.image.pages().read(&b, out)?;
@@ -326,19 +434,16 @@ impl Server {
         let start = b.addr.max(e.from);
         let end = (b.addr + out.len() as u64).min(e.from + e.len);
         let part = &out[(start - b.addr) as usize..(end - b.addr) as usize];
-        self.give(i, start - e.from + at, part)?;
-        // A page that could not be given for the moment is asked for again.
-        self.spaces
-            .get(i)
-            .map_or(Ok(()), |s| s.uffd.wake(addr, PAGE))
+        self.give(i, start - e.from + at, part)
     }
 
     /// Fills `data` at `addr`, page by page where some are there already.
-    fn give(&mut self, i: usize, addr: u64, data: &[u8]) -> Result<()> {
+    /// False: not all of it, see [`Server::fault`].
+    fn give(&mut self, i: usize, addr: u64, data: &[u8]) -> Result<bool> {
         let mut done = 0u64;
         while (done as usize) < data.len() {
             let Some(s) = self.spaces.get(i) else {
-                return Ok(());
+                return Ok(true);
             };
             let given = s.uffd.copy(addr + done, &data[done as usize..])?;
             let n = match given {
@@ -353,12 +458,15 @@ impl Server {
                 Copied::Again(n) => {
                     self.done(i, addr + done, n);
                     self.bytes += n;
-                    return Ok(());
+                    return Ok(false);
                 }
                 // The kernel fills one mapping at a time, and the program may have split this one.
                 Copied::Gone(0) if data.len() as u64 - done > PAGE => {
                     let page = done as usize..(done + PAGE) as usize;
-                    self.give(i, addr + done, data.get(page).context("a part of a page")?)?;
+                    let page = data.get(page).context("a part of a page")?;
+                    if !self.give(i, addr + done, page)? {
+                        return Ok(false);
+                    }
                     done += PAGE;
                     continue;
                 }
@@ -370,21 +478,7 @@ impl Server {
             self.bytes += n;
             done += n;
         }
-        Ok(())
-    }
-
-    fn settle(&mut self, i: usize, addr: u64, len: u64, given: &Copied) {
-        match given {
-            Copied::Done => self.done(i, addr, len),
-            Copied::Exists(_) => {
-                self.done(i, addr, len);
-                let _ = self.spaces.get(i).map(|s| s.uffd.wake(addr, len));
-            }
-            // A thread whose page was refused for the moment faults again.
-            Copied::Again(_) | Copied::Gone(_) => {
-                let _ = self.spaces.get(i).map(|s| s.uffd.wake(addr, len));
-            }
-        }
+        Ok(true)
     }
 
     fn done(&mut self, i: usize, addr: u64, len: u64) {
