@@ -35,6 +35,7 @@ pub struct HeldProcess {
 impl HeldProcess {
     /// Seizes and stops every thread. `signal` of the group stop is kept in each [`Held`].
     pub fn stop(pid: i32) -> Result<Self> {
+        let mut program = auxv(pid);
         let mem = Mem::open(pid).map_err(|e| gone_or(pid, e))?;
         wait_for_vfork(pid)?;
         let tail = Tail::find(pid, &mem);
@@ -63,13 +64,28 @@ impl HeldProcess {
                 }
             }
             for t in seized {
-                if let Some(h) = hold(t, pid, &held.mem, &mut held.tail)? {
+                let Some(stop) = wait_stopped(t, pid)? else {
+                    continue;
+                };
+                if held.threads.is_empty() && held.runs_another(&program) {
+                    // It has executed another program since: what we saw is of the one before.
+                    program = auxv(pid);
+                    held.mem = Mem::open(pid).map_err(|e| gone_or(pid, e))?;
+                    held.tail = Tail::find(pid, &held.mem);
+                    watch = Watch::default();
+                }
+                if let Some(h) = hold(t, stop, pid, &held.mem, &mut held.tail)? {
                     held.threads.push(h);
                 }
             }
         }
         if held.threads.is_empty() {
             return Err(Failure::NoSuchProcess.because(format!("process {pid} has ended")));
+        }
+        if held.runs_another(&program) {
+            return Err(Failure::Busy.because(format!(
+                "process {pid} executes another program right now; nothing was changed, try again"
+            )));
         }
         let leader = held
             .threads
@@ -79,6 +95,11 @@ impl HeldProcess {
         held.threads.swap(0, leader);
         resume::settle(&mut held.threads, &mut watch, &held.mem, &mut held.tail)?;
         Ok(held)
+    }
+
+    /// Whether it has executed another program since `auxv` was read and its memory opened.
+    fn runs_another(&self, auxv_then: &Option<Vec<u8>>) -> bool {
+        self.mem.is_over() || auxv(self.pid) != *auxv_then
     }
 
     /// The part of its vDSO's dead end that a batch may use.
@@ -152,6 +173,11 @@ impl Drop for HeldProcess {
     }
 }
 
+/// Where its program and its vDSO lie: elsewhere after each exec.
+fn auxv(pid: i32) -> Option<Vec<u8>> {
+    std::fs::read(format!("/proc/{pid}/auxv")).ok()
+}
+
 fn gone_or(pid: i32, e: anyhow::Error) -> anyhow::Error {
     let kind = e.downcast_ref::<io::Error>().map(io::Error::kind);
     match kind {
@@ -209,12 +235,15 @@ fn seize(pid: i32, tid: i32) -> Result<Option<Tracee>> {
     }
 }
 
-/// Waits for the stop of a seized and interrupted thread; None when it ended first.
-fn hold(tracee: Tracee, pid: i32, mem: &Mem, tail: &mut Tail) -> Result<Option<Held>> {
+/// What is to be known of a stopped thread; None when it has ended.
+fn hold(
+    tracee: Tracee,
+    mut stop: Stop,
+    pid: i32,
+    mem: &Mem,
+    tail: &mut Tail,
+) -> Result<Option<Held>> {
     for _ in 0..TRIES {
-        let Some(stop) = wait_stopped(tracee, pid)? else {
-            return Ok(None);
-        };
         let stopped_by = match stop {
             Stop::Interrupt { signal } if signal != libc::SIGTRAP => Some(signal),
             _ => None,
@@ -239,6 +268,10 @@ fn hold(tracee: Tracee, pid: i32, mem: &Mem, tail: &mut Tail) -> Result<Option<H
         tracee
             .interrupt()
             .with_context(|| format!("interrupting thread {}", tracee.tid))?;
+        let Some(next) = wait_stopped(tracee, pid)? else {
+            return Ok(None);
+        };
+        stop = next;
     }
     Err(Failure::Busy.because(format!(
         "thread {} of process {pid} still runs what another mistctl has put into its vDSO; nothing was \
@@ -247,7 +280,7 @@ fn hold(tracee: Tracee, pid: i32, mem: &Mem, tail: &mut Tail) -> Result<Option<H
     )))
 }
 
-/// Waits for the stop that our interrupt makes, but not for ever: a thread that waits in the kernel
+/// Waits for the stop that our interrupt makes (None: the thread has ended), but not for ever: a thread that waits in the kernel
 /// and cannot be interrupted (a vfork, a dead file server) is left alone.
 fn wait_stopped(t: Tracee, pid: i32) -> Result<Option<Stop>> {
     let begun = Instant::now();

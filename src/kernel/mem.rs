@@ -25,6 +25,13 @@ impl Mem {
         Ok(Self { pid, file })
     }
 
+    /// Whether nobody uses this memory any more: its process has executed another program, or ended.
+    /// Every read gives nothing then (mem_rw in fs/proc/base.c).
+    pub fn is_over(&self) -> bool {
+        let mut byte = [0];
+        matches!(self.file.read_at(&mut byte, 0), Ok(0))
+    }
+
     pub fn write(&self, addr: u64, data: &[u8]) -> Result<()> {
         self.file.write_all_at(data, addr).with_context(|| {
             format!(
