@@ -1,4 +1,7 @@
 // SO_PEERCRED names the process that made a pair, or connected, or listened: this one.
+// mist: no-kill sockets are made again by mistctl, which is the peer then
+// mist: no-twice sockets are made again by mistctl, which is the peer then
+// mist: no-lazy sockets are made again by mistctl, which is the peer then
 #include "mist.h"
 #include <sys/un.h>
 
