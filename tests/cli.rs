@@ -282,13 +282,20 @@ fn completions_and_manual_pages_come_out_of_the_same_definition() {
         "check",
         "completions",
         "dump",
+        "exec",
         "man",
+        "ps",
+        "pvm",
+        "pvm-start",
+        "pvm-stop",
         "restore",
+        "shim",
         "show",
         "verify",
     ];
     let mut expected: Vec<String> = commands.iter().map(|c| format!("mistctl-{c}.1")).collect();
     expected.push("mistctl.1".to_owned());
+    expected.sort();
     assert_eq!(pages, expected);
     let text = run(&["man"]).ends_with(0).out();
     assert!(

@@ -4,8 +4,9 @@ mod common;
 #[path = "shim/mod.rs"]
 mod stage;
 
-use std::path::Path;
-use std::process::ExitCode;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Output};
 use std::time::Duration;
 
 use mistctl::pvm::client::{Client, Pvmd};
@@ -31,6 +32,14 @@ fn main() -> ExitCode {
         ("a wish for a direct route is refused", refuses_route),
         ("hosts that cannot be added are named", bad_hosts),
         ("the end of the pvmd is an error that names it", pvmd_ends),
+        ("mistctl shim and exec", shim_and_exec),
+        ("mistctl pvm start and stop", start_and_stop),
+        (
+            "mistctl pvm start after a pvmd that died",
+            start_after_death,
+        ),
+        ("mistctl ps tells every task by its two tids", ps),
+        ("mistctl ps tells tasks without the shim", ps_without_shim),
     ])
 }
 
@@ -224,4 +233,252 @@ fn pvmd_ends(kit: &Path) {
     assert!(pvmd.is_dead().unwrap());
     let error = format!("{:#}", Client::enrol(&pvmd, 0).err().unwrap());
     assert!(error.contains(&vm.address), "{error}");
+}
+
+/// Runs mistctl in the environment of a virtual machine.
+fn mistctl(vm: &Vm, arguments: &[&str]) -> Output {
+    vm.command("mistctl", false)
+        .args(arguments)
+        .output()
+        .unwrap()
+}
+
+fn json(output: &Output) -> serde_json::Value {
+    let text = String::from_utf8_lossy(&output.stdout);
+    serde_json::from_str(&text)
+        .unwrap_or_else(|e| panic!("{e}: {text} {}", String::from_utf8_lossy(&output.stderr)))
+}
+
+fn shim_and_exec(kit: &Path) {
+    let vm = Vm::start_bare(kit);
+    let library = kit.join("libmistshim.so").canonicalize().unwrap();
+    let output = mistctl(&vm, &["shim", "--json"]);
+    assert_eq!(json(&output)["path"], library.to_str().unwrap());
+    let output = mistctl(&vm, &["shim"]);
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout).trim(),
+        library.to_str().unwrap()
+    );
+    // The exit status, the arguments and the library.
+    let script = "grep -q libmistshim /proc/$$/maps && test \"$1\" = 'a b' && exit 42";
+    let output = mistctl(&vm, &["exec", "--", "sh", "-c", script, "sh", "a b"]);
+    assert_eq!(output.status.code(), Some(42), "{output:?}");
+    let output = mistctl(&vm, &["exec", "sh", "-c", "kill -9 $$"]);
+    assert_eq!(
+        std::os::unix::process::ExitStatusExt::signal(&output.status),
+        Some(9)
+    );
+    let output = mistctl(&vm, &["exec", "--json", "--", "no-such-program"]);
+    assert_eq!(output.status.code(), Some(127));
+    assert_eq!(json(&output)["exit"], 127);
+    assert_eq!(mistctl(&vm, &["exec", "/etc"]).status.code(), Some(126));
+    // Alone, mistctl has no shim and says so.
+    let alone = vm.dir.join("mistctl");
+    fs::copy(kit.join("mistctl"), &alone).unwrap();
+    let output = Command::new(&alone).arg("shim").output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("the PVM shim is missing"), "{said}");
+}
+
+/// A folder for a virtual machine that mistctl starts, ended when dropped.
+struct Started {
+    vm: Vm,
+    tmp: PathBuf,
+}
+
+impl Started {
+    /// Another virtual machine beside `vm`, of which only the environment is used.
+    fn new(kit: &Path) -> Started {
+        let vm = Vm::start_bare(kit);
+        let tmp = vm.dir.join("tmp");
+        fs::create_dir(&tmp).unwrap();
+        Started { vm, tmp }
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        self.vm
+            .command("mistctl", false)
+            .env("PVM_TMP", &self.tmp)
+            .args(arguments)
+            .output()
+            .unwrap()
+    }
+
+    fn left(&self) -> Vec<String> {
+        fs::read_dir(&self.tmp)
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .filter(|name| !name.starts_with("pvml."))
+            .collect()
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        let _ = self.run(&["pvm", "stop"]);
+    }
+}
+
+fn start_and_stop(kit: &Path) {
+    let it = Started::new(kit);
+    let output = it.run(&["pvm", "stop", "--json"]);
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    assert_eq!(json(&output)["failure"], "no_such_process");
+    let output = it.run(&["ps"]);
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+
+    // The hostfile gives this host its path, and may name it or not.
+    let hostfile = it.tmp.join("hosts");
+    fs::write(
+        &hostfile,
+        format!("# one\n* ep={}\n127.0.0.1\n", kit.display()),
+    )
+    .unwrap();
+    let hostfile = hostfile.to_str().unwrap().to_owned();
+    let output = it.run(&["pvm", "start", "--json", "--name", "127.0.0.1", &hostfile]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let started = json(&output);
+    assert_eq!(started["hosts"][0]["name"], "127.0.0.1", "{started}");
+    assert_eq!(started["failed"], serde_json::json!([]));
+    let pid = started["pid"].as_i64().unwrap() as i32;
+    assert!(Path::new(started["table"].as_str().unwrap()).exists());
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    assert!(maps.contains("libmistshim.so"));
+
+    // A second one is refused and does not harm the first.
+    let output = it.run(&["pvm", "start", "--json"]);
+    assert_eq!(output.status.code(), Some(4), "{output:?}");
+    assert_eq!(json(&output)["failure"], "busy");
+
+    // What it starts has the shim.
+    let file = it.tmp.join(format!("pvmd.{}", nix::unistd::geteuid()));
+    let pvmd = Pvmd::find_at(None, &file).unwrap().unwrap();
+    let mut client = Client::enrol(&pvmd, 0).unwrap();
+    let mut console = it.vm.command("pvm", false);
+    console.env("PVM_TMP", &it.tmp);
+    console.stdin(std::process::Stdio::piped());
+    console.stdout(std::process::Stdio::piped());
+    let mut console = console.spawn().unwrap();
+    use std::io::Write;
+    let mut lines = console.stdin.take().unwrap();
+    writeln!(lines, "spawn /bin/sleep 1000\nquit").unwrap();
+    drop(lines);
+    assert!(console.wait().unwrap().success());
+    let tasks = client.tasks(Tid::NONE).unwrap();
+    let task = tasks.iter().find(|t| t.program.contains("sleep")).unwrap();
+    // The pvmd has forked it, but exec may be still to come.
+    stage::until("the shim to be loaded", || {
+        fs::read_to_string(format!("/proc/{}/maps", task.pid))
+            .is_ok_and(|maps| maps.contains("libmistshim.so"))
+    });
+    client.exit().unwrap();
+
+    let output = it.run(&["pvm", "stop", "--json"]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert_eq!(json(&output)["pid"], pid);
+    assert_eq!(it.left(), ["hosts"], "only the test's own file is left");
+}
+
+fn start_after_death(kit: &Path) {
+    let it = Started::new(kit);
+    let start = ["pvm", "start", "--json", "--name", "127.0.0.1"];
+    let first = json(&it.run(&start));
+    let pid = nix::unistd::Pid::from_raw(first["pid"].as_i64().unwrap() as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    let file = it.tmp.join(format!("pvmd.{}", nix::unistd::geteuid()));
+    let pvmd = Pvmd::find_at(None, &file).unwrap().unwrap();
+    stage::until("the pvmd to be dead", || pvmd.is_dead().unwrap());
+    let output = it.run(&start);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let second = json(&output);
+    assert_ne!(first["table"], second["table"]);
+    assert!(!Path::new(first["table"].as_str().unwrap()).exists());
+    // And one that fails says why, and leaves nothing.
+    let output = it.run(&["pvm", "stop"]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let output = it.run(&["pvm", "start", "--name", "no-such-name.invalid"]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("pvmd does not start"), "{said}");
+    assert_eq!(it.left(), [""; 0], "{said}");
+}
+
+fn row(listing: &serde_json::Value, tid: u32) -> serde_json::Value {
+    let tid = format!("t{tid:x}");
+    let tasks = listing["tasks"].as_array().unwrap();
+    let found = tasks.iter().find(|task| task["tid"] == *tid);
+    found.unwrap_or_else(|| panic!("{tid}: {listing}")).clone()
+}
+
+fn ps(kit: &Path) {
+    let vm = Vm::start(kit);
+    let mut old = vm.actor();
+    let v = old.enrol();
+    let r2 = v + 1;
+    let mut table = vm.table();
+    table.add_incarnation(r2, v).unwrap();
+    let mut new = vm.actor();
+    assert_eq!(new.enrol(), v);
+    let r3 = r2 + 1;
+    let mut agent = vm.actor();
+    assert_eq!(agent.enrol(), r3);
+    table.hide(r3).unwrap();
+    table.close_gate(v, r2, 0).unwrap();
+    let listing = json(&mistctl(&vm, &["ps", "--json"]));
+    assert_eq!(row(&listing, v)["state"], "moving", "{listing}");
+    table.open_gate(v, r2).unwrap();
+    drop(table);
+    old.ask("exit");
+    new.tell("recv -1 5");
+    stage::until_waits(&new.block(), mistctl::pvm::shimabi::block::wait::RECEIVE);
+    let listing = json(&mistctl(&vm, &["ps", "--json"]));
+    assert_eq!(listing["tasks"].as_array().unwrap().len(), 1, "{listing}");
+    let task = row(&listing, r2);
+    assert_eq!(task["virtual_tid"], format!("t{v:x}"));
+    assert_eq!(task["pid"], new.pid());
+    assert_eq!(task["host"], "127.0.0.1");
+    assert_eq!(task["shim"], "yes");
+    assert_eq!(task["state"], "receiving");
+    assert_eq!(
+        task["program"],
+        kit.join("actor").canonicalize().unwrap().to_str().unwrap()
+    );
+    assert!(task["memory"].as_u64().unwrap() > 4096);
+    assert!(task["since"].as_u64().unwrap() > 1_600_000_000);
+    assert_eq!(task["direct_route"], false);
+    let output = mistctl(&vm, &["ps"]);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        said.contains(&format!("t{v:x}  t{r2:x}  127.0.0.1")),
+        "{said}"
+    );
+}
+
+fn ps_without_shim(kit: &Path) {
+    let vm = Vm::start(kit);
+    let mut bare = vm.bare_actor();
+    let tid = bare.enrol();
+    let mut direct = vm.actor();
+    let asks = direct.enrol();
+    direct.ask("setopt 1 3");
+    let mut allowed = vm.direct_actor();
+    let has = allowed.enrol();
+    // The client of this test has no libpvm at all, as a program that holds it inside.
+    let client = client_of(&vm);
+    let listing = json(&mistctl(&vm, &["ps", "--json"]));
+    assert_eq!(row(&listing, tid)["shim"], "no", "{listing}");
+    assert_eq!(row(&listing, client.tid().0)["shim"], "static", "{listing}");
+    assert_eq!(row(&listing, asks)["direct_route"], true, "{listing}");
+    let output = mistctl(&vm, &["ps"]);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        said.contains(&format!("t{asks:x}: asked for PvmRouteDirect")),
+        "{said}"
+    );
+    assert!(
+        said.contains(&format!("t{has:x}: has direct routes")),
+        "{said}"
+    );
+    client.exit().unwrap();
 }

@@ -31,11 +31,13 @@ pub fn run(args: &Args, command: &Command) -> anyhow::Result<ExitCode> {
     };
     fs::create_dir_all(dir)
         .with_context(|| format!("{}: cannot make the directory", dir.display()))?;
-    let pages = std::iter::once((built.get_name().to_owned(), &built)).chain(
-        built
-            .get_subcommands()
-            .map(|c| (format!("{}-{}", built.get_name(), c.get_name()), c)),
-    );
+    let mut pages = vec![(built.get_name().to_owned(), &built)];
+    let mut at = 0;
+    while let Some((name, command)) = pages.get(at).cloned() {
+        let below = command.get_subcommands().filter(|c| c.get_name() != "help");
+        pages.extend(below.map(|c| (format!("{name}-{}", c.get_name()), c)));
+        at += 1;
+    }
     for (name, command) in pages {
         let file = dir.join(format!("{name}.1"));
         // The synopsis says "mistctl dump", the title mistctl-dump.
@@ -58,13 +60,9 @@ fn page(command: &Command) -> anyhow::Result<Vec<u8>> {
     man.render_options_section(&mut page)?;
     if command.has_subcommands() {
         writeln!(page, ".SH COMMANDS")?;
-        for c in command.get_subcommands() {
-            writeln!(
-                page,
-                ".TP\n.BR {}\\-{} (1)",
-                command.get_name(),
-                c.get_name()
-            )?;
+        let own = command.get_display_name().unwrap_or(command.get_name());
+        for c in command.get_subcommands().filter(|c| c.get_name() != "help") {
+            writeln!(page, ".TP\n.BR {}\\-{} (1)", escaped(own), c.get_name())?;
             writeln!(
                 page,
                 "{}",
@@ -109,6 +107,8 @@ fn page(command: &Command) -> anyhow::Result<Vec<u8>> {
         "mistctl-show",
         "mistctl-verify",
         "mistctl-check",
+        "mistctl-pvm",
+        "mistctl-ps",
     ];
     let name = command.get_display_name().unwrap_or(command.get_name());
     let others: Vec<String> = others

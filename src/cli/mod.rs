@@ -4,10 +4,14 @@
 mod check;
 mod completions;
 mod dump;
+mod exec;
 mod foreground;
 mod man;
 mod out;
+mod ps;
+mod pvm;
 mod restore;
+mod shim;
 mod show;
 mod stores;
 mod verify;
@@ -44,6 +48,10 @@ enum Command {
     Show(show::Args),
     Verify(verify::Args),
     Check(check::Args),
+    Pvm(pvm::Args),
+    Ps(ps::Args),
+    Exec(exec::Args),
+    Shim(shim::Args),
     Completions(completions::Args),
     Man(man::Args),
 }
@@ -103,6 +111,10 @@ impl Command {
             Command::Restore(a) => a.json,
             Command::Show(a) => a.json,
             Command::Check(a) => a.json,
+            Command::Pvm(a) => a.json(),
+            Command::Ps(a) => a.json,
+            Command::Exec(a) => a.json,
+            Command::Shim(a) => a.json,
             Command::Verify(_) | Command::Completions(_) | Command::Man(_) => false,
         }
     }
@@ -114,6 +126,10 @@ impl Command {
             Command::Show(a) => show::run(&a),
             Command::Verify(a) => verify::run(&a),
             Command::Check(a) => check::run(&a),
+            Command::Pvm(a) => pvm::run(&a),
+            Command::Ps(a) => ps::run(&a),
+            Command::Exec(a) => exec::run(&a),
+            Command::Shim(a) => shim::run(&a),
             Command::Completions(a) => completions::run(&a, &mut Cli::command()),
             Command::Man(a) => man::run(&a, &Cli::command()),
         }

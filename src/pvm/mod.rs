@@ -2,6 +2,8 @@
 
 pub mod block;
 pub mod client;
+pub mod daemon;
+pub mod local;
 pub mod shimabi;
 pub mod table;
 pub mod tid;

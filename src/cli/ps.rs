@@ -1,0 +1,296 @@
+//! `mistctl ps`: the tasks of the virtual machine.
+
+use std::fmt::Write;
+use std::process::ExitCode;
+use std::time::SystemTime;
+
+use anyhow::Context;
+use mistctl::error::Failure;
+use mistctl::pvm::client::{Client, Pvmd};
+use mistctl::pvm::local::{self, Doing, Shim};
+use mistctl::pvm::shimabi::place;
+use mistctl::pvm::shimabi::table::{Mapped, State};
+use mistctl::pvm::tid::Tid;
+use mistctl::pvm::virtual_machine::{Host, Task};
+use serde::Serialize;
+
+use super::out;
+
+/// The pvmd's flag of a task that is connected to it.
+const CONNECTED: i32 = 4;
+
+/// List the tasks of the PVM virtual machine
+///
+/// Every task on every host: its virtual tid (the one it was born with, which it and its partners go on using), the
+/// tid it has now, where it is, and what can be said of it. MEMORY is what is resident. SHIM is "yes" for a task that
+/// can be moved; "no" for one that was started without the shim (use `mistctl pvm start`, or `mistctl exec`); "static"
+/// for a program into which libpvm was linked (link it with the shared libpvm3 instead); "unknown" for a libpvm that
+/// the shim does not know. STATE is receiving, sending, held (it waits to send to a task that moves), moving, running,
+/// sleeping, waiting, stopped, traced or zombie. FOR is how long the task has been where it is.
+///
+/// MEMORY, SHIM, STATE and FOR are known for tasks on this host only, and shown as "-" for others; so is the path of
+/// a program.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Print one JSON object; "since" is in seconds since 1970, "memory" in bytes
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Listing {
+    hosts: Vec<Host>,
+    tasks: Vec<Row>,
+}
+
+#[derive(Debug, Serialize)]
+struct Row {
+    virtual_tid: Tid,
+    tid: Tid,
+    parent: Option<Tid>,
+    host: String,
+    pid: i32,
+    program: Option<String>,
+    memory: Option<u64>,
+    shim: Option<Shim>,
+    state: Option<Doing>,
+    since: Option<u64>,
+    /// The program asked for PvmRouteDirect.
+    direct_route: Option<bool>,
+    /// It was let have direct routes.
+    direct_allowed: Option<bool>,
+}
+
+pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let listing = list()?;
+    if args.json {
+        out::object(&listing)?;
+    } else {
+        out::print(&text(&listing, SystemTime::now()))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn list() -> anyhow::Result<Listing> {
+    let Some(pvmd) = Pvmd::find()? else {
+        return Err(Failure::NoSuchProcess.because(format!(
+            "no virtual machine is running here: {} is missing; `mistctl pvm start` starts one",
+            place::own_address_file().display()
+        )));
+    };
+    let mut client = Client::enrol(&pvmd, 0)?;
+    let own = client.tid();
+    let hosts = client.hosts()?;
+    let mut tasks = client.tasks(Tid::NONE)?;
+    client.exit()?;
+    tasks.retain(|task| task.tid != own);
+    let table = table_of(&pvmd)?;
+    let mut rows = Vec::new();
+    for task in &tasks {
+        rows.extend(row(task, &hosts, own, table.as_ref())?);
+    }
+    rows.sort_by_key(|row| row.virtual_tid);
+    Ok(Listing { hosts, tasks: rows })
+}
+
+/// The tid table, to be looked at only; none while no task with the shim has made it.
+fn table_of(pvmd: &Pvmd) -> anyhow::Result<Option<Mapped>> {
+    let path = pvmd.table_path()?;
+    if !path.exists() {
+        return Ok(None);
+    }
+    let file = place::open(&path)
+        .with_context(|| format!("cannot open the tid table {}", path.display()))?;
+    let map = Mapped::new(&file)
+        .with_context(|| format!("cannot map the tid table {}", path.display()))?;
+    Ok(Some(map))
+}
+
+/// What is known of a task; none for those that are mist's own.
+fn row(
+    task: &Task,
+    hosts: &[Host],
+    own: Tid,
+    table: Option<&Mapped>,
+) -> anyhow::Result<Option<Row>> {
+    let in_table = table.and_then(|table| table.v_of(task.tid.0)).map(Tid);
+    let entry = |tid: Tid| table.and_then(|table| table.entry(tid.0));
+    let known = entry(in_table.unwrap_or(task.tid));
+    if known.is_some_and(|entry| entry.state == State::Hidden) {
+        return Ok(None);
+    }
+    let here = task.host.host() == own.host();
+    let process = match here {
+        true => local::process(task.pid, task.flags & CONNECTED != 0)?,
+        false => None,
+    };
+    let seen = process.as_ref();
+    let moving = known.is_some_and(|entry| entry.state == State::Moving);
+    let host = hosts
+        .iter()
+        .find(|host| host.tid.host() == task.host.host());
+    Ok(Some(Row {
+        virtual_tid: in_table
+            .or(seen.and_then(|p| p.virtual_tid))
+            .unwrap_or(task.tid),
+        tid: task.tid,
+        parent: task.parent.is_task().then_some(task.parent),
+        host: host.map_or_else(|| task.host.to_string(), |host| host.name.clone()),
+        pid: task.pid,
+        program: seen
+            .and_then(|p| p.program.clone())
+            .or_else(|| Some(task.program.clone()).filter(|name| !name.is_empty())),
+        memory: seen.map(|p| p.memory),
+        shim: seen.map(|p| p.shim),
+        state: if moving {
+            Some(Doing::Moving)
+        } else {
+            seen.map(|p| p.doing)
+        },
+        since: seen.and_then(|p| {
+            let since = p.since.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+            Some(since.as_secs())
+        }),
+        direct_route: seen.map(|p| p.direct_route),
+        direct_allowed: seen.map(|p| p.direct_allowed),
+    }))
+}
+
+fn text(listing: &Listing, now: SystemTime) -> String {
+    let titles = [
+        "VTID", "TID", "HOST", "PID", "MEMORY", "SHIM", "STATE", "FOR", "PROGRAM",
+    ];
+    let mut lines = vec![titles.map(str::to_owned)];
+    let now = now
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs();
+    let dash = || "-".to_owned();
+    for row in &listing.tasks {
+        lines.push([
+            row.virtual_tid.to_string(),
+            row.tid.to_string(),
+            row.host.clone(),
+            row.pid.to_string(),
+            row.memory.map_or_else(dash, out::bytes),
+            row.shim.map_or_else(dash, word),
+            row.state.map_or_else(dash, word),
+            row.since
+                .map_or_else(dash, |since| age(now.saturating_sub(since))),
+            row.program.clone().unwrap_or_else(dash),
+        ]);
+    }
+    let widths: Vec<usize> = (0..titles.len())
+        .map(|at| {
+            let column = lines.iter().filter_map(|line| line.get(at));
+            column.map(|cell| cell.chars().count()).max().unwrap_or(0)
+        })
+        .collect();
+    let mut t = String::new();
+    for line in &lines {
+        let cells: Vec<String> = line
+            .iter()
+            .zip(&widths)
+            .map(|(cell, width)| format!("{cell:<width$}"))
+            .collect();
+        let _ = writeln!(t, "{}", cells.join("  ").trim_end());
+    }
+    for row in &listing.tasks {
+        let tid = row.virtual_tid;
+        if row.direct_allowed == Some(true) {
+            let _ = writeln!(
+                t,
+                "{tid}: has direct routes (MIST_DIRECT_ROUTES=1), and cannot be moved"
+            );
+        } else if row.direct_route == Some(true) {
+            let _ = writeln!(
+                t,
+                "{tid}: asked for PvmRouteDirect; its messages go through pvmd"
+            );
+        }
+    }
+    t
+}
+
+/// The word by which scripts know it too.
+fn word(value: impl Serialize) -> String {
+    serde_json::to_value(value)
+        .ok()
+        .and_then(|value| value.as_str().map(str::to_owned))
+        .unwrap_or_default()
+}
+
+/// "41 s", "3 min", "2 h", "5 d": the largest unit that fills.
+fn age(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3600 => format!("{} min", seconds / 60),
+        3600..86400 => format!("{} h", seconds / 3600),
+        _ => format!("{} d", seconds / 86400),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn listing() -> Listing {
+        let here = Row {
+            virtual_tid: Tid(0x80001),
+            tid: Tid(0x40003),
+            parent: None,
+            host: "h0".to_owned(),
+            pid: 17,
+            program: Some("/x/heat".to_owned()),
+            memory: Some(3 << 20),
+            shim: Some(Shim::Yes),
+            state: Some(Doing::Receiving),
+            since: Some(100),
+            direct_route: Some(true),
+            direct_allowed: Some(false),
+        };
+        let there = Row {
+            virtual_tid: Tid(0x80002),
+            tid: Tid(0x80002),
+            host: "h1".to_owned(),
+            pid: 18,
+            program: None,
+            memory: None,
+            shim: None,
+            state: None,
+            since: None,
+            direct_route: None,
+            direct_allowed: None,
+            parent: Some(Tid(0x80001)),
+        };
+        Listing {
+            hosts: Vec::new(),
+            tasks: vec![here, there],
+        }
+    }
+
+    #[test]
+    fn what_is_not_known_is_a_dash() {
+        let text = text(
+            &listing(),
+            SystemTime::UNIX_EPOCH + Duration::from_secs(300),
+        );
+        let lines: Vec<Vec<&str>> = text
+            .lines()
+            .map(|line| line.split_whitespace().collect())
+            .collect();
+        let here = "t80001 t40003 h0 17 3.00 MiB yes receiving 3 min /x/heat";
+        assert_eq!(lines[1].join(" "), here);
+        assert_eq!(lines[2].join(" "), "t80002 t80002 h1 18 - - - - -");
+        assert!(text.contains("t80001: asked for PvmRouteDirect"), "{text}");
+    }
+
+    #[test]
+    fn tids_are_written_as_pvm_writes_them_in_json_too() {
+        let json = serde_json::to_value(listing()).unwrap();
+        assert_eq!(json["tasks"][0]["virtual_tid"], "t80001");
+        assert_eq!(json["tasks"][0]["shim"], "yes");
+        assert_eq!(json["tasks"][1]["state"], serde_json::Value::Null);
+    }
+}

@@ -1,0 +1,204 @@
+//! What can be seen of a PVM task on the host it runs on: /proc, and the block that the shim publishes.
+
+use std::fs;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result};
+use pvm_abi::block::{flag, state, wait};
+use serde::Serialize;
+
+use crate::pvm::block::TaskBlock;
+use crate::pvm::tid::Tid;
+
+/// pvm3.h: PvmRouteDirect
+const ROUTE_DIRECT: i32 = 3;
+
+/// Whether a task runs under the shim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Shim {
+    /// It does: it can be moved.
+    Yes,
+    /// It was started without.
+    No,
+    /// libpvm is linked into the program itself, where no library gets between.
+    Static,
+    /// The shim does not know this libpvm, and stands aside.
+    Unknown,
+}
+
+/// What a task is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Doing {
+    /// On a processor, or waiting for one.
+    Running,
+    /// Asleep in something that is none of PVM's affair.
+    Sleeping,
+    /// Asleep in the kernel, where no signal reaches it.
+    Waiting,
+    /// Waits for messages.
+    Receiving,
+    /// In a send.
+    Sending,
+    /// Waits to send to a task that is moving.
+    Held,
+    /// Is moving itself.
+    Moving,
+    /// Stopped by a signal.
+    Stopped,
+    /// Stopped by a debugger or tracer.
+    Traced,
+    /// Has ended; its parent has not taken note.
+    Zombie,
+}
+
+/// A task's process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Process {
+    /// Path of the program.
+    pub program: Option<String>,
+    /// Resident memory in bytes.
+    pub memory: u64,
+    /// Under the shim?
+    pub shim: Shim,
+    /// The virtual tid, if the shim says.
+    pub virtual_tid: Option<Tid>,
+    /// What it is doing.
+    pub doing: Doing,
+    /// When the process was started.
+    pub since: SystemTime,
+    /// The program asked for PvmRouteDirect.
+    pub direct_route: bool,
+    /// It was let have direct routes, and so cannot be moved.
+    pub direct_allowed: bool,
+}
+
+/// Looks at process `pid`; none when it has ended, or is another user's. `enrolled`: it is connected to its pvmd.
+///
+/// # Errors
+/// When /proc does not look as proc(5) says.
+pub fn process(pid: i32, enrolled: bool) -> Result<Option<Process>> {
+    let (Ok(status), Ok(stat)) = (
+        fs::read_to_string(format!("/proc/{pid}/status")),
+        fs::read_to_string(format!("/proc/{pid}/stat")),
+    ) else {
+        return Ok(None);
+    };
+    let field = |name: &str| {
+        status
+            .lines()
+            .find_map(|line| line.strip_prefix(name))
+            .map(str::trim)
+    };
+    let uid = field("Uid:").and_then(|ids| ids.split_whitespace().next());
+    if uid != Some(nix::unistd::getuid().to_string().as_str()) && !nix::unistd::geteuid().is_root()
+    {
+        return Ok(None);
+    }
+    let resident = field("VmRSS:")
+        .and_then(|text| text.split_whitespace().next()?.parse::<u64>().ok())
+        .unwrap_or(0);
+    let mut doing = match field("State:").and_then(|s| s.chars().next()) {
+        Some('R') => Doing::Running,
+        Some('D') => Doing::Waiting,
+        Some('T') => Doing::Stopped,
+        Some('t') => Doing::Traced,
+        Some('Z' | 'X') => Doing::Zombie,
+        _ => Doing::Sleeping,
+    };
+    let mut process = Process {
+        program: fs::read_link(format!("/proc/{pid}/exe"))
+            .ok()
+            .map(|path| path.to_string_lossy().into_owned()),
+        memory: resident * 1024,
+        shim: Shim::No,
+        virtual_tid: None,
+        doing,
+        since: started(&stat).with_context(|| format!("/proc/{pid}/stat is odd: {stat}"))?,
+        direct_route: false,
+        direct_allowed: false,
+    };
+    // What cannot be read (the process has just ended, or is no longer ours) leaves the shim unseen.
+    let block = TaskBlock::find(pid).ok().flatten();
+    let libpvm = fs::read_to_string(format!("/proc/{pid}/maps"))
+        .is_ok_and(|maps| maps.contains("/libpvm3.so"));
+    let Some(block) = block else {
+        process.shim = if libpvm || !enrolled {
+            Shim::No
+        } else {
+            Shim::Static
+        };
+        return Ok(Some(process));
+    };
+    let (Ok(how), Ok(owner)) = (block.state(), block.enrolled_pid()) else {
+        return Ok(None);
+    };
+    process.shim = match how {
+        state::UNKNOWN_LIBPVM => Shim::Unknown,
+        state::ENROLLED if owner == pid => Shim::Yes,
+        // Loaded, and told of no enrolment.
+        _ if enrolled => Shim::Static,
+        _ => Shim::Yes,
+    };
+    if process.shim == Shim::Yes && how == state::ENROLLED {
+        process.virtual_tid = block.v().ok().map(Tid);
+        process.direct_route = block.route().is_ok_and(|route| route == ROUTE_DIRECT);
+        process.direct_allowed = block.flags().is_ok_and(|f| f & flag::DIRECT_ROUTES != 0);
+        if matches!(doing, Doing::Running | Doing::Sleeping) {
+            doing = match block.wait().unwrap_or(wait::NONE) {
+                wait::RECEIVE => Doing::Receiving,
+                wait::SEND => Doing::Sending,
+                wait::GATE | wait::GATE_DEAF => Doing::Held,
+                _ => doing,
+            };
+        }
+        process.doing = doing;
+    }
+    Ok(Some(process))
+}
+
+/// When a process was started: field 22 of its stat (clock ticks after the boot), which follows a name that may
+/// hold anything.
+fn started(stat: &str) -> Option<SystemTime> {
+    let after_name = stat.rsplit_once(')')?.1;
+    let ticks: u64 = after_name.split_whitespace().nth(19)?.parse().ok()?;
+    let per_second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok()??;
+    let per_second = u64::try_from(per_second).ok().filter(|n| *n > 0)?;
+    let text = fs::read_to_string("/proc/stat").ok()?;
+    let boot = text.lines().find_map(|line| line.strip_prefix("btime "))?;
+    let boot: u64 = boot.trim().parse().ok()?;
+    Some(SystemTime::UNIX_EPOCH + Duration::from_secs(boot.checked_add(ticks / per_second)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_is_seen_without_a_shim() {
+        let me = process(std::process::id() as i32, false).unwrap().unwrap();
+        assert_eq!(me.shim, Shim::No);
+        assert!(me.memory > 0 && me.since <= SystemTime::now());
+        assert_eq!(
+            me.program.unwrap(),
+            std::env::current_exe().unwrap().to_string_lossy()
+        );
+        // A task that is enrolled and has no libpvm has it inside.
+        let me = process(std::process::id() as i32, true).unwrap().unwrap();
+        assert_eq!(me.shim, Shim::Static);
+    }
+
+    #[test]
+    fn a_process_that_is_not_there_is_none() {
+        assert!(process(i32::MAX, true).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_name_with_brackets_and_spaces_does_no_harm() {
+        let stat = "7 (a) b (c) S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 0 20";
+        assert!(started(stat).is_some());
+        assert!(started("7 (a").is_none());
+        assert!(started("7 (a) S 1").is_none());
+    }
+}

@@ -1,0 +1,111 @@
+//! A virtual machine of several hosts that `mistctl pvm start` makes: every task on every host gets the shim.
+
+mod common;
+mod testhosts;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use common::wait_for;
+use libtest_mimic::{Arguments, Completion, Trial};
+use serde_json::Value;
+use testhosts::Hosts;
+
+const LIMIT: Duration = Duration::from_secs(30);
+
+fn main() -> ExitCode {
+    let args = Arguments::from_args();
+    let trial = Trial::ignorable_test("every_task_on_every_host_gets_the_shim", || {
+        if let Some(why) = testhosts::cannot_run() {
+            println!("SKIPPED: {why}");
+            return Ok(Completion::ignored_with(why));
+        }
+        every_host().map_err(|e| format!("{e:#}"))?;
+        Ok(Completion::Completed)
+    });
+    libtest_mimic::run(&args, vec![trial]).exit_code()
+}
+
+/// mistctl and the shim where all hosts and their user find them: laid out as scripts/install does.
+fn install() -> Result<tempfile::TempDir> {
+    let root = tempfile::tempdir_in("/var/tmp")?;
+    fs::set_permissions(root.path(), fs::Permissions::from_mode(0o755))?;
+    let mut build = Command::new(env!("CARGO"));
+    build
+        .args(["build", "--quiet", "-p", "pvm-shim"])
+        .current_dir(env!("CARGO_MANIFEST_DIR"));
+    if !cfg!(debug_assertions) {
+        build.arg("--release");
+    }
+    ensure!(build.status()?.success(), "cargo build -p pvm-shim failed");
+    let built = Path::new(env!("CARGO_BIN_EXE_mistctl"));
+    let library = built.with_file_name("libmistshim.so");
+    for (from, dir, name) in [
+        (built, "bin", "mistctl"),
+        (&library, "lib", "libmistshim.so"),
+    ] {
+        let dir = root.path().join(dir);
+        fs::create_dir(&dir)?;
+        fs::copy(from, dir.join(name)).with_context(|| format!("{}", from.display()))?;
+    }
+    Ok(root)
+}
+
+fn every_host() -> Result<()> {
+    let root = install()?;
+    let mistctl = root.path().join("bin/mistctl").display().to_string();
+    let hosts = Hosts::up(4)?;
+    // h1 as it is, h2 with a pvmd of its own choice, h3 is added later; and one that cannot be.
+    let hostfile = "h0\\nh1\\nh2 dx=/usr/bin/pvmd\\nh9\\n";
+    let started = hosts.exec(
+        "h0",
+        &format!(
+            "printf '{hostfile}' >/tmp/hosts; {mistctl} pvm start --json /tmp/hosts; test $? = 1"
+        ),
+    )?;
+    let started: Value = serde_json::from_str(&started)?;
+    ensure!(
+        started["hosts"].as_array().map(Vec::len) == Some(3),
+        "{started}"
+    );
+    ensure!(started["failed"][0]["host"] == "h9", "{started}");
+    let said = hosts.console("add h3\nspawn -4 /bin/sleep 1000")?;
+    ensure!(said.contains("4 successful"), "{said}");
+    for host in ["h0", "h1", "h2", "h3"] {
+        wait_for(&format!("the shim on {host}"), LIMIT, || {
+            let mapped = "grep -q libmistshim.so /proc/$(pgrep -x sleep -P $(pgrep -x pvmd))/maps";
+            Ok(hosts.exec(host, mapped).ok())
+        })?;
+    }
+    let listing = hosts.exec("h0", &format!("{mistctl} ps --json"))?;
+    let listing: Value = serde_json::from_str(&listing)?;
+    let tasks = listing["tasks"].as_array().context("no tasks")?;
+    ensure!(tasks.len() == 4, "{listing}");
+    for task in tasks {
+        let here = task["host"] == "h0";
+        ensure!(task["shim"].is_string() == here, "{task}");
+        ensure!(task["memory"].is_u64() == here, "{task}");
+        ensure!(task["pid"].is_i64(), "{task}");
+    }
+    // Asked on another host, that one's task is known.
+    let said = hosts.exec("h2", &format!("{mistctl} ps"))?;
+    let lines = said.lines().filter(|line| line.contains(" yes "));
+    ensure!(
+        lines.map(|line| line.contains(" h2 ")).collect::<Vec<_>>() == [true],
+        "{said}"
+    );
+    // From any host the whole of it ends.
+    hosts.exec("h1", &format!("{mistctl} pvm stop"))?;
+    for host in ["h0", "h1", "h2", "h3"] {
+        wait_for(&format!("the end of PVM on {host}"), LIMIT, || {
+            Ok(hosts.exec(host, "! pgrep -x 'pvmd|sleep'").ok())
+        })?;
+    }
+    let left = hosts.exec("h1", "ls /tmp")?;
+    ensure!(!left.contains(".mist-"), "{left}");
+    Ok(())
+}
