@@ -268,7 +268,10 @@ fn shim_and_exec(kit: &Path) {
         std::os::unix::process::ExitStatusExt::signal(&output.status),
         Some(9)
     );
-    let output = mistctl(&vm, &["exec", "--json", "--", "no-such-program"]);
+    // A folder in PATH that may not be searched would count as "cannot be run", as with execvp(3) everywhere.
+    let mut command = vm.command("mistctl", false);
+    command.args(["exec", "--json", "--", "no-such-program"]);
+    let output = command.env("PATH", "/usr/bin:/bin").output().unwrap();
     assert_eq!(output.status.code(), Some(127));
     assert_eq!(json(&output)["exit"], 127);
     assert_eq!(mistctl(&vm, &["exec", "/etc"]).status.code(), Some(126));

@@ -255,10 +255,12 @@ impl Client {
         self.patience = patience;
     }
 
-    /// The pid of the pvmd, where it can be told (socket(7), SO_PEERCRED).
+    /// The pid of the pvmd, where it can be told: socket(7), SO_PEERCRED names the process that began to listen,
+    /// which in the pvmds of added hosts has forked since, and ended.
     pub fn pvmd_pid(&self) -> Option<i32> {
         let peer = getsockopt(&self.fd, sockopt::PeerCredentials).ok()?;
-        (peer.pid() > 0).then(|| peer.pid())
+        let name = std::fs::read_to_string(format!("/proc/{}/comm", peer.pid())).ok()?;
+        (peer.pid() > 0 && name.starts_with("pvmd")).then(|| peer.pid())
     }
 
     /// Leaves the virtual machine as `pvm_exit` does. Dropping the client does it too, as a crash would.

@@ -339,9 +339,9 @@ impl Drop for Scratch {
 /// What was ended.
 #[derive(Debug)]
 pub struct Stopped {
-    /// The pvmd of this host; none if it had died before.
+    /// The pvmd of this host; none if it cannot be told, as on hosts that were added.
     pub pid: Option<i32>,
-    /// The hosts there were.
+    /// The hosts there were; none if the pvmd had died before.
     pub hosts: Vec<Host>,
 }
 
@@ -369,7 +369,8 @@ pub fn stop() -> Result<Stopped> {
     let mut client = Client::enrol(&pvmd, 0)?;
     let hosts = client.hosts()?;
     let pid = client.pvmd_pid();
-    let process = pid.map(pidfd::open).transpose()?;
+    // Without a pid (or if it has just ended) the end of the connection has to do.
+    let process = pid.and_then(|pid| pidfd::open(pid).ok());
     // The pvmd will send SIGTERM to all its tasks, and we are one.
     let mut term = SigSet::empty();
     term.add(Signal::SIGTERM);
