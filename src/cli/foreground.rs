@@ -40,13 +40,13 @@ impl Signals {
         SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC).map(Signals)
     }
 
-    /// Waits until child `pid` ends, passes on signals meanwhile, and returns the status to end with: the
+    /// Waits until child `pid` ends, lends it the terminal, passes on signals meanwhile, and returns the status to end with: the
     /// program's, or 128 + N when signal N ended it.
     ///
     /// # Errors
     /// When the child cannot be waited for; it runs nevertheless.
-    pub fn follow(&self, pid: i32) -> nix::Result<u8> {
-        Program::new(Pid::from_raw(pid)).wait(&self.0)
+    pub fn follow(&self, pid: i32, terminal: Option<Terminal>) -> nix::Result<u8> {
+        Program::new(Pid::from_raw(pid), terminal).wait(&self.0)
     }
 }
 
@@ -58,13 +58,13 @@ struct Program {
 }
 
 /// The controlling terminal, if we were in its foreground when we began.
-struct Terminal {
+pub struct Terminal {
     tty: File,
     modes: Option<Termios>,
 }
 
 impl Program {
-    fn new(pid: Pid) -> Program {
+    fn new(pid: Pid, terminal: Option<Terminal>) -> Program {
         let group = match getpgid(Some(pid)) {
             Ok(g) if g == pid && g != getpgrp() => Some(g),
             _ => None,
@@ -73,16 +73,21 @@ impl Program {
         Program {
             pid,
             group,
-            terminal: Terminal::open().filter(|_| ours),
+            terminal: terminal.filter(|_| ours),
         }
     }
 
     fn wait(&self, signals: &SignalFd) -> nix::Result<u8> {
         self.give_terminal();
+        let taken_over = self.terminal.as_ref().is_some_and(Terminal::is_changed);
+        if taken_over {
+            // Another terminal, another size: programs draw themselves anew.
+            self.send(Signal::SIGWINCH, true);
+        }
         loop {
             // Before the first signal too: it may have ended before signals were blocked.
             if let Some(status) = self.look()? {
-                self.take_terminal(status > 128);
+                self.take_terminal(taken_over || status > 128);
                 return Ok(status);
             }
             match signals.read_signal() {
@@ -171,14 +176,15 @@ impl Program {
         if self.group.is_some() && terminal.foreground() == self.group {
             let _ = tcsetpgrp(&terminal.tty, getpgrp());
         }
-        if let (true, Some(modes)) = (reset, &terminal.modes) {
-            let _ = termios::tcsetattr(&terminal.tty, SetArg::TCSADRAIN, modes);
+        if reset {
+            terminal.put_back();
         }
     }
 }
 
 impl Terminal {
-    fn open() -> Option<Terminal> {
+    /// Notes its modes, which a restored program is going to change.
+    pub fn open() -> Option<Terminal> {
         let tty = File::options()
             .read(true)
             .write(true)
@@ -187,6 +193,17 @@ impl Terminal {
         let modes = termios::tcgetattr(&tty).ok();
         let terminal = Terminal { tty, modes };
         (terminal.foreground() == Some(getpgrp())).then_some(terminal)
+    }
+
+    /// Gives it the modes it had when it was opened.
+    pub fn put_back(&self) {
+        if let Some(modes) = &self.modes {
+            let _ = termios::tcsetattr(&self.tty, SetArg::TCSADRAIN, modes);
+        }
+    }
+
+    fn is_changed(&self) -> bool {
+        termios::tcgetattr(&self.tty).ok() != self.modes
     }
 
     fn foreground(&self) -> Option<Pid> {

@@ -61,7 +61,12 @@ EXAMPLES
         pid=$(mistctl restore --detach /var/lib/mist/work)";
 
 pub fn run(args: &Args, started: Instant) -> anyhow::Result<ExitCode> {
-    let mut outcome = newest_sound(args, started)?;
+    let terminal = foreground::Terminal::open().filter(|_| !args.detach);
+    let mut outcome = newest_sound(args, started).inspect_err(|_| {
+        if let Some(terminal) = &terminal {
+            terminal.put_back();
+        }
+    })?;
     // The program runs: from here on signals are the program's, and no error of ours may hide its status.
     let child = outcome.child.filter(|_| !args.detach);
     let signals = child.map(|_| foreground::Signals::hold());
@@ -78,7 +83,7 @@ pub fn run(args: &Args, started: Instant) -> anyhow::Result<ExitCode> {
     let (Some(pid), Some(signals)) = (child, signals) else {
         return Ok(ExitCode::SUCCESS);
     };
-    let followed = signals.and_then(|s| s.follow(pid));
+    let followed = signals.and_then(|s| s.follow(pid, terminal));
     if let Some(filling) = filling {
         filling.wait().map_err(own_failure)?;
     }

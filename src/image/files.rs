@@ -122,6 +122,10 @@ pub struct External {
     pub stream: Option<u8>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub terminal: bool,
+    /// struct termios2, raw, of a terminal in whose foreground the program was: its modes were the
+    /// program's, not a shell's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub termios: Option<crate::image::Bytes>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

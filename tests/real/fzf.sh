@@ -1,3 +1,4 @@
+#!/bin/bash
 # Lines for fzf, a program in Go (its collector, its threads), which finds the best matches among
 # all that it has read when the file `go` is there (or after $STEPS lines).
 set -e -o pipefail

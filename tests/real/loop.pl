@@ -1,3 +1,4 @@
+#!/usr/bin/perl
 # A hash that grows, strings that are rewritten, signals that come all the while, until the
 # file `go` is there (or for $STEPS steps).
 use strict;

@@ -1,3 +1,4 @@
+#!/bin/bash
 # A pipeline of children that come and go, until the file `go` is there (or for $STEPS lines).
 set -e -o pipefail
 lines() {
@@ -6,7 +7,7 @@ lines() {
         n=$((n + 1))
         echo "line $n $((n * n % 9973))"
         # A child, too, and time for others.
-        if [ $((n % 50)) = 0 ]; then echo "$(printf %08x $n)"; sleep 0.02; echo $n >>progress; fi
+        if [ $((n % 50)) = 0 ]; then word=$(printf %08x $n | rev); echo "also $n $word"; sleep 0.02; echo $n >>progress; fi
     done
     echo $n >count
 }

@@ -10,7 +10,7 @@ use std::thread;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use crate::common::wait_for;
-use crate::steps::Test;
+use crate::steps::{Test, go_on_dumps};
 use crate::{LIMIT, Mode};
 
 pub const NAME: &str = "redis";
@@ -160,7 +160,7 @@ pub fn carry_out(test: &mut Test) -> Result<()> {
     let mut restore = None;
     for round in 0..if test.mode == Mode::Twice { 2 } else { 1 } {
         if test.mode == Mode::GoOn {
-            for _ in 0..3 {
+            for _ in 0..go_on_dumps() {
                 test.dump(false)?;
                 works()?;
             }

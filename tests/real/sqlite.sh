@@ -1,3 +1,4 @@
+#!/bin/bash
 # A shell that feeds transactions to sqlite3 through a pipe, until the file `go` is there (or
 # $STEPS transactions).
 set -e

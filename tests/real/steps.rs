@@ -10,7 +10,13 @@ use anyhow::{Context, Result, anyhow, bail};
 use nix::mount::{MsFlags, mount};
 
 use crate::common::{self, describe, ending, mistctl, processes, run, tail, wait_for};
-use crate::{Case, LIMIT, Mode, redis, word};
+use crate::{Case, LIMIT, Mode, redis, terminal, word};
+
+/// How often a program is dumped while it goes on; more, to look for what happens rarely.
+pub fn go_on_dumps() -> u32 {
+    let wanted = std::env::var("MIST_TEST_DUMPS").ok();
+    wanted.and_then(|n| n.parse().ok()).unwrap_or(3)
+}
 
 /// One program, one way of saving it.
 pub struct Test {
@@ -47,10 +53,10 @@ impl Test {
 
     pub fn carry_out(&mut self) -> Result<()> {
         self.private_tmp()?;
-        let outcome = if self.case.name == redis::NAME {
-            redis::carry_out(self)
-        } else {
-            self.steps()
+        let outcome = match self.case.name {
+            redis::NAME => redis::carry_out(self),
+            terminal::NAME => terminal::carry_out(self),
+            _ => self.steps(),
         };
         outcome.map_err(|e| {
             let mut story = format!("{e:#}\n");
@@ -82,7 +88,7 @@ impl Test {
         self.works()?;
         let last = match self.mode {
             Mode::GoOn => {
-                for _ in 0..3 {
+                for _ in 0..go_on_dumps() {
                     self.dump(false)?;
                     self.works()?;
                 }
@@ -122,19 +128,35 @@ impl Test {
 
     /// Starts the program in its directory.
     pub fn start(&mut self, more: &[&str]) -> Result<()> {
-        fs::create_dir(&self.cwd)?;
+        self.make_cwd()?;
         let log = File::create(self.dir.join("log"))?;
         let mut command = self.command(&self.cwd);
         command.args(more).stdout(log.try_clone()?).stderr(log);
         // Like a job of a shell.
         command.process_group(0);
         let child = command.spawn().context("cannot start the program")?;
-        self.pid = child.id();
-        self.program = Some(child);
+        self.adopt(child);
         Ok(())
     }
 
-    fn command(&self, cwd: &Path) -> Command {
+    /// The directory that the program is to run in.
+    pub fn make_cwd(&self) -> Result<PathBuf> {
+        fs::create_dir(&self.cwd)?;
+        Ok(self.cwd.clone())
+    }
+
+    /// Takes a child as the program.
+    pub fn adopt(&mut self, child: Child) {
+        self.pid = child.id();
+        self.follow(child);
+    }
+
+    /// Takes a child that ends when the program does.
+    pub fn follow(&mut self, child: Child) {
+        self.program = Some(child);
+    }
+
+    pub fn command(&self, cwd: &Path) -> Command {
         let mut words = self.case.command.iter().map(|w| word(w));
         let mut command = Command::new(words.next().unwrap_or_default());
         command
@@ -182,6 +204,10 @@ impl Test {
         if and_kill {
             command.arg("--kill");
         }
+        if !and_kill && self.dumps > 1 {
+            // Not wanted any more.
+            let _ = fs::remove_dir_all(self.dir.join(format!("image{}", self.dumps - 1)));
+        }
         let what = format!("mistctl dump (no. {})", self.dumps);
         let output = run(command, &self.dir, "dump", LIMIT).with_context(|| what.clone())?;
         if !output.status.success() {
@@ -206,7 +232,7 @@ impl Test {
         })
     }
 
-    fn restoring(&self) -> Command {
+    pub fn restoring(&self) -> Command {
         let mut command = mistctl();
         command.arg("restore").arg(self.image());
         if self.mode == Mode::Lazy {

@@ -301,6 +301,7 @@ impl FileDumper {
                     what,
                     stream: None,
                     terminal: false,
+                    termios: None,
                 });
             }
         }
@@ -332,7 +333,10 @@ impl FileDumper {
                     open.place, external.what
                 ));
             }
-            let external = external.clone();
+            let mut external = external.clone();
+            if external.terminal && self.open[id].side.is_none_or(|s| !s.master) {
+                external.termios = self.modes_in_use(self.open[id].own.as_fd());
+            }
             for (n, (&stream, target)) in streams.iter_mut().enumerate() {
                 let mut description = self.open[id].description.clone();
                 description.kind = Kind::External(External {

@@ -86,6 +86,7 @@ impl FileDumper {
                         what: what.to_owned(),
                         stream: None,
                         terminal: false,
+                        termios: None,
                     });
                 }
                 continue;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::IsTerminal;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Context, Result};
@@ -21,7 +21,7 @@ use crate::kernel::{fds, tty};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Side {
     index: u32,
-    master: bool,
+    pub(super) master: bool,
 }
 
 /// Which side of a pseudo terminal a terminal's descriptor is; none if it is another kind of terminal.
@@ -51,11 +51,27 @@ pub(super) fn kind(seen: &Seen<'_>) -> Option<(Kind, Option<Side>)> {
         what: format!("terminal {}", seen.place.link),
         stream: None,
         terminal: true,
+        termios: None,
     });
     Some((kind, side(seen)))
 }
 
 impl FileDumper {
+    /// The modes of a terminal to somebody outside, if a process of the dump is in its foreground.
+    pub(super) fn modes_in_use(&self, terminal: BorrowedFd<'_>) -> Option<Bytes> {
+        let device = tty::device(terminal).ok()?;
+        let first = procfs::process::Process::new(*self.pids.first()?).ok()?;
+        let stat = first.stat().ok()?;
+        let in_foreground = |pid: &i32| {
+            let group = nix::unistd::getpgid(Some(nix::unistd::Pid::from_raw(*pid)));
+            group.is_ok_and(|g| g.as_raw() == stat.tpgid)
+        };
+        if stat.tty_nr as u32 != device || !self.pids.iter().any(in_foreground) {
+            return None;
+        }
+        Some(Bytes(tty::termios(terminal).ok()?.to_vec()))
+    }
+
     /// Carries the pairs whose master is here.
     pub(super) fn ptys(&mut self, tables: &mut Tables) -> Result<()> {
         let sides = |open: &super::Open| open.side;

@@ -15,6 +15,7 @@ use crate::image::Manifest;
 use crate::image::files::{Description, External, Kind, MessageQueue};
 use crate::image::memory::FileRef;
 use crate::kernel::fds::{self, QueueAttributes};
+use crate::kernel::tty;
 
 /// Flags of open(2) that act at the moment of opening and must not act again. O_TMPFILE includes O_DIRECTORY, which
 /// adds nothing to a path that names a directory.
@@ -185,9 +186,26 @@ pub(super) fn external(external: &External, detached: bool) -> Result<OwnedFd> {
         None
     };
     match found {
-        Some(fd) => Ok(fd),
+        Some(fd) => {
+            if let Some(termios) = &external.termios {
+                take_over(fd.as_fd(), termios)?;
+            }
+            Ok(fd)
+        }
         None => Ok(fds::open(c"/dev/null", libc::O_RDWR).context("/dev/null: open")?),
     }
+}
+
+/// Gives the terminal the modes that the program had set, if it is ours to set: the command line puts
+/// back what was.
+fn take_over(terminal: BorrowedFd<'_>, termios: &[u8]) -> Result<()> {
+    let termios: tty::Termios2 = termios
+        .try_into()
+        .context("the modes of a terminal are no struct termios2")?;
+    if nix::unistd::tcgetpgrp(terminal) == Ok(nix::unistd::getpgrp()) {
+        tty::set_termios(terminal, &termios).context("TCSETS2")?;
+    }
+    Ok(())
 }
 
 fn name(mode: u32) -> &'static str {
