@@ -42,6 +42,10 @@ fn is_private(v: &Vma) -> bool {
 
 /// Copies the private pages of all sources. Returns the bytes looked at.
 pub fn copy(sources: &[Source], pages: &PagesWriter, bar: &ProgressBar) -> Result<u64> {
+    if sources.iter().all(|s| s.vmas.is_empty()) {
+        // Mostly so while a process stands: no threads for nothing.
+        return Ok(0);
+    }
     let (send, receive) = mpsc::sync_channel::<Piece>(64);
     let receive = Mutex::new(receive);
     let total = AtomicU64::new(0);

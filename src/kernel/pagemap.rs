@@ -59,7 +59,7 @@ impl Pagemap {
             knows_guards: true,
         };
         // An empty range: nothing but the categories is looked at.
-        me.knows_guards = me.scan_once(0, 0, 0, GUARD, 0, &mut []).is_ok();
+        me.knows_guards = me.scan_once(0, 0, 0, GUARD, 0, &mut [], 0).is_ok();
         Ok(me)
     }
 
@@ -71,22 +71,27 @@ impl Pagemap {
         end: u64,
         each: &mut dyn FnMut(u64, u64) -> Result<()>,
     ) -> Result<()> {
-        // Guard pages look like swapped ones; kernels that have none do not know the category.
-        let not = FILE | PFNZERO | if self.knows_guards { GUARD } else { 0 };
+        let not = self.not_private();
         self.scan(start, end, not, not, PRESENT | SWAPPED, each)
     }
 
     /// Address of the first page that [`Pagemap::private`] would give.
     pub fn first_private(&self, start: u64, end: u64) -> Result<Option<u64>> {
-        let mut first = None;
-        let found = self.private(start, end, &mut |at, _| {
-            first = Some(at);
-            anyhow::bail!("found")
-        });
-        match (first, found) {
-            (None, Err(e)) => Err(e),
-            _ => Ok(first),
-        }
+        // Told to stop at one page: the region of a large mapping is found by walking all of its tables.
+        let mut first = [Region::default()];
+        let not = self.not_private();
+        let (n, _) = self
+            .scan_once(start, end, not, not, PRESENT | SWAPPED, &mut first, 1)
+            .with_context(|| {
+                format!("scanning pages {start:#x}-{end:#x} of process {}", self.pid)
+            })?;
+        Ok((n > 0).then_some(first[0].start))
+    }
+
+    /// Categories of pages that are not a process's own, or hold nothing.
+    fn not_private(&self) -> u64 {
+        // Guard pages look like swapped ones; kernels that have none do not know the category.
+        FILE | PFNZERO | if self.knows_guards { GUARD } else { 0 }
     }
 
     /// Pages in `start..end` that are there at all.
@@ -125,7 +130,7 @@ impl Pagemap {
         let mut at = start;
         while at < end {
             let (n, walk_end) = self
-                .scan_once(at, end, inverted, mask, any_of, &mut regions)
+                .scan_once(at, end, inverted, mask, any_of, &mut regions, 0)
                 .with_context(|| {
                     format!("scanning pages {at:#x}-{end:#x} of process {}", self.pid)
                 })?;
@@ -140,7 +145,11 @@ impl Pagemap {
         Ok(())
     }
 
-    /// One ioctl: regions found, and how far it came.
+    /// One ioctl, ended after `max` pages when that is not 0: regions found, and how far it came.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the fields of the kernel's structure"
+    )]
     fn scan_once(
         &self,
         start: u64,
@@ -149,6 +158,7 @@ impl Pagemap {
         mask: u64,
         any_of: u64,
         regions: &mut [Region],
+        max: u64,
     ) -> nix::Result<(usize, u64)> {
         let mut arg = ScanArg {
             size: size_of::<ScanArg>() as u64,
@@ -156,6 +166,7 @@ impl Pagemap {
             end,
             vec: regions.as_mut_ptr() as u64,
             vec_len: regions.len() as u64,
+            max_pages: max,
             category_inverted: inverted,
             category_mask: mask,
             category_anyof_mask: any_of,
