@@ -3,28 +3,35 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 use indicatif::ProgressBar;
 
 use super::tables::Content;
 use crate::image::memory::{Backing, SharedMemory, SpaceId, Vma};
 use crate::image::pages::PagesWriter;
 use crate::kernel::arch::PAGE;
-use crate::kernel::mem::{Mem, vm_read};
+use crate::kernel::mem::Mem;
 use crate::kernel::pagemap::Pagemap;
 
-/// Bytes read and written at once: two of them fit the second-level caches.
-const PIECE: u64 = 1 << 20;
+/// Bytes that a thread takes at a time, beginning at a multiple of it: what one page of page tables maps, and so
+/// what one lock covers.
+const PIECE: u64 = 2 << 20;
+/// Bytes read and written at once.
+const STEP: u64 = 512 << 10;
 const WORKERS: usize = 2;
 
-/// A run of readable pages to copy.
+/// A run of pages to copy.
+///
+/// They are read through /proc/PID/mem. process_vm_readv(2) pins what it reads, and pages that are shared with
+/// another process by fork are first copied for that (mm/gup.c, gup_must_unshare): it would give the snapshot
+/// all of the memory that copy-on-write has saved.
 struct Piece {
     space: SpaceId,
     start: u64,
     end: u64,
-    pid: i32,
+    mem: Arc<Mem>,
 }
 
 /// A process to read from, and the mappings to read.
@@ -51,22 +58,24 @@ pub fn copy(sources: &[Source], pages: &PagesWriter, bar: &ProgressBar) -> Resul
     let total = AtomicU64::new(0);
     std::thread::scope(|scope| {
         let work = || -> Result<()> {
-            let mut buffer = vec![0u8; PIECE as usize];
+            let mut buffer = vec![0u8; STEP as usize];
             loop {
                 let next = receive
                     .lock()
                     .map_err(|_| anyhow!("a copying thread panicked"))?
                     .recv();
                 let Ok(piece) = next else { return Ok(()) };
-                let out = &mut buffer[..(piece.end - piece.start) as usize];
-                read_piece(&piece, out)?;
-                pages.put(piece.space, piece.start, out)?;
-                total.fetch_add(out.len() as u64, Ordering::Relaxed);
-                bar.inc(out.len() as u64);
+                for at in (piece.start..piece.end).step_by(STEP as usize) {
+                    let out = &mut buffer[..STEP.min(piece.end - at) as usize];
+                    piece.mem.read(at, out)?;
+                    pages.put(piece.space, at, out)?;
+                    total.fetch_add(out.len() as u64, Ordering::Relaxed);
+                    bar.inc(out.len() as u64);
+                }
             }
         };
         let workers: Vec<_> = (0..WORKERS).map(|_| scope.spawn(work)).collect();
-        let sent = scan(sources, &send, pages);
+        let sent = scan(sources, &send);
         drop(send);
         let mut result = Ok(());
         for w in workers {
@@ -81,49 +90,25 @@ pub fn copy(sources: &[Source], pages: &PagesWriter, bar: &ProgressBar) -> Resul
     Ok(total.into_inner())
 }
 
-/// Gives readable pages to the workers. What its protection hides only the tracer may read, by
-/// /proc/PID/mem (CONFIG_PROC_MEM_FORCE_PTRACE): that is copied here.
-fn scan(sources: &[Source], send: &mpsc::SyncSender<Piece>, pages: &PagesWriter) -> Result<()> {
+/// Gives pages to the workers.
+fn scan(sources: &[Source], send: &mpsc::SyncSender<Piece>) -> Result<()> {
     for s in sources {
         let pagemap = Pagemap::open(s.pid)?;
-        let mem = Mem::open(s.pid)?;
+        let mem = Arc::new(Mem::open(s.pid)?);
         for v in s.vmas.iter().filter(|v| is_private(v)) {
-            let readable = v.prot & libc::PROT_READ != 0;
             pagemap.private(v.start, v.end, &mut |start, end| {
-                for at in (start..end).step_by(PIECE as usize) {
+                for at in (start - start % PIECE..end).step_by(PIECE as usize) {
                     let piece = Piece {
                         space: s.space,
-                        start: at,
+                        start: at.max(start),
                         end: (at + PIECE).min(end),
-                        pid: s.pid,
+                        mem: Arc::clone(&mem),
                     };
-                    if !readable {
-                        let data = mem.read_vec(piece.start, (piece.end - piece.start) as usize)?;
-                        pages.put(piece.space, piece.start, &data)?;
-                    } else if send.send(piece).is_err() {
-                        // The workers have ended with an error, which is told instead.
-                        return Ok(());
-                    }
+                    // The workers have ended with an error, which is told instead.
+                    send.send(piece).map_err(|_| anyhow!("copying has ended"))?;
                 }
                 Ok(())
             })?;
-        }
-    }
-    Ok(())
-}
-
-fn read_piece(piece: &Piece, out: &mut [u8]) -> Result<()> {
-    let mut done = 0;
-    while done < out.len() {
-        let at = piece.start + done as u64;
-        match vm_read(piece.pid, at, &mut out[done..]) {
-            Ok(n) if n > 0 => done += n,
-            Ok(_) => bail!("process {}: nothing to read at {at:#x}", piece.pid),
-            Err(e) => {
-                return Err(e).with_context(|| {
-                    format!("reading memory of process {} at {at:#x}", piece.pid)
-                });
-            }
         }
     }
     Ok(())

@@ -17,6 +17,8 @@ use crate::kernel::uffd::{Copied, Uffd};
 
 /// Bytes given at once: they stay in a second-level cache between being read, checked and copied.
 const PIECE: usize = 256 << 10;
+/// Bytes of memory that one thread fills before it takes the next.
+const WINDOW: u64 = 2 << 20;
 const WORKERS: usize = 2;
 
 /// A userfaultfd of the body, with us and with it.
@@ -60,32 +62,34 @@ pub fn fill(
         uffd.register_missing(v.start, v.len())?;
     }
     let total = AtomicU64::new(write_copies(mem, p, pages)?);
-    let runs = Mutex::new(
-        p.vmas
-            .iter()
-            .filter(|v| by_uffd(v))
-            .flat_map(|v| pages.runs(p.space, v.start, v.end, PIECE)),
-    );
+    // A window is what one page of page tables maps, and so what one thread's lock covers.
+    let windows = Mutex::new(p.vmas.iter().filter(|v| by_uffd(v)).flat_map(|v| {
+        (v.start - v.start % WINDOW..v.end)
+            .step_by(WINDOW as usize)
+            .map(|at| (at.max(v.start), (at + WINDOW).min(v.end)))
+    }));
     std::thread::scope(|scope| {
         let work = || -> Result<()> {
             let mut buffer = vec![0u8; PIECE];
             let mut scratch = Vec::new();
             loop {
-                let next = runs
+                let next = windows
                     .lock()
                     .map_err(|_| anyhow!("a filling thread panicked"))?
                     .next();
-                let Some(run) = next else {
+                let Some((start, end)) = next else {
                     return Ok(());
                 };
-                let run: Run = run?;
-                let out = buffer
-                    .get_mut(..run.bytes())
-                    .with_context(|| format!("a run of {} bytes", run.bytes()))?;
-                pages.read_run(&run, out, &mut scratch)?;
-                put(uffd, run.addr(), out)?;
-                total.fetch_add(out.len() as u64, Ordering::Relaxed);
-                bar.inc(out.len() as u64);
+                for run in pages.runs(p.space, start, end, PIECE) {
+                    let run: Run = run?;
+                    let out = buffer
+                        .get_mut(..run.bytes())
+                        .with_context(|| format!("a run of {} bytes", run.bytes()))?;
+                    pages.read_run(&run, out, &mut scratch)?;
+                    put(uffd, run.addr(), out)?;
+                    total.fetch_add(out.len() as u64, Ordering::Relaxed);
+                    bar.inc(out.len() as u64);
+                }
             }
         };
         let second: Vec<_> = (1..WORKERS).map(|_| scope.spawn(work)).collect();
