@@ -5,10 +5,11 @@ use std::io;
 use anyhow::{Context, Result};
 
 /// Forks a child that waits for signals for ever and dies with us; `pid` is the id it is to have
-/// (clone3(2), set_tid: CAP_CHECKPOINT_RESTORE). It shares our descriptors' descriptions.
+/// (clone3(2), set_tid: CAP_CHECKPOINT_RESTORE). It shares our descriptors' descriptions, and runs `first`
+/// before it waits.
 ///
 /// Call it from a single-threaded program: the child has only the calling thread.
-pub fn fork_idle(pid: Option<i32>) -> io::Result<i32> {
+pub fn fork_idle(pid: Option<i32>, first: &mut dyn FnMut()) -> io::Result<i32> {
     let set_tid = pid.map(|p| [p]);
     let parent = std::process::id() as i32;
     let mut args = libc::clone_args {
@@ -20,7 +21,7 @@ pub fn fork_idle(pid: Option<i32>) -> io::Result<i32> {
         args.set_tid_size = 1;
     }
     // SAFETY: `args` is a live clone_args of the size passed, without CLONE_VM: the child goes on in its
-    // own copy of memory, and calls nothing but async-signal-safe functions.
+    // own copy of memory, where no lock is held, for its parent has one thread.
     let r = unsafe {
         libc::syscall(
             libc::SYS_clone3,
@@ -29,7 +30,10 @@ pub fn fork_idle(pid: Option<i32>) -> io::Result<i32> {
         )
     };
     if r == 0 {
-        idle(parent);
+        die_with(parent);
+        // A panic must not run on into what our parent would do next.
+        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(first));
+        idle();
     }
     if r < 0 {
         Err(io::Error::last_os_error())
@@ -54,17 +58,21 @@ fn zeroed_args() -> libc::clone_args {
     }
 }
 
-fn idle(parent: i32) -> ! {
-    loop {
-        // SAFETY: async-signal-safe calls with plain numbers. Whoever forked us and died before this
-        // line is found out by the parent's id.
-        unsafe {
-            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-            if libc::getppid() != parent {
-                libc::_exit(0);
-            }
-            libc::pause();
+fn die_with(parent: i32) {
+    // SAFETY: async-signal-safe calls with plain numbers. Whoever forked us and died before this line is
+    // found out by the parent's id.
+    unsafe {
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        if libc::getppid() != parent {
+            libc::_exit(0);
         }
+    }
+}
+
+fn idle() -> ! {
+    loop {
+        // SAFETY: async-signal-safe, without arguments.
+        unsafe { libc::pause() };
     }
 }
 

@@ -102,3 +102,73 @@ pub fn vm_write(pid: i32, addr: u64, data: &[u8]) -> io::Result<usize> {
         Ok(n as usize)
     }
 }
+
+/// Bytes of a huge page on x86-64 (one entry of a page middle directory).
+pub const HUGE: u64 = 2 << 20;
+
+/// Maps private anonymous memory of ours at exactly this free range; `flags` are added.
+///
+/// # Errors
+/// EEXIST when something is mapped there.
+pub fn map_fixed(start: u64, len: u64, prot: i32, flags: i32) -> io::Result<()> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE | flags;
+    // SAFETY: MAP_FIXED_NOREPLACE replaces nothing that is there.
+    let r = unsafe { libc::mmap(start as *mut _, len as usize, prot, flags, -1, 0) };
+    if r == libc::MAP_FAILED {
+        Err(io::Error::last_os_error())
+    } else if r as u64 != start {
+        // A kernel that does not know the flag takes the address for a hint.
+        // SAFETY: has just been mapped, and nobody knows it.
+        unsafe { libc::munmap(r, len as usize) };
+        Err(io::Error::from_raw_os_error(libc::EEXIST))
+    } else {
+        Ok(())
+    }
+}
+
+/// Unmaps what [`map_fixed`] mapped.
+pub fn unmap_fixed(start: u64, len: u64) {
+    // SAFETY: nothing of Rust's lies in memory that was mapped by its number and is only filled by ioctls.
+    unsafe { libc::munmap(start as *mut _, len as usize) };
+}
+
+/// One huge page of ours, if the machine gives us one, that can be moved away and is then made anew.
+pub struct Stage {
+    map: *mut u8,
+    page: *mut u8,
+}
+
+impl Stage {
+    pub fn new() -> io::Result<Self> {
+        let rw = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let len = 2 * HUGE as usize;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let map = unsafe { libc::mmap(std::ptr::null_mut(), len, rw, flags, -1, 0) };
+        if map == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let map: *mut u8 = map.cast();
+        let page = map.wrapping_add(map.align_offset(HUGE as usize));
+        // SAFETY: the huge page lies within the two that were mapped. Refused, it is made of small ones.
+        unsafe { libc::madvise(page.cast(), HUGE as usize, libc::MADV_HUGEPAGE) };
+        Ok(Self { map, page })
+    }
+
+    pub fn addr(&self) -> u64 {
+        self.page as u64
+    }
+
+    pub fn bytes(&mut self) -> &mut [u8] {
+        // SAFETY: mapped readable and writable as long as this value lives; anonymous memory that was moved
+        // away reads zero.
+        unsafe { std::slice::from_raw_parts_mut(self.page, HUGE as usize) }
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new`, with this length; no reference to it is left.
+        unsafe { libc::munmap(self.map.cast(), 2 * HUGE as usize) };
+    }
+}

@@ -5,6 +5,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use anyhow::{Context, Result, bail};
 
+use super::mem::{HUGE, Stage};
+
 const API: u64 = 0xaa;
 const MODE_MISSING: u64 = 1;
 
@@ -41,6 +43,7 @@ nix::ioctl_readwrite!(uffdio_api, 0xaa, 0x3f, UffdApi);
 nix::ioctl_readwrite!(uffdio_register, 0xaa, 0x00, Register);
 nix::ioctl_read!(uffdio_unregister, 0xaa, 0x01, Range);
 nix::ioctl_readwrite!(uffdio_copy, 0xaa, 0x03, Copy);
+nix::ioctl_readwrite!(uffdio_move, 0xaa, 0x05, Copy);
 nix::ioctl_read!(uffdio_wake, 0xaa, 0x02, Range);
 
 /// A userfaultfd, ours or another process's.
@@ -59,6 +62,48 @@ pub enum Copied {
 }
 
 impl Uffd {
+    /// One of our own memory.
+    pub fn ours() -> io::Result<Self> {
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+        // SAFETY: a call without pointers, whose result is a new descriptor or -1.
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel has just given us this descriptor.
+        Ok(Self(unsafe {
+            std::os::fd::FromRawFd::from_raw_fd(fd as i32)
+        }))
+    }
+
+    /// Moves the page of a stage to the missing huge page at `dst`, without a copy (Linux 6.8). The userfaultfd
+    /// is one of [`Uffd::ours`].
+    ///
+    /// # Errors
+    /// Those of UFFDIO_MOVE (ioctl_userfaultfd(2)); the pages not moved are still in the stage.
+    pub fn take(&self, dst: u64, stage: &mut Stage) -> io::Result<()> {
+        let mut done = 0;
+        loop {
+            // struct uffdio_move is laid out as struct uffdio_copy.
+            let mut m = Copy {
+                dst: dst + done,
+                src: stage.addr() + done,
+                len: HUGE - done,
+                mode: 0,
+                copied: 0,
+            };
+            // SAFETY: `m` is a live uffdio_move. Its source is the stage, which is ours alone and reads zero
+            // when its page is gone; its destination is registered memory without pages.
+            let r = unsafe { uffdio_move(self.0.as_raw_fd(), &mut m) };
+            done += m.copied.max(0) as u64;
+            match r {
+                Ok(_) if done >= HUGE => return Ok(()),
+                Ok(_) | Err(nix::errno::Errno::EAGAIN) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
     /// The handshake: which features (UFFD_FEATURE_*) are wanted.
     pub fn api(&self, features: u64) -> Result<()> {
         let mut a = UffdApi {

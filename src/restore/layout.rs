@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 use procfs::process::{MMapPath, Process as Proc};
 
 use super::Opened;
+use super::bulk::Bulk;
 use super::shared::SharedObjects;
 use crate::image::memory::{Backing, SpaceId, Vma};
 use crate::image::pages::PagesReader;
@@ -134,9 +135,9 @@ pub struct Stripped {
     pub redirect: Vec<(u64, Vec<u8>)>,
 }
 
-/// Unmaps all of the body but the area; the kernel's mappings go where the program has them when they are
+/// Unmaps all of the body but the area and what it has filled itself; the kernel's mappings go where the program has them when they are
 /// the same, else to a hole, and the program's vDSO is turned into jumps.
-pub fn strip(body: &mut Remote, p: &Process, pages: &PagesReader) -> Result<Stripped> {
+pub fn strip(body: &mut Remote, p: &Process, pages: &PagesReader, bulk: &Bulk) -> Result<Stripped> {
     // What our libc registered must be gone before its memory is.
     if let Some(r) = body.tracee.rseq()? {
         const UNREGISTER: u64 = 1;
@@ -160,9 +161,15 @@ pub fn strip(body: &mut Remote, p: &Process, pages: &PagesReader) -> Result<Stri
         );
     }
     group = move_group(body, &group, parking)?;
-    let (from, to) = (body.area(), parking + group.len());
-    unmap(body, 0, from)?;
-    unmap(body, to, TASK_SIZE)?;
+    let mut keep: Vec<(u64, u64)> = bulk.filled(p).collect();
+    keep.push((body.area(), parking + group.len()));
+    keep.sort_unstable();
+    let mut at = 0;
+    for (from, to) in keep {
+        unmap(body, at, from)?;
+        at = to;
+    }
+    unmap(body, at, TASK_SIZE)?;
     body.flush()?;
     let Some(wanted) = group_of_image(p) else {
         return Ok(Stripped {
@@ -279,6 +286,7 @@ pub fn map(
     p: &Process,
     opened: &Opened,
     shared: &SharedObjects,
+    bulk: &Bulk,
     redirected: bool,
 ) -> Result<()> {
     for v in &p.vmas {
@@ -316,22 +324,24 @@ pub fn map(
         if fd.is_none() {
             flags |= libc::MAP_ANONYMOUS;
         }
-        body.must(
-            format!("mapping {:#x}-{:#x}", v.start, v.end),
-            libc::SYS_mmap,
-            &[
-                v.start.into(),
-                v.len().into(),
-                v.prot.into(),
-                flags.into(),
-                fd.unwrap_or(-1).into(),
-                if fd.is_some() {
-                    v.offset.into()
-                } else {
-                    0u64.into()
-                },
-            ],
-        )?;
+        if !bulk.has(p, v) {
+            body.must(
+                format!("mapping {:#x}-{:#x}", v.start, v.end),
+                libc::SYS_mmap,
+                &[
+                    v.start.into(),
+                    v.len().into(),
+                    v.prot.into(),
+                    flags.into(),
+                    fd.unwrap_or(-1).into(),
+                    if fd.is_some() {
+                        v.offset.into()
+                    } else {
+                        0u64.into()
+                    },
+                ],
+            )?;
+        }
         if let Some(name) = &v.name {
             const PR_SET_VMA: u64 = 0x5356_4d41;
             let text = format!("{name}\0");

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use anyhow::{Context, Result, anyhow, bail};
 use indicatif::ProgressBar;
 
+use super::bulk::Bulk;
 use crate::image::memory::{Backing, Vma};
 use crate::image::pages::{PagesReader, Run};
 use crate::image::process::Process;
@@ -49,15 +50,17 @@ fn has_pages(v: &Vma) -> bool {
     !v.shared && !v.is_kernel()
 }
 
-/// Fills all memory of a process, verifying every block. Bytes filled.
+/// Fills all memory of a process but what is in `bulk` already, verifying every block. Bytes filled.
 pub fn fill(
     uffd: &Uffd,
     mem: &Mem,
     p: &Process,
     pages: &PagesReader,
+    bulk: &Bulk,
     bar: &ProgressBar,
 ) -> Result<u64> {
     uffd.api(0)?;
+    let by_uffd = |v: &Vma| by_uffd(v) && !bulk.has(p, v);
     for v in p.vmas.iter().filter(|v| by_uffd(v)) {
         uffd.register_missing(v.start, v.len())?;
     }
@@ -128,7 +131,8 @@ pub fn write_copies(mem: &Mem, p: &Process, pages: &PagesReader) -> Result<u64> 
     Ok(total)
 }
 
-fn put(uffd: &Uffd, addr: u64, data: &[u8]) -> Result<()> {
+/// Fills missing pages.
+pub fn put(uffd: &Uffd, addr: u64, data: &[u8]) -> Result<()> {
     let mut done = 0;
     loop {
         match uffd.copy(addr + done as u64, &data[done..])? {

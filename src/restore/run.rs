@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use indicatif::ProgressBar;
 
+use super::bulk::Bulk;
 use super::files::{self, Built, Surroundings};
 use super::lazy::Filler;
 use super::open::Opened;
@@ -28,6 +29,7 @@ struct Site<'a> {
     image: &'a Image,
     opened: &'a Opened,
     built: &'a Built,
+    bulk: &'a Bulk,
     same_ids: bool,
     ours: Creds,
 }
@@ -73,9 +75,16 @@ pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
     })?;
     let opened = Opened::new(&image, floor)?;
     let area = layout::area(processes)?;
-    let mut bodies = Bodies::create(processes, area, same_ids, opts.detach, &mut |pid| {
-        undertaker.know(pid)
-    })?;
+    let mut bulk = Bulk::new(Arc::clone(&image), !opts.lazy);
+    let mut bodies = Bodies::create(
+        processes,
+        area,
+        same_ids,
+        opts.detach,
+        &mut |pid| undertaker.know(pid),
+        &mut bulk,
+    )?;
+    report.bytes_memory += bulk.bytes();
     bodies.bury(processes)?;
     // Threads only from here on: what is forked has one.
     let filler = opts
@@ -87,6 +96,7 @@ pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
         image: &image,
         opened: &opened,
         built: &built,
+        bulk: &bulk,
         same_ids,
         ours,
     };
@@ -162,12 +172,13 @@ fn rebuild<'a>(
 ) -> Result<Ready<'a>> {
     let pages = site.image.pages();
     process::surroundings(&mut body, p, &site.image.manifest)?;
-    let stripped = layout::strip(&mut body, p, pages)?;
+    let stripped = layout::strip(&mut body, p, pages, site.bulk)?;
     layout::map(
         &mut body,
         p,
         site.opened,
         shared,
+        site.bulk,
         !stripped.redirect.is_empty(),
     )?;
     let uffd = memory::attach(&mut body)?;
@@ -177,7 +188,7 @@ fn rebuild<'a>(
         filler.serve(uffd, p)?;
     } else {
         let bar = ProgressBar::hidden();
-        report.bytes_memory += memory::fill(&uffd, body.mem(), p, pages, &bar)?;
+        report.bytes_memory += memory::fill(&uffd, body.mem(), p, pages, site.bulk, &bar)?;
     }
     layout::poke(body.mem(), &stripped.redirect)?;
     layout::set_mm(&mut body, p, site.opened.executable(p.exe), stripped.vdso.0)?;

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, bail};
 
+use super::bulk::Bulk;
 use crate::image::process::{Process, State};
 use crate::kernel::body;
 use crate::kernel::remote::Remote;
@@ -19,20 +20,24 @@ pub struct Bodies {
 
 impl Bodies {
     /// Forks every process of the image: the first from us, the others from their parents. With
-    /// `same_ids` each gets the id it had.
+    /// `same_ids` each gets the id it had. The first fills `bulk` by itself before we
+    /// take it in hand.
     pub fn create(
         processes: &[Process],
         area: u64,
         same_ids: bool,
         detach: bool,
         born: &mut dyn FnMut(i32) -> Result<()>,
+        bulk: &mut Bulk,
     ) -> Result<Self> {
         let Some(root) = processes.first() else {
             bail!("the image holds no process")
         };
-        let pid = body::fork_idle(same_ids.then_some(root.pid))
+        let mut pipe = bulk.pipe()?;
+        let pid = body::fork_idle(same_ids.then_some(root.pid), &mut || bulk.fill(&mut pipe))
             .map_err(|e| body::explain_set_tid(root.pid, e))?;
         born(pid)?;
+        bulk.await_filled(pipe)?;
         let remote = Remote::attach(pid, area)?;
         let mut me = Self {
             remotes: BTreeMap::from([(root.pid, remote)]),
