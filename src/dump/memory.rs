@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 
 use anyhow::{Context, Result, anyhow};
@@ -34,6 +34,23 @@ struct Piece {
     mem: Arc<Mem>,
 }
 
+impl Piece {
+    fn copy(
+        &self,
+        pages: &PagesWriter,
+        buffer: &mut [u8],
+        done: &mut dyn FnMut(u64),
+    ) -> Result<()> {
+        for at in (self.start..self.end).step_by(STEP as usize) {
+            let out = &mut buffer[..STEP.min(self.end - at) as usize];
+            self.mem.read(at, out)?;
+            pages.put(self.space, at, out)?;
+            done(out.len() as u64);
+        }
+        Ok(())
+    }
+}
+
 /// A process to read from, and the mappings to read.
 pub struct Source<'a> {
     /// The process, or its copy.
@@ -55,22 +72,27 @@ pub fn copy(sources: &[Source], pages: &PagesWriter, bar: &ProgressBar) -> Resul
     }
     let (send, receive) = mpsc::sync_channel::<Piece>(64);
     let receive = Mutex::new(receive);
-    let total = AtomicU64::new(0);
+    let (total, failed) = (AtomicU64::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
         let work = || -> Result<()> {
             let mut buffer = vec![0u8; STEP as usize];
+            let mut result = Ok(());
             loop {
                 let next = receive
                     .lock()
                     .map_err(|_| anyhow!("a copying thread panicked"))?
                     .recv();
-                let Ok(piece) = next else { return Ok(()) };
-                for at in (piece.start..piece.end).step_by(STEP as usize) {
-                    let out = &mut buffer[..STEP.min(piece.end - at) as usize];
-                    piece.mem.read(at, out)?;
-                    pages.put(piece.space, at, out)?;
-                    total.fetch_add(out.len() as u64, Ordering::Relaxed);
-                    bar.inc(out.len() as u64);
+                let Ok(piece) = next else { return result };
+                // After an error pieces are only taken, so that nobody waits for ever to give one.
+                if failed.load(Ordering::Relaxed) {
+                    continue;
+                }
+                result = piece.copy(pages, &mut buffer, &mut |n| {
+                    total.fetch_add(n, Ordering::Relaxed);
+                    bar.inc(n);
+                });
+                if result.is_err() {
+                    failed.store(true, Ordering::Relaxed);
                 }
             }
         };
@@ -84,7 +106,6 @@ pub fn copy(sources: &[Source], pages: &PagesWriter, bar: &ProgressBar) -> Resul
                 .unwrap_or_else(|_| Err(anyhow!("a copying thread panicked")));
             result = result.and(r);
         }
-        // A worker's error is the cause of the scanner's.
         result.and(sent)
     })?;
     Ok(total.into_inner())
@@ -104,8 +125,8 @@ fn scan(sources: &[Source], send: &mpsc::SyncSender<Piece>) -> Result<()> {
                         end: (at + PIECE).min(end),
                         mem: Arc::clone(&mem),
                     };
-                    // The workers have ended with an error, which is told instead.
-                    send.send(piece).map_err(|_| anyhow!("copying has ended"))?;
+                    send.send(piece)
+                        .map_err(|_| anyhow!("the copying threads have ended"))?;
                 }
                 Ok(())
             })?;

@@ -1,4 +1,4 @@
-//! Memory of another process: /proc/PID/mem and process_vm_readv(2).
+//! Memory of another process (/proc/PID/mem), and of our own by its numbers.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -62,44 +62,6 @@ impl Mem {
         let mut b = [0; 8];
         self.read(addr, &mut b)?;
         Ok(u64::from_le_bytes(b))
-    }
-}
-
-/// process_vm_readv: faster than /proc/PID/mem, but honours the pages' protection. Bytes read.
-pub fn vm_read(pid: i32, addr: u64, out: &mut [u8]) -> io::Result<usize> {
-    let local = libc::iovec {
-        iov_base: out.as_mut_ptr().cast(),
-        iov_len: out.len(),
-    };
-    let remote = libc::iovec {
-        iov_base: addr as *mut _,
-        iov_len: out.len(),
-    };
-    // SAFETY: `local` describes a live, writable buffer; `remote` is checked by the kernel.
-    let n = unsafe { libc::process_vm_readv(pid, &local, 1, &remote, 1, 0) };
-    if n < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(n as usize)
-    }
-}
-
-/// process_vm_writev. Bytes written.
-pub fn vm_write(pid: i32, addr: u64, data: &[u8]) -> io::Result<usize> {
-    let local = libc::iovec {
-        iov_base: data.as_ptr() as *mut _,
-        iov_len: data.len(),
-    };
-    let remote = libc::iovec {
-        iov_base: addr as *mut _,
-        iov_len: data.len(),
-    };
-    // SAFETY: `local` describes a live buffer that is only read; `remote` is checked by the kernel.
-    let n = unsafe { libc::process_vm_writev(pid, &local, 1, &remote, 1, 0) };
-    if n < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(n as usize)
     }
 }
 
