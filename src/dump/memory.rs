@@ -19,7 +19,7 @@ use crate::kernel::pagemap::Pagemap;
 /// what one lock covers.
 const PIECE: u64 = 2 << 20;
 /// Bytes read and written at once.
-const STEP: u64 = 512 << 10;
+const STEP: u64 = 1 << 20;
 const WORKERS: usize = 2;
 
 /// A run of pages to copy.

@@ -40,6 +40,9 @@ pub struct Region {
     pub categories: u64,
 }
 
+/// Pages after which a scan tells what it has found, so that work on a large mapping begins at once.
+const BATCH: u64 = 1 << 14;
+
 nix::ioctl_readwrite!(pagemap_scan, b'f', 16, ScanArg);
 
 /// /proc/PID/pagemap of one process.
@@ -130,7 +133,7 @@ impl Pagemap {
         let mut at = start;
         while at < end {
             let (n, walk_end) = self
-                .scan_once(at, end, inverted, mask, any_of, &mut regions, 0)
+                .scan_once(at, end, inverted, mask, any_of, &mut regions, BATCH)
                 .with_context(|| {
                     format!("scanning pages {at:#x}-{end:#x} of process {}", self.pid)
                 })?;
