@@ -14,13 +14,29 @@ use mistctl::pvm::shimabi::{CTX_TC, NOOP_MAGIC};
 use mistctl::pvm::tid::Tid;
 use mistctl::pvm::virtual_machine::{Notify, noticed};
 use mistctl::pvm::wire::{Body, tc};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 use stage::{LIMIT, Vm};
 
+/// A pvmd that ends sends SIGTERM to all its tasks, and here these are tests. They have it blocked, but while
+/// something is started, which would inherit that.
+fn sigterm() -> SigSet {
+    let mut term = SigSet::empty();
+    term.add(Signal::SIGTERM);
+    term
+}
+
+fn started<T>(start: impl FnOnce() -> T) -> T {
+    let pending = SignalFd::with_flags(&sigterm(), SfdFlags::SFD_NONBLOCK).unwrap();
+    while pending.read_signal().unwrap().is_some() {}
+    sigterm().thread_unblock().unwrap();
+    let started = start();
+    sigterm().thread_block().unwrap();
+    started
+}
+
 fn main() -> ExitCode {
-    // A pvmd that ends sends SIGTERM to all its tasks, and here these are tests. What they start has it unblocked.
-    let mut term = nix::sys::signal::SigSet::empty();
-    term.add(nix::sys::signal::Signal::SIGTERM);
-    term.thread_block().unwrap();
+    sigterm().thread_block().unwrap();
     stage::main(&[
         ("enrols, and leaves", enrols),
         ("takes over the task a pvmd started", takes_over),
@@ -53,7 +69,7 @@ fn client_of(vm: &Vm) -> Client {
 }
 
 fn enrols(kit: &Path) {
-    let vm = Vm::start(kit);
+    let vm = started(|| Vm::start(kit));
     let mut one = client_of(&vm);
     let two = client_of(&vm);
     assert_eq!(one.tid(), Tid(0x40001));
@@ -72,7 +88,7 @@ fn enrols(kit: &Path) {
 
 /// A task the pvmd has forked is taken over by whoever knows its cookie, which is its pid.
 fn takes_over(kit: &Path) {
-    let vm = Vm::start(kit);
+    let vm = started(|| Vm::start(kit));
     let mut actor = vm.actor();
     let parent = actor.enrol();
     // A program that never calls PVM: its tid is free to be taken.
@@ -85,12 +101,12 @@ fn takes_over(kit: &Path) {
     assert_eq!(client.tid(), Tid(tid));
     assert_eq!(client.parent(), Tid(parent));
     let sleeper = nix::unistd::Pid::from_raw(task.pid);
-    nix::sys::signal::kill(sleeper, nix::sys::signal::Signal::SIGKILL).unwrap();
+    nix::sys::signal::kill(sleeper, Signal::SIGKILL).unwrap();
     client.exit().unwrap();
 }
 
 fn lists(kit: &Path) {
-    let vm = Vm::start(kit);
+    let vm = started(|| Vm::start(kit));
     let mut client = client_of(&vm);
     let hosts = client.hosts().unwrap();
     assert_eq!(hosts.len(), 1);
@@ -120,7 +136,7 @@ fn lists(kit: &Path) {
 }
 
 fn messages(kit: &Path) {
-    let vm = Vm::start(kit);
+    let vm = started(|| Vm::start(kit));
     let mut client = client_of(&vm);
     let mut actor = vm.actor();
     let tid = Tid(actor.enrol());
@@ -141,7 +157,7 @@ fn messages(kit: &Path) {
 }
 
 fn large_messages(kit: &Path) {
-    let vm = Vm::start(kit);
+    let vm = started(|| Vm::start(kit));
     let mut client = client_of(&vm);
     let mut actor = vm.actor();
     let tid = Tid(actor.enrol());
@@ -156,7 +172,7 @@ fn large_messages(kit: &Path) {
 }
 
 fn marker(kit: &Path) {
-    let vm = Vm::start(kit);
+    let vm = started(|| Vm::start(kit));
     let (mut one, mut two) = (client_of(&vm), client_of(&vm));
     let mut actor = vm.actor();
     let tid = Tid(actor.enrol());
@@ -178,7 +194,7 @@ fn marker(kit: &Path) {
 }
 
 fn notices(kit: &Path) {
-    let vm = Vm::start(kit);
+    let vm = started(|| Vm::start(kit));
     let mut client = client_of(&vm);
     let mut actor = vm.actor();
     let tid = Tid(actor.enrol());
@@ -195,7 +211,7 @@ fn notices(kit: &Path) {
 }
 
 fn refuses_route(kit: &Path) {
-    let vm = Vm::start(kit);
+    let vm = started(|| Vm::start(kit));
     let mut client = client_of(&vm);
     let mut actor = vm.bare_actor();
     let tid = Tid(actor.enrol());
@@ -208,7 +224,7 @@ fn refuses_route(kit: &Path) {
 }
 
 fn bad_hosts(kit: &Path) {
-    let vm = Vm::start(kit);
+    let vm = started(|| Vm::start(kit));
     let mut client = client_of(&vm);
     let added = client
         .add_hosts(&["no-such-host.invalid".to_owned()], LIMIT)
@@ -221,7 +237,7 @@ fn bad_hosts(kit: &Path) {
 }
 
 fn pvmd_ends(kit: &Path) {
-    let mut vm = Vm::start(kit);
+    let mut vm = started(|| Vm::start(kit));
     let mut client = client_of(&vm);
     let pvmd = pvmd_of(&vm);
     assert!(!pvmd.is_dead().unwrap());
@@ -250,7 +266,7 @@ fn json(output: &Output) -> serde_json::Value {
 }
 
 fn shim_and_exec(kit: &Path) {
-    let vm = Vm::start_bare(kit);
+    let vm = started(|| Vm::start_bare(kit));
     let library = kit.join("libmistshim.so").canonicalize().unwrap();
     let output = mistctl(&vm, &["shim", "--json"]);
     assert_eq!(json(&output)["path"], library.to_str().unwrap());
@@ -293,7 +309,7 @@ struct Started {
 impl Started {
     /// Another virtual machine beside `vm`, of which only the environment is used.
     fn new(kit: &Path) -> Started {
-        let vm = Vm::start_bare(kit);
+        let vm = started(|| Vm::start_bare(kit));
         let tmp = vm.dir.join("tmp");
         fs::create_dir(&tmp).unwrap();
         Started { vm, tmp }
@@ -388,7 +404,7 @@ fn start_after_death(kit: &Path) {
     let start = ["pvm", "start", "--json", "--name", "127.0.0.1"];
     let first = json(&it.run(&start));
     let pid = nix::unistd::Pid::from_raw(first["pid"].as_i64().unwrap() as i32);
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    nix::sys::signal::kill(pid, Signal::SIGKILL).unwrap();
     let file = it.tmp.join(format!("pvmd.{}", nix::unistd::geteuid()));
     let pvmd = Pvmd::find_at(None, &file).unwrap().unwrap();
     stage::until("the pvmd to be dead", || pvmd.is_dead().unwrap());
@@ -415,7 +431,7 @@ fn row(listing: &serde_json::Value, tid: u32) -> serde_json::Value {
 }
 
 fn ps(kit: &Path) {
-    let vm = Vm::start(kit);
+    let vm = started(|| Vm::start(kit));
     let mut old = vm.actor();
     let v = old.enrol();
     let r2 = v + 1;
@@ -459,7 +475,7 @@ fn ps(kit: &Path) {
 }
 
 fn ps_without_shim(kit: &Path) {
-    let vm = Vm::start(kit);
+    let vm = started(|| Vm::start(kit));
     let mut bare = vm.bare_actor();
     let tid = bare.enrol();
     let mut direct = vm.actor();
