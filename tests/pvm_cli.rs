@@ -316,12 +316,12 @@ impl Started {
     }
 
     fn run(&self, arguments: &[&str]) -> Output {
-        self.vm
-            .command("mistctl", false)
-            .env("PVM_TMP", &self.tmp)
-            .args(arguments)
-            .output()
-            .unwrap()
+        let mut command = self.vm.command("mistctl", false);
+        command.env("PVM_TMP", &self.tmp).args(arguments);
+        match arguments.contains(&"start") {
+            true => started(|| command.output().unwrap()),
+            false => command.output().unwrap(),
+        }
     }
 
     fn left(&self) -> Vec<String> {
