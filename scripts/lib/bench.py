@@ -256,7 +256,7 @@ def main():
     load = f"{before[0]:.1f} before, {os.getloadavg()[0]:.1f} after"
     print(f"{os.cpu_count()} processors, Linux {os.uname().release}, images in {args.dir}, load {load}")
     form = "{:<40} {:>9} {:>9} {:<8} {:>9} {:>6} {:<24} {}"
-    print(form.format("figure", "min", "median", "", "limit", "ratio", "reach", "ok?"))
+    print(form.format("figure", "min", "median", "", "limit", "of it", "reach", "ok?"))
     for r in rows:
         ok = {None: "", True: "yes", False: "NO"}[r["ok"]]
         limit = "" if r["limit"] is None else f"{r['limit']:.2f}"
