@@ -179,8 +179,11 @@ fn auxv(pid: i32) -> Option<Vec<u8>> {
 }
 
 fn gone_or(pid: i32, e: anyhow::Error) -> anyhow::Error {
-    let kind = e.downcast_ref::<io::Error>().map(io::Error::kind);
-    match kind {
+    let cause = e.downcast_ref::<io::Error>();
+    // Files in /proc of a process that is just ending are there, but lead to no process.
+    let ending = cause.and_then(io::Error::raw_os_error) == Some(libc::ESRCH);
+    match cause.map(io::Error::kind) {
+        _ if ending => Failure::NoSuchProcess.because(format!("process {pid} is just ending")),
         Some(io::ErrorKind::NotFound) => {
             Failure::NoSuchProcess.because(format!("there is no process {pid}"))
         }

@@ -36,8 +36,14 @@ pub(super) struct Arm {
 
 impl Arm {
     pub(super) fn start(&self, fd: BorrowedFd<'_>) -> Result<()> {
-        if self.value_ns != 0 || self.interval_ns != 0 {
-            fds::timerfd_settime(fd, self.flags, self.value_ns, self.interval_ns)
+        // One that has expired and was not read is started again by the read (fs/timerfd.c): nothing is
+        // left of it, and a value of 0 would stop it for good.
+        let (flags, value_ns) = match self.value_ns {
+            0 => (0, self.interval_ns),
+            value => (self.flags, value),
+        };
+        if value_ns != 0 {
+            fds::timerfd_settime(fd, flags, value_ns, self.interval_ns)
                 .context("timerfd_settime")?;
         }
         if self.ticks > 0 {
