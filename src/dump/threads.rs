@@ -88,6 +88,9 @@ pub fn abort_rseq(held: &mut Held, mem: &Mem) -> Result<()> {
     if held.regs.rip.wrapping_sub(start) < len {
         held.regs.rip = abort;
         held.program.rip = abort;
+        // In this order: killed in between, we leave a thread that stands at its abort handler, and not
+        // one inside a section that the kernel knows nothing of.
+        held.tracee.set_regs(&held.regs)?;
         mem.write(area.pointer + CS_OFFSET, &0u64.to_le_bytes())?;
     }
     Ok(())
