@@ -61,8 +61,10 @@ impl Held {
     }
 
     fn restore(&self) -> Result<()> {
-        self.tracee.set_regs(&self.regs)?;
-        self.tracee.set_sigmask(self.sigmask)
+        // In this order: killed in between, we leave a thread in the code that sets its mask and jumps back
+        // by itself, and not one in its own code with everything blocked.
+        self.tracee.set_sigmask(self.sigmask)?;
+        self.tracee.set_regs(&self.regs)
     }
 }
 
