@@ -16,6 +16,7 @@ pub mod objects;
 mod pagemap;
 pub mod pages;
 pub mod process;
+pub mod pvm;
 pub mod signals;
 pub mod sockets;
 pub mod store;
@@ -57,7 +58,7 @@ pub struct Manifest {
     pub shared_memory: Vec<SharedMemory>,
     /// What a PVM task needs besides; absent for other processes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pvm: Option<serde_json::Value>,
+    pub pvm: Option<pvm::PvmTask>,
 }
 
 /// The host, kernel and moment a checkpoint was made at.
