@@ -3,6 +3,7 @@
 pub mod block;
 pub mod client;
 pub mod daemon;
+pub mod land;
 pub mod local;
 pub mod shimabi;
 pub mod table;
