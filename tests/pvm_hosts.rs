@@ -3,17 +3,14 @@
 mod common;
 mod testhosts;
 
-use std::fs;
-use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use common::wait_for;
 use libtest_mimic::{Arguments, Completion, Trial};
 use serde_json::Value;
-use testhosts::Hosts;
+use testhosts::{Hosts, Installed};
 
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -30,34 +27,9 @@ fn main() -> ExitCode {
     libtest_mimic::run(&args, vec![trial]).exit_code()
 }
 
-/// mistctl and the shim where all hosts and their user find them: laid out as scripts/install does.
-fn install() -> Result<tempfile::TempDir> {
-    let root = tempfile::tempdir_in("/var/tmp")?;
-    fs::set_permissions(root.path(), fs::Permissions::from_mode(0o755))?;
-    let mut build = Command::new(env!("CARGO"));
-    build
-        .args(["build", "--quiet", "-p", "pvm-shim"])
-        .current_dir(env!("CARGO_MANIFEST_DIR"));
-    if !cfg!(debug_assertions) {
-        build.arg("--release");
-    }
-    ensure!(build.status()?.success(), "cargo build -p pvm-shim failed");
-    let built = Path::new(env!("CARGO_BIN_EXE_mistctl"));
-    let library = built.with_file_name("libmistshim.so");
-    for (from, dir, name) in [
-        (built, "bin", "mistctl"),
-        (&library, "lib", "libmistshim.so"),
-    ] {
-        let dir = root.path().join(dir);
-        fs::create_dir(&dir)?;
-        fs::copy(from, dir.join(name)).with_context(|| format!("{}", from.display()))?;
-    }
-    Ok(root)
-}
-
 fn every_host() -> Result<()> {
-    let root = install()?;
-    let mistctl = root.path().join("bin/mistctl").display().to_string();
+    let installed = Installed::new()?;
+    let mistctl = installed.path();
     let hosts = Hosts::up(4)?;
     // h1 as it is, h2 with a pvmd of its own choice, h3 is added later; and one that cannot be.
     let hostfile = "h0\\nh1\\nh2 dx=/usr/bin/pvmd\\nh9\\n";

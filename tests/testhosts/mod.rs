@@ -4,6 +4,7 @@
 
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -166,5 +167,89 @@ impl Drop for Hosts {
         if let Err(e) = self.verb(&["down"]) {
             eprintln!("error: {e:#}");
         }
+    }
+}
+
+/// mistctl and the shim where all hosts and their user find them: laid out as scripts/install does, with the file
+/// capabilities it gives.
+pub struct Installed(tempfile::TempDir);
+
+impl Installed {
+    pub fn new() -> Result<Self> {
+        // Not /tmp, which is each host's own; not the checkout, which the user may not read.
+        let root = tempfile::tempdir_in("/var/tmp")?;
+        fs::set_permissions(root.path(), fs::Permissions::from_mode(0o755))?;
+        let mut build = Command::new(env!("CARGO"));
+        build
+            .args(["build", "--quiet", "-p", "pvm-shim"])
+            .current_dir(env!("CARGO_MANIFEST_DIR"));
+        if !cfg!(debug_assertions) {
+            build.arg("--release");
+        }
+        if !build.status()?.success() {
+            bail!("cargo build -p pvm-shim failed");
+        }
+        let built = Path::new(env!("CARGO_BIN_EXE_mistctl"));
+        let library = built.with_file_name("libmistshim.so");
+        for (from, dir, name) in [
+            (built, "bin", "mistctl"),
+            (&library, "lib", "libmistshim.so"),
+        ] {
+            let dir = root.path().join(dir);
+            fs::create_dir(&dir)?;
+            fs::copy(from, dir.join(name)).with_context(|| format!("{}", from.display()))?;
+        }
+        let installed = Self(root);
+        installed.set_capabilities()?;
+        Ok(installed)
+    }
+
+    /// The program, as every host sees it.
+    pub fn path(&self) -> String {
+        self.0.path().join("bin/mistctl").display().to_string()
+    }
+
+    /// As scripts/install: mistctl knows which capabilities it needs and this machine has.
+    fn set_capabilities(&self) -> Result<()> {
+        let mut check = Command::new("setpriv");
+        check.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
+        let said = check.arg(self.path()).arg("check").output()?;
+        let said = String::from_utf8_lossy(&said.stdout).into_owned();
+        let words = said.lines().find_map(|line| {
+            let rest = line.trim().strip_prefix("sudo setcap ")?;
+            rest.split(' ').next().map(str::to_owned)
+        });
+        let words = words.with_context(|| format!("mistctl check gives no setcap line: {said}"))?;
+        let set = Command::new("setcap")
+            .arg(words)
+            .arg(self.path())
+            .output()?;
+        if !set.status.success() {
+            bail!("setcap does not work here: {}", both(&set));
+        }
+        Ok(())
+    }
+}
+
+/// The programs of `examples/`, where all hosts and their user find them.
+pub struct Examples(tempfile::TempDir);
+
+impl Examples {
+    pub fn build() -> Result<Self> {
+        let bin = tempfile::tempdir_in("/var/tmp")?;
+        fs::set_permissions(bin.path(), fs::Permissions::from_mode(0o755))?;
+        let mut make = Command::new("make");
+        make.arg("-C")
+            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples"))
+            .arg(format!("OUT={}", bin.path().display()));
+        let output = make.output().context("cannot run make")?;
+        if !output.status.success() {
+            bail!("make -C examples failed:\n{}", both(&output));
+        }
+        Ok(Self(bin))
+    }
+
+    pub fn dir(&self) -> String {
+        self.0.path().display().to_string()
     }
 }
