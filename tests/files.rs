@@ -170,6 +170,7 @@ fn process(
         mdwe: 0,
         mce_kill: None,
         notes: Vec::new(),
+        ended_leader: None,
     }
 }
 

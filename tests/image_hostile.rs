@@ -7,6 +7,7 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use image_fixture::{START, check, copy, error, forge, manifest, replace, same, write};
+use mistctl::image::process::Creds;
 use mistctl::image::{Compress, Image, Manifest};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -226,6 +227,11 @@ fn impossible_manifests_are_refused_by_name() {
             "/processes/0/threads/0/tid",
             json!(101),
             "its first thread is not the leader",
+        ),
+        (
+            "/processes/0/ended_leader",
+            json!({"status": 0, "creds": Creds::default()}),
+            "thread id 100 is there twice",
         ),
         (
             "/processes/0/threads/1/tid",

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 
+use super::process;
 use super::resume::{self, Tail, Watch};
 use crate::error::Failure;
 use crate::image::threads::Resume;
@@ -17,6 +18,7 @@ use crate::kernel::tracee::{Stop, Tracee};
 
 /// How long a thread may take to stop. They take some ten microseconds.
 const PATIENCE: Duration = Duration::from_secs(2);
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 const VFORK_PATIENCE: Duration = Duration::from_secs(5);
 /// How often a thread may be found in code that a mistctl before us has left.
 const TRIES: usize = 200;
@@ -35,10 +37,11 @@ pub struct HeldProcess {
 impl HeldProcess {
     /// Seizes and stops every thread. `signal` of the group stop is kept in each [`Held`].
     pub fn stop(pid: i32) -> Result<Self> {
-        let mut program = auxv(pid);
-        let mem = Mem::open(pid).map_err(|e| gone_or(pid, e))?;
+        let mut via = process::living_thread(pid);
+        let mut program = auxv(via);
+        let mem = Mem::open(via).map_err(|e| gone_or(pid, e))?;
         wait_for_vfork(pid)?;
-        let tail = Tail::find(pid, &mem);
+        let tail = Tail::find(via, &mem);
         let mut watch = Watch::before(pid, &thread_ids(pid)?, &mem);
         let mut held = Self {
             pid,
@@ -69,9 +72,10 @@ impl HeldProcess {
                 };
                 if held.threads.is_empty() && held.runs_another(&program) {
                     // It has executed another program since: what we saw is of the one before.
-                    program = auxv(pid);
-                    held.mem = Mem::open(pid).map_err(|e| gone_or(pid, e))?;
-                    held.tail = Tail::find(pid, &held.mem);
+                    via = process::living_thread(pid);
+                    program = auxv(via);
+                    held.mem = Mem::open(via).map_err(|e| gone_or(pid, e))?;
+                    held.tail = Tail::find(via, &held.mem);
                     watch = Watch::default();
                 }
                 if let Some(h) = hold(t, stop, pid, &held.mem, &mut held.tail)? {
@@ -99,7 +103,9 @@ impl HeldProcess {
 
     /// Whether it has executed another program since `auxv` was read and its memory opened.
     fn runs_another(&self, auxv_then: &Option<Vec<u8>>) -> bool {
-        self.mem.is_over() || auxv(self.pid) != *auxv_then
+        let held = self.threads.first().map(|h| h.tracee.tid);
+        let via = held.unwrap_or_else(|| process::living_thread(self.pid));
+        self.mem.is_over() || auxv(via) != *auxv_then
     }
 
     /// The part of its vDSO's dead end that a batch may use.
@@ -107,8 +113,14 @@ impl HeldProcess {
         self.tail.free()
     }
 
+    /// The main thread, or, when that has ended, another.
     pub fn leader(&self) -> &Held {
         &self.threads[0]
+    }
+
+    /// The id under which /proc shows what its threads share: a main thread that has ended shows nothing of it.
+    pub fn via(&self) -> i32 {
+        self.leader().tracee.tid
     }
 
     /// Lets every thread go on as if nothing had happened; `signal` is sent first when not 0.
@@ -174,8 +186,8 @@ impl Drop for HeldProcess {
 }
 
 /// Where its program and its vDSO lie: elsewhere after each exec.
-fn auxv(pid: i32) -> Option<Vec<u8>> {
-    std::fs::read(format!("/proc/{pid}/auxv")).ok()
+fn auxv(tid: i32) -> Option<Vec<u8>> {
+    std::fs::read(format!("/proc/{tid}/auxv")).ok()
 }
 
 fn gone_or(pid: i32, e: anyhow::Error) -> anyhow::Error {
@@ -263,7 +275,7 @@ fn hold(
             sigmask,
             stopped_by,
         };
-        if resume::first_act(&mut held, pid, mem, tail)? {
+        if resume::first_act(&mut held, mem, tail)? {
             return Ok(Some(held));
         }
         tracee.cont(0)?;
@@ -288,12 +300,14 @@ fn hold(
 fn wait_stopped(t: Tracee, pid: i32) -> Result<Option<Stop>> {
     let begun = Instant::now();
     loop {
-        let left = PATIENCE.saturating_sub(begun.elapsed());
-        match t.wait_timeout(left)? {
+        match t.wait_timeout(LOOK_EVERY)? {
             Some(s @ Stop::Interrupt { .. }) => return Ok(Some(s)),
             Some(Stop::Exited(_) | Stop::Killed(_)) => return Ok(None),
             Some(Stop::Signal(s)) => t.cont(s)?,
             Some(Stop::Syscall | Stop::Event(_)) => t.cont(0)?,
+            // Of a main thread that ends before others its tracer is not told.
+            None if process::has_ended(t.tid) => return Ok(None),
+            None if begun.elapsed() < PATIENCE => {}
             None => {
                 let path = format!("/proc/{pid}/task/{}/wchan", t.tid);
                 let place = std::fs::read_to_string(path).unwrap_or_default();

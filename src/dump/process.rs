@@ -5,10 +5,10 @@ use std::os::unix::fs::MetadataExt;
 use anyhow::{Context, Result};
 use procfs::process::{Process as Proc, Stat};
 
-use super::queries;
 use super::tables::Tables;
+use super::{queries, threads};
 use crate::error::{Classify, Failure};
-use crate::image::process::{Limit, MmLayout, Process, State};
+use crate::image::process::{EndedLeader, Limit, MmLayout, Process, State};
 
 /// Refuses what no dump can carry, before anything is stopped.
 pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<()> {
@@ -30,13 +30,14 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<()> {
             status.tgid
         ));
     }
-    if status.state.starts_with('Z') && status.threads > 1 {
-        return refuse(format!(
-            "the main thread of process {pid} ({}) has ended while others run on, which cannot be \
-             carried yet",
-            status.name
-        ));
-    }
+    let (via, status) = match living_thread(pid) {
+        via if via == pid => (pid, status),
+        via => match Proc::new(via).and_then(|p| p.status()) {
+            Ok(s) => (via, s),
+            // The thread has ended since: whoever stops the process finds another, or none.
+            Err(_) => return Ok(()),
+        },
+    };
     if status.state.starts_with('Z') {
         if asked_for {
             return Err(Failure::NoSuchProcess.because(format!(
@@ -100,7 +101,7 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<()> {
                 .map(|m| m.ino())
                 .ok()
         };
-        let theirs = of(&pid.to_string());
+        let theirs = of(&via.to_string());
         if theirs.is_some() && theirs != of("self") {
             return refuse(format!(
                 "process {pid} is in another {ns} namespace than mistctl; run mistctl inside its \
@@ -109,6 +110,23 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The main thread of a process, or, when that has ended, another that has not: what threads share is shown
+/// by living ones only (/proc/TID/...).
+pub fn living_thread(pid: i32) -> i32 {
+    if !has_ended(pid) {
+        return pid;
+    }
+    let tasks = Proc::new(pid).and_then(|p| p.tasks());
+    let mut tids = tasks.into_iter().flatten().flatten().map(|t| t.tid);
+    tids.find(|tid| !has_ended(*tid)).unwrap_or(pid)
+}
+
+/// Whether a thread is a zombie, or not there at all.
+pub fn has_ended(tid: i32) -> bool {
+    let stat = Proc::new(tid).and_then(|t| t.stat());
+    stat.map_or(true, |s| matches!(s.state, 'Z' | 'X'))
 }
 
 fn ancestors() -> Vec<i32> {
@@ -144,33 +162,47 @@ pub fn tree(pid: i32, tree: bool) -> Vec<i32> {
     all
 }
 
-/// What can be read of a process from outside. Mappings, threads, descriptors and the answers to
-/// [`queries::Queries`] are added by the caller.
-pub fn read(pid: i32, tables: &mut Tables) -> Result<(Process, queries::Queries)> {
+/// What can be read of a process from outside, through its thread `via` (None: it is a zombie). Mappings,
+/// threads, descriptors and the answers to [`queries::Queries`] are added by the caller.
+pub fn read(
+    pid: i32,
+    via: Option<i32>,
+    tables: &mut Tables,
+) -> Result<(Process, queries::Queries)> {
     let ctx = || format!("reading the state of process {pid}");
-    let proc = Proc::new(pid).with_context(ctx)?;
-    let stat = proc.stat().with_context(ctx)?;
+    let leader = Proc::new(pid).with_context(ctx)?;
+    let stat = leader.stat().with_context(ctx)?;
     let mut p = empty(&stat);
-    if stat.state == 'Z' {
+    let Some(via) = via else {
         p.state = State::Zombie {
             status: stat.exit_code.unwrap_or(0),
         };
         return Ok((p, queries::Queries { timers: Vec::new() }));
+    };
+    if via != pid {
+        let status = leader.status().with_context(ctx)?;
+        p.ended_leader = Some(EndedLeader {
+            status: stat.exit_code.unwrap_or(0),
+            creds: threads::creds(&status),
+        });
     }
+    // The numbers of the address space are shown by living threads only.
+    let proc = Proc::new(via).with_context(ctx)?;
+    let stat = proc.stat().with_context(ctx)?;
     let status = proc.status().with_context(ctx)?;
-    let timers = std::fs::read_to_string(format!("/proc/{pid}/timers")).unwrap_or_default();
+    let timers = std::fs::read_to_string(format!("/proc/{via}/timers")).unwrap_or_default();
     p.posix_timers = queries::parse_timers(&timers)?;
     p.umask = status.umask.unwrap_or(0o22);
-    p.limits = limits(pid)?;
+    p.limits = limits(via)?;
     let personality =
-        std::fs::read_to_string(format!("/proc/{pid}/personality")).with_context(ctx)?;
+        std::fs::read_to_string(format!("/proc/{via}/personality")).with_context(ctx)?;
     p.personality = u64::from_str_radix(personality.trim(), 16).with_context(ctx)?;
-    let adj = std::fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).with_context(ctx)?;
+    let adj = std::fs::read_to_string(format!("/proc/{via}/oom_score_adj")).with_context(ctx)?;
     p.oom_score_adj = adj.trim().parse().with_context(ctx)?;
-    p.mm = mm_layout(pid, &stat)?;
-    p.exe = link(pid, "exe", tables)?;
-    p.cwd = link(pid, "cwd", tables)?;
-    p.root = link(pid, "root", tables)?;
+    p.mm = mm_layout(via, &stat)?;
+    p.exe = link(via, "exe", tables)?;
+    p.cwd = link(via, "cwd", tables)?;
+    p.root = link(via, "root", tables)?;
     let timers = p.posix_timers.iter().map(|t| t.id).collect();
     Ok((p, queries::Queries { timers }))
 }
@@ -207,6 +239,7 @@ fn empty(stat: &Stat) -> Process {
         mdwe: 0,
         mce_kill: None,
         notes: Vec::new(),
+        ended_leader: None,
     }
 }
 

@@ -185,7 +185,8 @@ fn look<'g>(
     tables: &mut Tables,
     guardian: &'g Guardian,
 ) -> Result<(Vec<Subject>, Looked<'g>)> {
-    let origin = origin(pids.first().copied().unwrap_or(0))?;
+    let first = holds.iter().flatten().next();
+    let origin = origin(first.map_or(0, HeldProcess::via))?;
     let mut files = FileDumper::new(pids);
     let net = net::Options {
         tcp_established: opts.tcp_established,
@@ -195,7 +196,7 @@ fn look<'g>(
     let mut sockets = SocketDumper::new(net, guardian);
     let mut subjects = Vec::new();
     for (pid, hold) in pids.iter().zip(holds) {
-        let (mut p, queries) = process::read(*pid, tables)?;
+        let (mut p, queries) = process::read(*pid, hold.as_ref().map(HeldProcess::via), tables)?;
         p.space = subjects.len() as SpaceId;
         if let Some(held) = hold {
             for i in 0..held.threads.len() {
@@ -207,8 +208,8 @@ fn look<'g>(
             if let Some(signal) = leader.stopped_by {
                 p.state = State::Stopped { signal };
             }
-            p.vmas = maps::read(*pid, tables)?;
-            let tid = leader.tracee.tid;
+            p.vmas = maps::read(held.via(), tables)?;
+            let tid = held.via();
             let fd = pidfd::open_thread(tid)?;
             files.process(*pid, tid, fd.as_fd(), tables, &mut sockets)?;
         }
@@ -251,16 +252,12 @@ fn ask(
         let Some(held) = hold else { continue };
         let (batch, copy) = ask_one(s, held, wants_copy, writer)?;
         if let Some(copy) = &copy {
-            let pid = held.pid;
+            let via = held.via();
             let p = &mut s.process;
-            let missing = memory::not_copied(pid, copy.pid(), &p.vmas)?;
-            report.bytes_memory += memory::copy_stopped(pid, p.space, &missing, writer.pages())?;
-            if threads::status(pid, held.leader().tracee.tid)?
-                .vmlck
-                .unwrap_or(0)
-                > 0
-            {
-                maps::add_flags(&mut p.vmas, pid, false)?;
+            let missing = memory::not_copied(via, copy.pid(), &p.vmas)?;
+            report.bytes_memory += memory::copy_stopped(via, p.space, &missing, writer.pages())?;
+            if threads::status(held.pid, via)?.vmlck.unwrap_or(0) > 0 {
+                maps::add_flags(&mut p.vmas, via, false)?;
             }
         } else if wants_copy {
             report.warnings.push(format!(
@@ -346,7 +343,7 @@ fn copy_memory(
     for (s, hold) in subjects.iter_mut().zip(holds) {
         let (pid, is_copy) = match (&s.copy, hold) {
             (Some(c), _) => (c.pid(), true),
-            (None, Some(h)) => (h.pid, false),
+            (None, Some(h)) => (h.via(), false),
             (None, None) => continue,
         };
         if s.process.vmas.iter().all(|v| v.flags.is_empty()) {
@@ -364,7 +361,7 @@ fn copy_memory(
         .filter_map(|(s, hold)| {
             let pid = match (&s.copy, hold) {
                 (Some(c), _) => c.pid(),
-                (None, Some(h)) => h.pid,
+                (None, Some(h)) => h.via(),
                 (None, None) => return None,
             };
             let there = |v: &&crate::image::Vma| s.copy.is_none() || !v.has("dc") && !v.has("ht");
@@ -379,7 +376,7 @@ fn copy_memory(
     memory::copy(&sources, writer.pages(), bar)
 }
 
-fn origin(pid: i32) -> Result<Origin> {
+fn origin(tid: i32) -> Result<Origin> {
     let uts = nix::sys::utsname::uname().context("uname")?;
     let text = |s: &std::ffi::OsStr| s.to_string_lossy().into_owned();
     let clock = |id| -> Result<i128> {
@@ -389,7 +386,7 @@ fn origin(pid: i32) -> Result<Origin> {
     let realtime = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
-    let (ours, theirs) = (Offsets::of("self"), Offsets::of(&pid.to_string()));
+    let (ours, theirs) = (Offsets::of("self"), Offsets::of(&tid.to_string()));
     Ok(Origin {
         mistctl: env!("CARGO_PKG_VERSION").to_owned(),
         hostname: text(uts.nodename()),

@@ -116,7 +116,8 @@ pub fn number(path: &str) -> Result<u64> {
     }
 }
 
-fn creds(s: &Status) -> Creds {
+/// But for the securebits, which only the thread itself knows.
+pub fn creds(s: &Status) -> Creds {
     Creds {
         uids: [s.ruid, s.euid, s.suid, s.fuid],
         gids: [s.rgid, s.egid, s.sgid, s.fgid],

@@ -17,7 +17,7 @@ pub struct Process {
     pub comm: String,
     /// Signal sent to the parent at exit (clone(2)).
     pub exit_signal: i32,
-    /// Leader first. Empty for a zombie.
+    /// Leader first, unless it has ended. Empty for a zombie.
     pub threads: Vec<Thread>,
     pub space: SpaceId,
     pub vmas: Vec<Vma>,
@@ -47,6 +47,31 @@ pub struct Process {
     /// SysV semaphore adjustments and the like are not carried; this lists what was left out, for people.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
+    /// The leader has ended while other threads go on; `threads` holds those, and `comm` is its name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended_leader: Option<EndedLeader>,
+}
+
+impl Process {
+    /// Its main thread; None when that has ended.
+    pub fn leader(&self) -> Option<&Thread> {
+        self.threads.first().filter(|_| self.ended_leader.is_none())
+    }
+
+    /// The threads that are not its main thread.
+    pub fn others(&self) -> &[Thread] {
+        let first = usize::from(self.leader().is_some());
+        self.threads.get(first..).unwrap_or_default()
+    }
+}
+
+/// What remains of a main thread that has ended before its process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndedLeader {
+    /// What it ended with, as in a wait status; /proc/PID/stat shows it.
+    pub status: i32,
+    /// Whoever signals the process is judged by them (kill(2)).
+    pub creds: Creds,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -227,10 +227,15 @@ fn threads(p: &Process, ids: &mut HashSet<i32>) -> Result<()> {
     }
     let n = p.threads.len();
     ensure!(n > 0 && n <= THREADS_MAX, "it has {n} threads");
-    ensure!(
-        p.threads.first().is_some_and(|t| t.tid == p.pid),
-        "its first thread is not the leader"
-    );
+    if p.ended_leader.is_some() {
+        // So that none of its threads has its id.
+        ensure!(ids.insert(p.pid), "its pid is there twice");
+    } else {
+        ensure!(
+            p.threads.first().is_some_and(|t| t.tid == p.pid),
+            "its first thread is not the leader"
+        );
+    }
     for t in &p.threads {
         id("tid", t.tid)?;
         ensure!(ids.insert(t.tid), "thread id {} is there twice", t.tid);

@@ -242,8 +242,9 @@ impl Caller {
     /// `Refused`, naming the process.
     pub fn may_restore(&self, manifest: &Manifest, image_uid: u32) -> anyhow::Result<()> {
         for process in &manifest.processes {
-            for thread in &process.threads {
-                self.may_become(&thread.creds, image_uid)
+            let ended = process.ended_leader.iter().map(|l| &l.creds);
+            for creds in process.threads.iter().map(|t| &t.creds).chain(ended) {
+                self.may_become(creds, image_uid)
                     .with_context(|| format!("process {}", process.pid))?;
             }
         }

@@ -39,13 +39,7 @@ impl Afterwards {
 
 /// Registers and masks of all threads, right before they are released; `vdso` is the range of the one
 /// that works here. Nothing of ours is needed in the process any more.
-pub fn set(
-    leader: &Remote,
-    others: &[Remote],
-    p: &Process,
-    vdso: (u64, u64),
-) -> Result<Afterwards> {
-    let mem = leader.mem();
+pub fn set(mem: &Mem, threads: &[&Remote], p: &Process, vdso: (u64, u64)) -> Result<Afterwards> {
     let bytes = mem.read_vec(vdso.0, vdso.1.saturating_sub(vdso.0) as usize)?;
     let start = (vdso.0 + vdso::elf_len(&bytes)?).next_multiple_of(8);
     let mut place = Place {
@@ -53,7 +47,7 @@ pub fn set(
         lowest: vdso.1,
     };
     let mut after = Afterwards::default();
-    for (r, t) in std::iter::once(leader).chain(others).zip(&p.threads) {
+    for (r, t) in threads.iter().zip(&p.threads) {
         let regs = go_on(r.tracee, t, mem, &mut place, &mut after)
             .with_context(|| format!("setting thread {} going", t.tid))?;
         if !t.xstate.is_empty() {

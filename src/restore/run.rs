@@ -34,13 +34,21 @@ struct Site<'a> {
     ours: Creds,
 }
 
-/// A process that stands before its next instruction, and its threads after the leader.
+/// A process that stands before its next instruction, and its threads but the leader (which may have ended).
 struct Ready<'a> {
     process: &'a Process,
     leader: Remote,
     others: Vec<Remote>,
     /// The vDSO that works here.
     vdso: (u64, u64),
+}
+
+impl Ready<'_> {
+    /// In the order of the image.
+    fn living(&self) -> Vec<&Remote> {
+        let leader = self.process.leader().map(|_| &self.leader);
+        leader.into_iter().chain(&self.others).collect()
+    }
 }
 
 /// Restores an image. `started` is the start of mistctl.
@@ -120,7 +128,7 @@ pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
     report.warnings.extend(sockets.activate());
     let mut sleepers = Vec::new();
     for r in &ready {
-        sleepers.push(resume::set(&r.leader, &r.others, r.process, r.vdso)?);
+        sleepers.push(resume::set(r.leader.mem(), &r.living(), r.process, r.vdso)?);
     }
     for r in &ready {
         release(r, opts)?;
@@ -197,9 +205,8 @@ fn rebuild<'a>(
     let mut others = threads::make(&mut body, p, site.same_ids)?;
     let mut ids = bodies.ids.clone();
     ids.extend(
-        p.threads
+        p.others()
             .iter()
-            .skip(1)
             .zip(&others)
             .map(|(t, r)| (t.tid, r.tracee.tid)),
     );
@@ -208,19 +215,24 @@ fn rebuild<'a>(
     signals::pending(&mut body, &p.pending, None)?;
     layout::advise(&mut body, p)?;
     process::limits(&mut body, p)?;
-    for (r, t) in others.iter_mut().zip(p.threads.iter().skip(1)) {
+    for (r, t) in others.iter_mut().zip(p.others()) {
         threads::furnish(r, t, &site.ours)?;
     }
-    let Some(leader) = p.threads.first() else {
-        bail!("process {} has no threads", p.pid)
-    };
-    threads::furnish(&mut body, leader, &site.ours)?;
+    match (&p.ended_leader, p.leader()) {
+        (Some(ended), _) => threads::furnish_ended(&mut body, p, ended, &site.ours)?,
+        (None, Some(leader)) => threads::furnish(&mut body, leader, &site.ours)?,
+        (None, None) => bail!("process {} has no threads", p.pid),
+    }
     process::marks(&mut body, p)?;
     signals::timers(&mut body, p, &id_of)?;
     let unmapped = body.by_step(stripped.vdso.0, libc::SYS_munmap, &[body.area(), AREA])?;
     body::check("unmapping the restorer", unmapped)?;
     for r in std::iter::once(&mut body).chain(&mut others) {
         report.warnings.append(&mut r.warnings);
+    }
+    if let Some(ended) = &p.ended_leader {
+        // Here, before its children are told of what to die by: a parent's thread that ends sends it.
+        threads::end(&body, ended, stripped.vdso.0)?;
     }
     Ok(Ready {
         process: p,
@@ -236,7 +248,8 @@ fn release(r: &Ready, opts: &Options) -> Result<()> {
         let pid = nix::unistd::Pid::from_raw(r.leader.pid());
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP)?;
     }
-    for t in r.others.iter().chain(std::iter::once(&r.leader)) {
+    // The leader last.
+    for t in r.living().iter().rev() {
         t.tracee
             .detach(0)
             .with_context(|| format!("releasing thread {}", t.tracee.tid))?;

@@ -1,13 +1,20 @@
 //! Threads: making them, what the kernel keeps for each, their registers.
 
-use anyhow::{Context, Result};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
 
 use super::signals;
-use crate::image::process::{Creds, Process};
+use crate::image::process::{Creds, EndedLeader, Process};
 use crate::image::threads::Thread;
+use crate::kernel::arch::Regs;
 use crate::kernel::body;
 use crate::kernel::remote::{Arg, Remote};
 use crate::kernel::sched::SchedAttr;
+
+const SYSCALL: [u8; 2] = [0x0f, 0x05];
+/// How long a main thread may take to end: it does so at once, if it gets a processor.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Makes every thread but the leader, in order; they stand still.
 pub fn make(leader: &mut Remote, p: &Process, same_ids: bool) -> Result<Vec<Remote>> {
@@ -18,7 +25,7 @@ pub fn make(leader: &mut Remote, p: &Process, same_ids: bool) -> Result<Vec<Remo
         | libc::CLONE_THREAD
         | libc::CLONE_SYSVSEM;
     let mut all = Vec::new();
-    for t in p.threads.iter().skip(1) {
+    for t in p.others() {
         // struct clone_args: flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls,
         // set_tid, set_tid_size, cgroup. The id stands behind it.
         let wanted = same_ids.then_some(t.tid);
@@ -116,4 +123,58 @@ pub fn furnish(r: &mut Remote, t: &Thread, ours: &Creds) -> Result<()> {
         &[libc::PR_SET_PDEATHSIG.into(), t.pdeathsig.into()],
     )?;
     r.flush()
+}
+
+/// What is left to see of a leader that is to end before its threads run; see [`end`].
+pub fn furnish_ended(r: &mut Remote, p: &Process, l: &EndedLeader, ours: &Creds) -> Result<()> {
+    let comm = format!("{}\0", p.comm);
+    r.must(
+        "name of the main thread",
+        libc::SYS_prctl,
+        &[libc::PR_SET_NAME.into(), Arg::In(comm.as_bytes())],
+    )?;
+    super::creds::set(r, &l.creds, ours)?;
+    // It would kill the whole process.
+    r.must(
+        "parent death signal of the main thread",
+        libc::SYS_prctl,
+        &[libc::PR_SET_PDEATHSIG.into(), 0u64.into()],
+    )?;
+    r.flush()
+}
+
+/// Lets a leader end as it had, through two bytes at `place`, and waits until it has: /proc/PID shows a zombie
+/// from now on. Its threads keep the process, and die with us.
+pub fn end(leader: &Remote, l: &EndedLeader, place: u64) -> Result<()> {
+    let pid = leader.pid();
+    let old = leader.mem().read_vec(place, SYSCALL.len())?;
+    leader.mem().write(place, &SYSCALL)?;
+    let regs = Regs {
+        rip: place,
+        rax: libc::SYS_exit as u64,
+        rdi: libc::WEXITSTATUS(l.status) as u64,
+        orig_rax: u64::MAX,
+        eflags: 0x202,
+        ..leader.tracee.regs()?
+    };
+    leader.tracee.set_regs(&regs)?;
+    // Traced it would end for us alone: its real parent would wait in vain for the whole process.
+    leader
+        .tracee
+        .detach(0)
+        .with_context(|| format!("letting the main thread of process {pid} end"))?;
+    let begun = Instant::now();
+    // Nobody is told when a leader ends before its threads.
+    while !is_zombie(pid) {
+        if begun.elapsed() > PATIENCE {
+            bail!("the main thread of process {pid} does not end");
+        }
+        std::thread::yield_now();
+    }
+    leader.mem().write(place, &old)
+}
+
+fn is_zombie(pid: i32) -> bool {
+    let stat = procfs::process::Process::new(pid).and_then(|p| p.stat());
+    stat.is_ok_and(|s| s.state == 'Z')
 }

@@ -42,6 +42,7 @@ pub struct ProcessSummary {
     pub cwd: String,
     pub uid: u32,
     pub state: State,
+    pub main_thread_ended: bool,
     pub threads: Vec<ThreadSummary>,
     pub memory: Vec<Kind>,
     pub descriptors: Vec<Descriptor>,
@@ -92,6 +93,7 @@ impl Summary {
                 cwd: describe::path(m, p.cwd),
                 uid: p.threads.first().map_or(0, |t| t.creds.uids[1]),
                 state: p.state,
+                main_thread_ended: p.ended_leader.is_some(),
                 threads: p
                     .threads
                     .iter()

@@ -124,6 +124,9 @@ fn process(t: &mut String, p: &ProcessSummary) {
     }
     line("directory", &p.cwd);
     line("user", &p.uid.to_string());
+    if p.main_thread_ended {
+        line("main thread", "has ended; the others go on");
+    }
     const MOST: usize = 20;
     for (i, thread) in p.threads.iter().take(MOST).enumerate() {
         let name = if i == 0 { "threads" } else { "" };

@@ -44,8 +44,8 @@ pub struct Tail {
 
 impl Tail {
     /// Empty when the process has no vDSO.
-    pub fn find(pid: i32, mem: &Mem) -> Self {
-        let all = vdso_tail(pid, mem).unwrap_or_default();
+    pub fn find(tid: i32, mem: &Mem) -> Self {
+        let all = vdso_tail(tid, mem).unwrap_or_default();
         let mut tail = Self {
             lowest: all.end,
             all,
@@ -84,9 +84,9 @@ impl Tail {
     }
 }
 
-fn vdso_tail(pid: i32, mem: &Mem) -> Option<Range<u64>> {
+fn vdso_tail(tid: i32, mem: &Mem) -> Option<Range<u64>> {
     const AT_SYSINFO_EHDR: u64 = 33;
-    let auxv = std::fs::read(format!("/proc/{pid}/auxv")).ok()?;
+    let auxv = std::fs::read(format!("/proc/{tid}/auxv")).ok()?;
     let word = |b: &[u8]| b.try_into().map_or(0, u64::from_le_bytes);
     let base = auxv
         .chunks_exact(16)
@@ -106,7 +106,7 @@ fn vdso_tail(pid: i32, mem: &Mem) -> Option<Range<u64>> {
 
 /// What the stop did to a thread; its registers are put right at once. False for a thread that still
 /// runs code that a mistctl which died has left in the vDSO: let it finish that.
-pub fn first_act(held: &mut Held, pid: i32, mem: &Mem, tail: &mut Tail) -> Result<bool> {
+pub fn first_act(held: &mut Held, mem: &Mem, tail: &mut Tail) -> Result<bool> {
     let mut seen = held.regs;
     if tail.holds(seen.rip) {
         let room = (tail.all.end - seen.rip).min(LONGEST as u64) as usize;
@@ -155,7 +155,8 @@ pub fn first_act(held: &mut Held, pid: i32, mem: &Mem, tail: &mut Tail) -> Resul
     let result = seen.rax as i64;
     if result == -EINTR && held.stopped_by.is_none() {
         let socket = || {
-            calls::socket_option(nr).is_some() && socket_timeout::is_socket(pid, seen.arg(0) as i32)
+            calls::socket_option(nr).is_some()
+                && socket_timeout::is_socket(held.tracee.tid, seen.arg(0) as i32)
         };
         if calls::shows_stop(nr) || socket() {
             held.program.rax = -ERESTARTNOHAND as u64;
@@ -177,7 +178,7 @@ pub fn first_act(held: &mut Held, pid: i32, mem: &Mem, tail: &mut Tail) -> Resul
     } else if result > 0
         && let Some(t) = calls::transfer(nr, &seen)
         && calls::asked(t, &seen, mem).is_ok_and(|(all, _)| (result as u64) < all)
-        && waits(pid, nr, &seen)
+        && waits(held.tracee.tid, nr, &seen)
     {
         held.program.rax = -ERESTARTNOHAND as u64;
         held.resume = Resume::Partial {
@@ -201,16 +202,16 @@ fn is_broken(r: &Regs) -> bool {
 }
 
 /// Whether such a call would have waited to transfer all: a pipe, socket or terminal that blocks.
-fn waits(pid: i32, nr: u64, r: &Regs) -> bool {
+fn waits(tid: i32, nr: u64, r: &Regs) -> bool {
     if nr as i64 == libc::SYS_getrandom {
         return true;
     }
     let fd = r.arg(0) as i32;
-    let kind = std::fs::metadata(format!("/proc/{pid}/fd/{fd}")).map(|m| m.file_type());
+    let kind = std::fs::metadata(format!("/proc/{tid}/fd/{fd}")).map(|m| m.file_type());
     if !kind.is_ok_and(|k| k.is_fifo() || k.is_socket() || k.is_char_device()) {
         return false;
     }
-    let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).unwrap_or_default();
+    let info = std::fs::read_to_string(format!("/proc/{tid}/fdinfo/{fd}")).unwrap_or_default();
     let flags = info
         .lines()
         .find_map(|l| l.strip_prefix("flags:"))
