@@ -133,7 +133,7 @@ struct Captured {
 }
 
 fn capture_with(t: &Target, fds: &[i32], options: Options) -> Result<Captured> {
-    let guardian = Guardian::start()?;
+    let guardian = std::sync::Arc::new(Guardian::start()?);
     let mut dumper = SocketDumper::new(options, &guardian);
     for &n in fds {
         dumper.add(t.pid(), n, t.fd(n)?)?;
@@ -473,7 +473,7 @@ fn read_until_end(fd: impl AsFd, limit: usize) -> Result<Vec<u8>> {
 
 fn tcp_pairs_come_back(kill: bool) -> Result<()> {
     let (t, fds, sent) = Target::start_with("tcp_pairs", 0)?;
-    let guardian = Guardian::start()?;
+    let guardian = std::sync::Arc::new(Guardian::start()?);
     let options = Options {
         kill,
         ..Options::default()
@@ -575,6 +575,7 @@ const OUTSIDE: Options = Options {
     tcp_established: true,
     kill: false,
     outside: false,
+    pvmd: None,
 };
 
 #[test]
@@ -606,7 +607,7 @@ fn peer_outside_goes_on_with_the_restored_end() {
             let (t, fds, mut peer) = peer_of_client()?;
             peer.write_all(b"not read yet ")?;
             wait_readable(t.fd(fds[0])?.as_fd())?;
-            let guardian = Guardian::start()?;
+            let guardian = std::sync::Arc::new(Guardian::start()?);
             let options = Options {
                 kill: true,
                 ..OUTSIDE
@@ -663,7 +664,7 @@ fn as_capturer() {
     let die = || -> Result<()> {
         let (pid, fd) = (pid.parse()?, fd.parse()?);
         let target = pidfd::open(pid)?;
-        let guardian = Guardian::start()?;
+        let guardian = std::sync::Arc::new(Guardian::start()?);
         let options = Options {
             kill: true,
             ..OUTSIDE

@@ -155,6 +155,7 @@ fn options(args: &Args, image: PathBuf, store: Option<PathBuf>) -> Options {
         },
         tcp_established: args.tcp_established,
         progress: !args.json && args.keep.is_none() && out::progress(),
+        pvmd: None,
     }
 }
 

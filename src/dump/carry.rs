@@ -5,18 +5,18 @@ use std::os::unix::fs::MetadataExt;
 
 use anyhow::Result;
 
+use super::Sink;
 use super::maps::open_mapped;
 use super::tables::Tables;
 use crate::image::memory::{Backing, FileRef};
 use crate::image::process::Process;
-use crate::image::store::ImageWriter;
 
 /// Privately mapped data files over this size are not carried unless nobody can reach them by name.
 const DATA_MAX: u64 = 64 << 20;
 
 /// Carries the executable and every file that the process maps privately. `pid` is the process or its
 /// copy, through whose mappings files without a name are reached.
-pub fn files(pid: i32, p: &Process, tables: &mut Tables, writer: &ImageWriter) -> Result<()> {
+pub fn files(pid: i32, p: &Process, tables: &mut Tables, sink: &dyn Sink) -> Result<()> {
     for v in &p.vmas {
         let Backing::File { file } = v.backing else {
             continue;
@@ -33,7 +33,7 @@ pub fn files(pid: i32, p: &Process, tables: &mut Tables, writer: &ImageWriter) -
             Some(file) => file,
             None => open_mapped(pid, v.start, v.end)?,
         };
-        let object = writer.add_object(&open)?;
+        let object = sink.object(&open)?;
         if let Some(f) = tables.files.get_mut(file as usize) {
             f.object = Some(object);
         }
@@ -46,7 +46,7 @@ pub fn files(pid: i32, p: &Process, tables: &mut Tables, writer: &ImageWriter) -
             Some(file) => file,
             None => File::open(format!("/proc/{pid}/exe"))?,
         };
-        let object = writer.add_object(&open)?;
+        let object = sink.object(&open)?;
         if let Some(f) = tables.files.get_mut(p.exe as usize) {
             f.object = Some(object);
         }

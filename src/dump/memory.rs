@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex, mpsc};
 use anyhow::{Context, Result, anyhow};
 use indicatif::ProgressBar;
 
+use super::Sink;
 use super::tables::Content;
 use crate::image::memory::{Backing, SharedMemory, SpaceId, Vma};
-use crate::image::pages::PagesWriter;
 use crate::kernel::arch::PAGE;
 use crate::kernel::mem::Mem;
 use crate::kernel::pagemap::Pagemap;
@@ -35,16 +35,11 @@ struct Piece {
 }
 
 impl Piece {
-    fn copy(
-        &self,
-        pages: &PagesWriter,
-        buffer: &mut [u8],
-        done: &mut dyn FnMut(u64),
-    ) -> Result<()> {
+    fn copy(&self, sink: &dyn Sink, buffer: &mut [u8], done: &mut dyn FnMut(u64)) -> Result<()> {
         for at in (self.start..self.end).step_by(STEP as usize) {
             let out = &mut buffer[..STEP.min(self.end - at) as usize];
             self.mem.read(at, out)?;
-            pages.put(self.space, at, out)?;
+            sink.put(self.space, at, out)?;
             done(out.len() as u64);
         }
         Ok(())
@@ -65,7 +60,7 @@ fn is_private(v: &Vma) -> bool {
 }
 
 /// Copies the private pages of all sources. Returns the bytes looked at.
-pub fn copy(sources: &[Source], pages: &PagesWriter, bar: &ProgressBar) -> Result<u64> {
+pub fn copy(sources: &[Source], sink: &dyn Sink, bar: &ProgressBar) -> Result<u64> {
     if sources.iter().all(|s| s.vmas.is_empty()) {
         // Mostly so while a process stands: no threads for nothing.
         return Ok(0);
@@ -87,7 +82,7 @@ pub fn copy(sources: &[Source], pages: &PagesWriter, bar: &ProgressBar) -> Resul
                 if failed.load(Ordering::Relaxed) {
                     continue;
                 }
-                result = piece.copy(pages, &mut buffer, &mut |n| {
+                result = piece.copy(sink, &mut buffer, &mut |n| {
                     total.fetch_add(n, Ordering::Relaxed);
                     bar.inc(n);
                 });
@@ -136,13 +131,13 @@ fn scan(sources: &[Source], send: &mpsc::SyncSender<Piece>) -> Result<()> {
 }
 
 /// Copies mappings whose content a clone does not have. The process stands still meanwhile.
-pub fn copy_stopped(pid: i32, space: SpaceId, vmas: &[&Vma], pages: &PagesWriter) -> Result<u64> {
+pub fn copy_stopped(pid: i32, space: SpaceId, vmas: &[&Vma], sink: &dyn Sink) -> Result<u64> {
     let source = Source {
         pid,
         space,
         vmas: vmas.to_vec(),
     };
-    copy(&[source], pages, &ProgressBar::hidden())
+    copy(&[source], sink, &ProgressBar::hidden())
 }
 
 /// Anonymous mappings that hold something in `pid` and nothing in its copy (MADV_WIPEONFORK), that the
@@ -171,7 +166,7 @@ pub fn not_copied(pid: i32, copy: i32, vmas: &[Vma]) -> Result<Vec<&Vma>> {
 pub fn copy_contents(
     contents: &[Content],
     shared: &[SharedMemory],
-    pages: &PagesWriter,
+    sink: &dyn Sink,
 ) -> Result<u64> {
     let mut buffer = vec![0u8; PIECE as usize];
     let mut total = 0;
@@ -193,7 +188,7 @@ pub fn copy_contents(
                 c.file
                     .read_exact_at(&mut out[..len], from)
                     .with_context(|| format!("reading shared memory object {}", c.memory))?;
-                pages.put(object.space, from, out)?;
+                sink.put(object.space, from, out)?;
                 total += len as u64;
                 from += len as u64;
             }

@@ -3,20 +3,53 @@
 mod carry;
 pub mod files;
 mod hold;
+mod look;
 mod maps;
 mod memory;
 mod process;
 mod queries;
 mod resume;
 mod run;
+mod session;
 pub mod tables;
 mod threads;
 
-pub use run::run;
+pub use hold::HeldProcess;
+pub use run::{finish, run};
+pub use session::Session;
 
+use std::fs::File;
 use std::path::PathBuf;
 
+use anyhow::Result;
 use serde::Serialize;
+
+use crate::image::{ImageWriter, SpaceId};
+
+/// Where a dump puts what is large. Threads share it.
+pub trait Sink: Sync {
+    /// Takes whole pages of memory at a page's address. No page is given twice.
+    ///
+    /// # Errors
+    /// When they cannot be kept; the dump fails then.
+    fn put(&self, space: SpaceId, addr: u64, data: &[u8]) -> Result<()>;
+
+    /// Takes the content of a regular file; returns its name, which is its BLAKE3 hash.
+    ///
+    /// # Errors
+    /// As for [`Sink::put`].
+    fn object(&self, file: &File) -> Result<String>;
+}
+
+impl Sink for ImageWriter {
+    fn put(&self, space: SpaceId, addr: u64, data: &[u8]) -> Result<()> {
+        self.pages().put(space, addr, data)
+    }
+
+    fn object(&self, file: &File) -> Result<String> {
+        self.add_object(file)
+    }
+}
 
 /// What `mistctl dump` was asked for.
 #[derive(Debug, Clone)]
@@ -34,6 +67,8 @@ pub struct Options {
     pub tcp_established: bool,
     /// Draw a progress bar on standard error.
     pub progress: bool,
+    /// Inode of the socket that connects the process, a PVM task, to its pvmd.
+    pub pvmd: Option<u64>,
 }
 
 /// What becomes of the processes once the image is durable.

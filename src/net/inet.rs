@@ -73,7 +73,7 @@ pub(crate) fn make_address(host: &[u8], port: u16) -> Vec<u8> {
 }
 
 pub(crate) fn read(
-    d: &SocketDumper<'_>,
+    d: &SocketDumper,
     met: &Met,
     diag: &Diag,
     warnings: &mut Vec<String>,
@@ -107,7 +107,7 @@ pub(crate) fn read(
             ));
             return Ok(inet);
         }
-        let messages = peek_messages(&met.fd, false, d.guardian())
+        let messages = peek_messages(&met.fd, false, &d.guardian)
             .with_context(|| format!("{}: reading its queue", met.place()))?;
         inet.queue = messages
             .into_iter()

@@ -20,6 +20,7 @@ pub use inet::host;
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
@@ -41,6 +42,9 @@ pub struct Options {
     /// Carry unix sockets whose peer is outside as [`crate::image::sockets::Unix::outside`] instead of
     /// refusing; standard streams (descriptors 0, 1, 2) are always carried so.
     pub outside: bool,
+    /// Inode of a PVM task's connection to its pvmd: it stays a socket whose peer is outside, and its queue is
+    /// left to who asked for it.
+    pub pvmd: Option<u64>,
 }
 
 /// A socket met, and where.
@@ -69,12 +73,12 @@ impl Met {
 }
 
 /// Turns a descriptor found in flight into a description; gets the dumper to add sockets with.
-pub type Describe<'a> = dyn FnMut(&mut SocketDumper<'_>, OwnedFd) -> Result<DescriptionId> + 'a;
+pub type Describe<'a> = dyn FnMut(&mut SocketDumper, OwnedFd) -> Result<DescriptionId> + 'a;
 
 /// Reads the sockets of a dump.
-pub struct SocketDumper<'g> {
+pub struct SocketDumper {
     options: Options,
-    guardian: &'g Guardian,
+    guardian: Arc<Guardian>,
     met: Vec<Met>,
     by_ino: HashMap<u64, u32>,
     defaults: options::Defaults,
@@ -85,14 +89,14 @@ pub struct SocketDumper<'g> {
     pub(crate) held: tcp::Held,
 }
 
-impl Drop for SocketDumper<'_> {
+impl Drop for SocketDumper {
     /// Lets connections that were held for a kill go on.
     fn drop(&mut self) {
         tcp::release(self);
     }
 }
 
-impl crate::dump::files::Sockets for SocketDumper<'_> {
+impl crate::dump::files::Sockets for SocketDumper {
     fn socket(&mut self, pid: i32, fd: i32, socket: BorrowedFd<'_>) -> Result<u32> {
         let own = socket.try_clone_to_owned().context("dup of a socket")?;
         self.add(pid, fd, own)
@@ -112,12 +116,12 @@ pub(crate) struct Diag {
     pub udp: Vec<InetDiag>,
 }
 
-impl<'g> SocketDumper<'g> {
-    /// `guardian` must outlive what is dumped.
-    pub fn new(options: Options, guardian: &'g Guardian) -> Self {
+impl SocketDumper {
+    /// `guardian` undoes what is done to the sockets meanwhile.
+    pub fn new(options: Options, guardian: &Arc<Guardian>) -> Self {
         Self {
             options,
-            guardian,
+            guardian: Arc::clone(guardian),
             met: Vec::new(),
             by_ino: HashMap::new(),
             defaults: options::Defaults::default(),
@@ -175,7 +179,11 @@ impl<'g> SocketDumper<'g> {
         let mut queues = Vec::new();
         let mut i = 0;
         while i < self.met.len() {
-            let queue = if self.met.get(i).is_some_and(|m| m.family == libc::AF_UNIX) {
+            let queue = if self
+                .met
+                .get(i)
+                .is_some_and(|m| m.family == libc::AF_UNIX && !self.is_pvmd(m))
+            {
                 unix::read_queue(self, i, describe)?
             } else {
                 Vec::new()
@@ -211,6 +219,7 @@ impl<'g> SocketDumper<'g> {
             };
             if let SocketState::Unix(u) = &state
                 && let Some(what) = &u.outside
+                && !self.is_pvmd(met)
             {
                 self.outside.insert(i as u32, what.clone());
             }
@@ -274,8 +283,9 @@ impl<'g> SocketDumper<'g> {
         Ok(diag)
     }
 
-    pub(crate) fn guardian(&self) -> &'g Guardian {
-        self.guardian
+    /// Whether it is the connection that [`Options::pvmd`] names.
+    pub(crate) fn is_pvmd(&self, met: &Met) -> bool {
+        self.options.pvmd == Some(met.ino)
     }
 
     pub(crate) fn index_of(&self, ino: u64) -> Option<&Met> {

@@ -79,7 +79,7 @@ fn reversed(e: &Ends) -> Ends {
 
 /// Addresses and state; refuses what cannot be carried. Connections' own state comes later.
 pub(crate) fn read(
-    d: &SocketDumper<'_>,
+    d: &SocketDumper,
     met: &Met,
     diag: &Diag,
     warnings: &mut Vec<String>,
@@ -170,7 +170,7 @@ fn syn_target(met: &Met, x: &InetDiag) -> Vec<u8> {
 
 /// A connection whose other end is in no process of the dump; true when it is in none at all.
 fn outside(
-    d: &SocketDumper<'_>,
+    d: &SocketDumper,
     met: &Met,
     diag: &Diag,
     mine: &Ends,
@@ -212,7 +212,7 @@ fn is_unaccepted(state: u8) -> bool {
 }
 
 /// Whether a socket of the dump listens at this address.
-fn waits_here(d: &SocketDumper<'_>, diag: &Diag, host: &[u8], port: u16) -> bool {
+fn waits_here(d: &SocketDumper, diag: &Diag, host: &[u8], port: u16) -> bool {
     diag.tcp.iter().any(|l| {
         let (at, p, _, _) = diag_ends(l);
         l.state == LISTEN
@@ -224,7 +224,7 @@ fn waits_here(d: &SocketDumper<'_>, diag: &Diag, host: &[u8], port: u16) -> bool
 
 /// Connections that a listening socket has not given out yet.
 fn read_pending(
-    d: &SocketDumper<'_>,
+    d: &SocketDumper,
     met: &Met,
     diag: &Diag,
     listener: &InetDiag,
@@ -266,7 +266,7 @@ fn read_pending(
 }
 
 /// Reads every connection of `sockets`. For a dump that kills they stay in repair mode.
-pub(crate) fn read_connections(d: &mut SocketDumper<'_>, sockets: &mut [Socket]) -> Result<()> {
+pub(crate) fn read_connections(d: &mut SocketDumper, sockets: &mut [Socket]) -> Result<()> {
     let waiting: Vec<u64> = sockets
         .iter()
         .filter_map(|s| match &s.state {
@@ -284,7 +284,7 @@ pub(crate) fn read_connections(d: &mut SocketDumper<'_>, sockets: &mut [Socket])
             continue;
         }
         let Some(met) = d.met.get(i) else { continue };
-        let read = read_connection(d.guardian, met, t, d.options.kill, &mut d.held)
+        let read = read_connection(&d.guardian, met, t, d.options.kill, &mut d.held)
             .with_context(|| format!("{}: TCP_REPAIR of its connection", met.place()));
         match read {
             Ok(c) => t.connection = Some(c),
@@ -439,7 +439,7 @@ pub(crate) fn cookie(fd: BorrowedFd<'_>) -> u64 {
 }
 
 /// Lets all held connections go on.
-pub(crate) fn release(d: &mut SocketDumper<'_>) {
+pub(crate) fn release(d: &mut SocketDumper) {
     for h in std::mem::take(&mut d.held.held) {
         h.undo();
         let _ = d.guardian.forget(h.id);
@@ -447,7 +447,7 @@ pub(crate) fn release(d: &mut SocketDumper<'_>) {
 }
 
 /// Hands held connections to the guardian for good: see [`SocketDumper::finish_kill`].
-pub(crate) fn hold_until_dead(d: &mut SocketDumper<'_>, pidfds: &[BorrowedFd<'_>]) -> Result<()> {
+pub(crate) fn hold_until_dead(d: &mut SocketDumper, pidfds: &[BorrowedFd<'_>]) -> Result<()> {
     if d.held.held.is_empty() {
         return Ok(());
     }

@@ -18,7 +18,7 @@ use crate::net::{Describe, Diag, Met, SocketDumper, bytes};
 
 /// Peeks what a unix socket has received, descriptors in flight included.
 pub(crate) fn read_queue(
-    d: &mut SocketDumper<'_>,
+    d: &mut SocketDumper,
     index: usize,
     describe: &mut Describe<'_>,
 ) -> Result<Vec<UnixMessage>> {
@@ -26,7 +26,7 @@ pub(crate) fn read_queue(
         return Ok(Vec::new());
     };
     let mut warning = None;
-    let messages = peek(met, d.guardian(), &mut warning)
+    let messages = peek(met, &d.guardian, &mut warning)
         .with_context(|| format!("{}: reading its queue", met.place()))?;
     let (pid, dgram) = (met.pid, met.kind == libc::SOCK_DGRAM);
     d.warnings.extend(warning);
@@ -195,7 +195,7 @@ pub(crate) fn peek_messages(fd: &OwnedFd, ended: bool, guardian: &Guardian) -> R
 
 /// Names, peer and state of a unix socket whose queue has been read.
 pub(crate) fn read(
-    d: &SocketDumper<'_>,
+    d: &SocketDumper,
     met: &Met,
     diag: &Diag,
     warnings: &mut Vec<String>,
@@ -250,13 +250,7 @@ pub(crate) fn read(
     Ok(u)
 }
 
-fn read_peer(
-    d: &SocketDumper<'_>,
-    met: &Met,
-    diag: &Diag,
-    x: &UnixDiag,
-    u: &mut Unix,
-) -> Result<()> {
+fn read_peer(d: &SocketDumper, met: &Met, diag: &Diag, x: &UnixDiag, u: &mut Unix) -> Result<()> {
     let ino = u32::try_from(met.ino).unwrap_or(0);
     let listened = |n: &[u8]| {
         diag.unix
@@ -291,7 +285,7 @@ fn read_peer(
     Ok(())
 }
 
-fn read_dgram_peer(d: &SocketDumper<'_>, met: &Met, x: &UnixDiag, u: &mut Unix) -> Result<()> {
+fn read_dgram_peer(d: &SocketDumper, met: &Met, x: &UnixDiag, u: &mut Unix) -> Result<()> {
     let Some(peer) = x.peer else { return Ok(()) };
     let peer_name = name(&socket::peer_name(&met.fd).unwrap_or_default());
     if peer == 0 {
@@ -308,7 +302,7 @@ fn read_dgram_peer(d: &SocketDumper<'_>, met: &Met, x: &UnixDiag, u: &mut Unix) 
 }
 
 /// The peer lives outside the dump: a place-holder where that is allowed.
-fn outside(d: &SocketDumper<'_>, met: &Met, u: &mut Unix, peer_name: &[u8]) -> Result<()> {
+fn outside(d: &SocketDumper, met: &Met, u: &mut Unix, peer_name: &[u8]) -> Result<()> {
     let who = sockopt::get(
         &met.fd,
         libc::SOL_SOCKET,
@@ -326,7 +320,7 @@ fn outside(d: &SocketDumper<'_>, met: &Met, u: &mut Unix, peer_name: &[u8]) -> R
         let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
         what += &format!(", made with pid {pid} ({})", comm.trim_end());
     }
-    if !met.standard && !d.options.outside {
+    if !met.standard && !d.options.outside && !d.is_pvmd(met) {
         return Err(Failure::Refused.because(format!(
             "{}: the other end of its {what} is outside the dump and would not know; dump both together (--tree), or let the program close it first",
             met.place()

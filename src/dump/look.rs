@@ -1,0 +1,224 @@
+//! What is looked at, and asked for, while the processes stand.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result};
+
+use super::files::FileDumper;
+use super::hold::HeldProcess;
+use super::queries::{self, Queries, ThreadAnswers};
+use super::tables::Tables;
+use super::{After, Options, Report, Sink, maps, memory, process, threads};
+use crate::image::memory::Backing;
+use crate::image::process::{Process, State};
+use crate::image::{Description, Origin, Socket, SpaceId};
+use crate::kernel::arch::{self, PAGE, TASK_SIZE};
+use crate::kernel::batch::{self, Batch, Cloned, Snapshot};
+use crate::kernel::guardian::Guardian;
+use crate::kernel::time_ns::Offsets;
+use crate::kernel::{pidfd, vdso};
+use crate::net::{self, SocketDumper};
+
+/// One process of the dump: what the image says of it, and what we hold of it.
+pub struct Subject {
+    pub process: Process,
+    queries: Queries,
+    pub copy: Option<Snapshot>,
+}
+
+/// What we hold of each process, in the order of the subjects; None for a zombie.
+pub type Holds = Vec<Option<HeldProcess>>;
+
+/// What [`look`] found besides the processes.
+pub struct Looked {
+    pub origin: Origin,
+    pub descriptions: Vec<Description>,
+    pub sockets: Vec<Socket>,
+    /// Of a dump that kills: holds TCP connections until then.
+    pub connections: Option<SocketDumper>,
+}
+
+/// Everything that can be seen from outside while the processes stand.
+pub fn look(
+    opts: &Options,
+    pids: &[i32],
+    holds: &mut Holds,
+    tables: &mut Tables,
+    guardian: &Arc<Guardian>,
+) -> Result<(Vec<Subject>, Looked)> {
+    let first = holds.iter().flatten().next();
+    let origin = origin(first.map_or(0, HeldProcess::via))?;
+    let mut files = FileDumper::new(pids);
+    let net = net::Options {
+        tcp_established: opts.tcp_established,
+        kill: opts.after == After::Kill,
+        pvmd: opts.pvmd,
+        ..net::Options::default()
+    };
+    let mut sockets = SocketDumper::new(net, guardian);
+    let mut subjects = Vec::new();
+    for (pid, hold) in pids.iter().zip(holds) {
+        let (mut p, queries) = process::read(*pid, hold.as_ref().map(HeldProcess::via), tables)?;
+        p.space = subjects.len() as SpaceId;
+        if let Some(held) = hold {
+            for i in 0..held.threads.len() {
+                threads::abort_rseq(&mut held.threads[i], &held.mem)?;
+                p.threads.push(threads::read(*pid, &held.threads[i])?);
+            }
+            let leader = held.leader();
+            p.pending = threads::pending(leader, true)?;
+            if let Some(signal) = leader.stopped_by {
+                p.state = State::Stopped { signal };
+            }
+            p.vmas = maps::read(held.via(), tables)?;
+            let tid = held.via();
+            let fd = pidfd::open_thread(tid)?;
+            files.process(*pid, tid, fd.as_fd(), tables, &mut sockets)?;
+        }
+        subjects.push(Subject {
+            process: p,
+            queries,
+            copy: None,
+        });
+    }
+    let socket_list = sockets.finish(&mut |sockets, fd| files.adopt(fd, tables, sockets))?;
+    let mut dumped = files.finish(tables, &mut sockets)?;
+    sockets.warnings.drain(..).for_each(|w| tables.warn(w));
+    for Subject { process: p, .. } in &mut subjects {
+        p.fds = dumped.fds.remove(&p.pid).unwrap_or_default();
+        p.locks = dumped.locks.remove(&p.pid).unwrap_or_default();
+    }
+    let looked = Looked {
+        origin,
+        descriptions: dumped.descriptions,
+        sockets: socket_list,
+        connections: (opts.after == After::Kill).then_some(sockets),
+    };
+    Ok((subjects, looked))
+}
+
+/// What the processes themselves have to be asked, and their copy-on-write clones. What a clone lacks is
+/// copied here, while they stand.
+///
+/// A clone's parent becomes the nearest subreaper above it. All batches are under way before the first
+/// ends, so none of the processes is a subreaper meanwhile.
+pub fn ask(
+    subjects: &mut [Subject],
+    holds: &Holds,
+    wants_copy: bool,
+    sink: &dyn Sink,
+    report: &mut Report,
+) -> Result<()> {
+    let mut batches = Vec::new();
+    for (s, hold) in subjects.iter_mut().zip(holds) {
+        let Some(held) = hold else { continue };
+        let (batch, copy) = ask_one(s, held, wants_copy, sink)?;
+        if let Some(copy) = &copy {
+            let via = held.via();
+            let p = &mut s.process;
+            let missing = memory::not_copied(via, copy.pid(), &p.vmas)?;
+            report.bytes_memory += memory::copy_stopped(via, p.space, &missing, sink)?;
+            if threads::status(held.pid, via)?.vmlck.unwrap_or(0) > 0 {
+                maps::add_flags(&mut p.vmas, via, false)?;
+            }
+        } else if wants_copy {
+            report.warnings.push(format!(
+                "process {} could not be cloned (it is an init, or a limit on processes or memory); \
+                 its memory was copied while it stood still",
+                held.pid
+            ));
+        }
+        s.copy = copy;
+        batches.push(batch);
+    }
+    batches.into_iter().try_for_each(Batch::finish)
+}
+
+fn ask_one<'a>(
+    s: &mut Subject,
+    held: &'a HeldProcess,
+    wants_copy: bool,
+    sink: &dyn Sink,
+) -> Result<(Batch<'a>, Option<Snapshot>)> {
+    let pid = held.pid;
+    let p = &mut s.process;
+    let vdso = p
+        .vmas
+        .iter()
+        .find(|v| matches!(&v.backing, Backing::Kernel { which } if which == "vdso"))
+        .with_context(|| format!("process {pid} has no vDSO"))?;
+    let mut bytes = held.mem.read_vec(vdso.start, vdso.len() as usize)?;
+    let elf = vdso::elf_len(&bytes)?;
+    // What stands behind the ELF image may be the code of an earlier batch.
+    bytes[elf as usize..].fill(0);
+    sink.put(p.space, vdso.start, &bytes)?;
+    let tail = held.tail();
+    let area = hole(&p.vmas, batch::AREA)
+        .with_context(|| format!("process {pid} has no room for {} bytes", batch::AREA))?;
+    let clonable = wants_copy && !is_init(pid);
+    let (batch, cloned) = batch::start(held.leader(), &held.mem, tail, area, clonable, &|data| {
+        s.queries.calls(data)
+    })?;
+    let mut answers = vec![s.queries.answers(&batch, p)?];
+    for t in held.threads.iter().skip(1) {
+        let b = batch.in_thread(t, ThreadAnswers::LEN, &queries::thread_calls)?;
+        answers.push(ThreadAnswers::read(&b));
+    }
+    for (t, a) in p.threads.iter_mut().zip(&answers) {
+        threads::complete(t, a);
+    }
+    let copy = match cloned {
+        Cloned::Copy(copy) => Some(copy),
+        Cloned::NotAsked | Cloned::Failed => None,
+    };
+    Ok((batch, copy))
+}
+
+/// The init of a pid namespace would become the parent of its own copy.
+fn is_init(pid: i32) -> bool {
+    threads::status(pid, pid).is_ok_and(|s| s.nspid.is_some_and(|ids| ids.last() == Some(&1)))
+}
+
+/// A hole of `len` bytes in an address space, away from where stacks and heaps grow.
+fn hole(vmas: &[crate::image::Vma], len: u64) -> Option<u64> {
+    const MARGIN: u64 = 16 * PAGE;
+    let mut at: u64 = 1 << 32;
+    for v in vmas {
+        if v.start >= at + len + 2 * MARGIN {
+            break;
+        }
+        at = at.max(v.end + MARGIN);
+    }
+    (at + len < TASK_SIZE).then_some(at)
+}
+
+fn origin(tid: i32) -> Result<Origin> {
+    let uts = nix::sys::utsname::uname().context("uname")?;
+    let text = |s: &std::ffi::OsStr| s.to_string_lossy().into_owned();
+    let clock = |id| -> Result<i128> {
+        let t = nix::time::clock_gettime(id).context("clock_gettime")?;
+        Ok(i128::from(t.tv_sec()) * 1_000_000_000 + i128::from(t.tv_nsec()))
+    };
+    let realtime = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    let (ours, theirs) = (Offsets::of("self"), Offsets::of(&tid.to_string()));
+    Ok(Origin {
+        mistctl: env!("CARGO_PKG_VERSION").to_owned(),
+        hostname: text(uts.nodename()),
+        kernel: text(uts.release()),
+        machine: arch::MACHINE.to_owned(),
+        boot_id: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+            .unwrap_or_default()
+            .trim()
+            .to_owned(),
+        realtime_ns: realtime.as_nanos() as i128,
+        monotonic_ns: clock(nix::time::ClockId::CLOCK_MONOTONIC)? - ours.monotonic
+            + theirs.monotonic,
+        boottime_ns: clock(nix::time::ClockId::CLOCK_BOOTTIME)? - ours.boottime + theirs.boottime,
+        time_offsets_ns: (theirs.monotonic, theirs.boottime),
+        xfeatures: arch::xfeatures(),
+    })
+}

@@ -1,0 +1,330 @@
+//! A dump in steps, for whoever has something to do in between.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use indicatif::ProgressBar;
+
+use super::hold::HeldProcess;
+use super::look::{self, Holds, Looked, Subject};
+use super::tables::Tables;
+use super::{After, Options, Report, Sink, carry, maps, memory, process};
+use crate::error::Failure;
+use crate::image::pvm::PvmTask;
+use crate::image::{FORMAT_NAME, FORMAT_VERSION, Manifest, SpaceId};
+use crate::kernel::guardian::Guardian;
+use crate::kernel::{caps, pidfd};
+
+/// Processes that stand still, and what is known of them. Dropped, it lets them go on as if nothing had happened.
+///
+/// Order: [`Session::stop`], [`Session::look`], [`Session::memory`], [`Session::manifest`]; the processes may be
+/// let go ([`Session::release`]) behind `look` where [`Session::has_copies`], else behind `memory`. At the end
+/// [`Session::end`].
+pub struct Session {
+    // Dropped in this order: connections speak again, copies die, processes go on.
+    looked: Option<Looked>,
+    subjects: Vec<Subject>,
+    holds: Holds,
+    pids: Vec<i32>,
+    tables: Tables,
+    opts: Options,
+    guardian: Arc<Guardian>,
+    stopped: Instant,
+    pvm: Option<PvmTask>,
+    report: Report,
+}
+
+impl Session {
+    /// Refuses what cannot be carried, and stops every process.
+    ///
+    /// # Errors
+    /// Classified (see [`Failure`]); all processes run on.
+    pub fn stop(opts: &Options) -> Result<Self> {
+        Self::stop_with(opts, &mut HeldProcess::stop)
+    }
+
+    /// The same, where `stop_first` stops the process that was asked for: at a moment of its own choice.
+    ///
+    /// # Errors
+    /// As for [`Session::stop`], and those of `stop_first`.
+    pub fn stop_with(
+        opts: &Options,
+        stop_first: &mut dyn FnMut(i32) -> Result<HeldProcess>,
+    ) -> Result<Self> {
+        let pids = process::tree(opts.pid, opts.tree);
+        for pid in &pids {
+            process::check(*pid, &pids, opts.tree)?;
+        }
+        let guardian = Guardian::start().context("starting the guardian process")?;
+        let (pids, holds, stopped) = stop_all(opts, stop_first)?;
+        Ok(Self {
+            looked: None,
+            subjects: Vec::new(),
+            tables: Tables::new(pids.len() as SpaceId),
+            holds,
+            pids,
+            opts: opts.clone(),
+            guardian: Arc::new(guardian),
+            stopped,
+            pvm: None,
+            report: Report {
+                pid: opts.pid,
+                image: opts.image.clone(),
+                ..Report::default()
+            },
+        })
+    }
+
+    /// The process that was asked for.
+    ///
+    /// # Errors
+    /// When it was let go.
+    pub fn first(&self) -> Result<&HeldProcess> {
+        let first = self.holds.first().and_then(Option::as_ref);
+        first.with_context(|| format!("process {} does not stand still", self.opts.pid))
+    }
+
+    /// Undoes what is done to the processes' sockets, should we die.
+    pub fn guardian(&self) -> &Arc<Guardian> {
+        &self.guardian
+    }
+
+    /// Since when the processes stand.
+    pub fn stopped(&self) -> Instant {
+        self.stopped
+    }
+
+    /// Reads everything but private memory: from outside, and by asking each process. With
+    /// [`After::Run`] each is cloned copy-on-write. Shared memory, and what a clone lacks, goes to `sink`.
+    ///
+    /// # Errors
+    /// Classified; what cannot be carried is named.
+    pub fn look(&mut self, sink: &dyn Sink) -> Result<()> {
+        let (mut subjects, looked) = look::look(
+            &self.opts,
+            &self.pids,
+            &mut self.holds,
+            &mut self.tables,
+            &self.guardian,
+        )?;
+        let wants_copy = self.opts.after == After::Run;
+        look::ask(
+            &mut subjects,
+            &self.holds,
+            wants_copy,
+            sink,
+            &mut self.report,
+        )?;
+        self.report.bytes_memory +=
+            memory::copy_contents(&self.tables.contents, &self.tables.shared_memory, sink)?;
+        self.subjects = subjects;
+        self.looked = Some(looked);
+        Ok(())
+    }
+
+    /// Whether memory can be read behind the processes' backs.
+    pub fn has_copies(&self) -> bool {
+        let mut alive = (self.subjects.iter().zip(&self.holds)).filter(|(_, h)| h.is_some());
+        self.opts.after == After::Run && alive.all(|(s, _)| s.copy.is_some())
+    }
+
+    /// Lets the processes go on.
+    ///
+    /// # Errors
+    /// When one could not be put back as it was; the others are.
+    pub fn release(&mut self) -> Result<()> {
+        let mut first = Ok(());
+        for held in self.holds.iter_mut().filter_map(Option::take) {
+            first = first.and(held.release());
+        }
+        self.note_blackout();
+        first
+    }
+
+    /// Gives all private memory to `sink`, from the copies where there are some, and the files that the image
+    /// carries.
+    ///
+    /// # Errors
+    /// When memory cannot be read, or `sink` takes none.
+    pub fn memory(&mut self, sink: &dyn Sink, bar: &ProgressBar) -> Result<()> {
+        for s in &self.subjects {
+            if let Some(c) = &s.copy {
+                c.seclude()?;
+            }
+        }
+        let how = if self.has_copies() {
+            "snapshot"
+        } else {
+            "stopped"
+        };
+        self.report.memory = how.to_owned();
+        let copied = copy_memory(&mut self.subjects, &self.holds, &mut self.tables, sink, bar)?;
+        self.report.bytes_memory += copied;
+        self.subjects.iter_mut().for_each(|s| drop(s.copy.take()));
+        Ok(())
+    }
+
+    /// What the image says of the PVM task that the first process is.
+    pub fn set_pvm(&mut self, task: PvmTask) {
+        self.pvm = Some(task);
+    }
+
+    /// Everything but memory; what is not in it yet is taken from here.
+    ///
+    /// # Errors
+    /// When [`Session::look`] has not been there.
+    pub fn manifest(&mut self) -> Result<Manifest> {
+        let subjects = std::mem::take(&mut self.subjects);
+        self.report.processes = subjects.len();
+        self.report.threads = subjects.iter().map(|s| s.process.threads.len()).sum();
+        let looked = self
+            .looked
+            .as_mut()
+            .context("the processes have not been looked at")?;
+        Ok(Manifest {
+            format: FORMAT_NAME.to_owned(),
+            version: FORMAT_VERSION,
+            origin: looked.origin.clone(),
+            processes: subjects.into_iter().map(|s| s.process).collect(),
+            descriptions: std::mem::take(&mut looked.descriptions),
+            sockets: std::mem::take(&mut looked.sockets),
+            files: std::mem::take(&mut self.tables.files),
+            shared_memory: std::mem::take(&mut self.tables.shared_memory),
+            pvm: self.pvm.take(),
+        })
+    }
+
+    /// Ends it: `after` says what becomes of the processes that still stand. To be called when what was dumped is
+    /// safe.
+    ///
+    /// # Errors
+    /// When a process cannot be killed or let go; those not reached yet are let go.
+    pub fn end(mut self, after: After) -> Result<Report> {
+        if after == After::Kill
+            && let Some(mut connections) = self.looked.take().and_then(|l| l.connections)
+        {
+            let pidfds = self.holds.iter().flatten().map(|h| pidfd::open(h.pid));
+            let pidfds = pidfds.collect::<Result<Vec<_>>>()?;
+            connections.finish_kill(&pidfds.iter().map(AsFd::as_fd).collect::<Vec<_>>())?;
+        }
+        self.looked = None;
+        for held in self.holds.iter_mut().filter_map(Option::take) {
+            match after {
+                After::Kill => held.kill()?,
+                After::Stop => held.release_stopped()?,
+                After::Run => held.release()?,
+            }
+        }
+        self.note_blackout();
+        let mut report = std::mem::take(&mut self.report);
+        report.warnings.append(&mut self.tables.warnings);
+        Ok(report)
+    }
+
+    fn note_blackout(&mut self) {
+        if self.report.blackout_us == 0 {
+            self.report.blackout_us = self.stopped.elapsed().as_micros() as u64;
+        }
+    }
+}
+
+type Stopped = (Vec<i32>, Holds, Instant);
+
+/// Stops every process, looking again for children that were born meanwhile. None in the place of a zombie. The
+/// time is that of the first stop.
+fn stop_all(
+    opts: &Options,
+    stop_first: &mut dyn FnMut(i32) -> Result<HeldProcess>,
+) -> Result<Stopped> {
+    let (mut pids, mut holds) = (Vec::new(), Holds::new());
+    let mut begun = Instant::now();
+    loop {
+        let new: Vec<i32> = process::tree(opts.pid, opts.tree)
+            .into_iter()
+            .filter(|pid| !pids.contains(pid))
+            .collect();
+        if new.is_empty() {
+            return Ok((pids, holds, begun));
+        }
+        for pid in new {
+            let stat = procfs::process::Process::new(pid).and_then(|p| p.stat());
+            let zombie = match stat {
+                Ok(s) => s.state == 'Z' && s.num_threads <= 1,
+                // A child that came and went.
+                Err(_) if pid != opts.pid => continue,
+                Err(_) => {
+                    return Err(
+                        Failure::NoSuchProcess.because(format!("there is no process {pid}"))
+                    );
+                }
+            };
+            if zombie {
+                pids.push(pid);
+                holds.push(None);
+                continue;
+            }
+            let held = if pid == opts.pid {
+                begun = Instant::now();
+                stop_first(pid)
+            } else {
+                HeldProcess::stop(pid)
+            };
+            let held = match held {
+                Err(e) if pid != opts.pid && Failure::of(&e) == Failure::NoSuchProcess => continue,
+                held => held?,
+            };
+            // Only now it cannot exec a set-user-ID program any more; nothing of it has been read yet.
+            caps::caller()?.may_dump(pid)?;
+            pids.push(pid);
+            holds.push(Some(held));
+        }
+    }
+}
+
+/// Memory of all processes, from their copies where there are some; and what is known of mappings only
+/// from a walk over the page tables.
+fn copy_memory(
+    subjects: &mut [Subject],
+    holds: &Holds,
+    tables: &mut Tables,
+    sink: &dyn Sink,
+    bar: &ProgressBar,
+) -> Result<u64> {
+    let mut populated = 0;
+    for (s, hold) in subjects.iter_mut().zip(holds) {
+        let (pid, is_copy) = match (&s.copy, hold) {
+            (Some(c), _) => (c.pid(), true),
+            (None, Some(h)) => (h.via(), false),
+            (None, None) => continue,
+        };
+        if s.process.vmas.iter().all(|v| v.flags.is_empty()) {
+            maps::add_flags(&mut s.process.vmas, pid, is_copy)?;
+        }
+        memory::add_guards(pid, &mut s.process.vmas)?;
+        carry::files(pid, &s.process, tables, sink)?;
+        let status = procfs::process::Process::new(pid).and_then(|p| p.status());
+        populated += status.map_or(0, |s| s.rssanon.unwrap_or(0) + s.vmswap.unwrap_or(0)) * 1024;
+    }
+    bar.set_length(populated);
+    let sources: Vec<memory::Source> = subjects
+        .iter()
+        .zip(holds)
+        .filter_map(|(s, hold)| {
+            let pid = match (&s.copy, hold) {
+                (Some(c), _) => c.pid(),
+                (None, Some(h)) => h.via(),
+                (None, None) => return None,
+            };
+            let there = |v: &&crate::image::Vma| s.copy.is_none() || !v.has("dc") && !v.has("ht");
+            let vmas = s.process.vmas.iter().filter(there).collect();
+            Some(memory::Source {
+                pid,
+                space: s.process.space,
+                vmas,
+            })
+        })
+        .collect();
+    memory::copy(&sources, sink, bar)
+}
