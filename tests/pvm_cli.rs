@@ -9,10 +9,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Output};
 use std::time::Duration;
 
+use mistctl::error::Failure;
 use mistctl::pvm::client::{Client, Pvmd};
+use mistctl::pvm::mailbox;
 use mistctl::pvm::shimabi::{CTX_TC, NOOP_MAGIC};
+use mistctl::pvm::spawn::{Sink, Spawn};
 use mistctl::pvm::tid::Tid;
-use mistctl::pvm::virtual_machine::{Notify, noticed};
+use mistctl::pvm::virtual_machine::{Notify, Stream, noticed};
 use mistctl::pvm::wire::{Body, tc};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -45,6 +48,9 @@ fn main() -> ExitCode {
         ("large messages go both ways", large_messages),
         ("a marker comes behind what was sent before", marker),
         ("is told when a task ends", notices),
+        ("starts a task where, and with what, it was asked", spawns),
+        ("output goes where it is sent", output_goes),
+        ("mailbox entries move from owner to owner", mailbox),
         ("a wish for a direct route is refused", refuses_route),
         ("hosts that cannot be added are named", bad_hosts),
         ("the end of the pvmd is an error that names it", pvmd_ends),
@@ -208,6 +214,116 @@ fn notices(kit: &Path) {
     client.notify(Notify::TaskExit, 79, &[tid]).unwrap();
     let notice = client.recv_from(None, 79, LIMIT).unwrap().unwrap();
     assert_eq!(noticed(&notice), [tid]);
+}
+
+/// Output as it comes to a collector: the task's tid, then bytes, or a word below 1 that says what happened.
+fn printed(client: &mut Client, tag: i32) -> (Tid, String) {
+    let mut text = String::new();
+    loop {
+        let message = client.recv_from(None, tag, LIMIT).unwrap().unwrap();
+        let mut reader = message.reader();
+        let (tid, count) = (reader.tid().unwrap(), reader.int().unwrap());
+        if count > 0 {
+            text.push_str(&String::from_utf8_lossy(
+                reader.bytes(count as usize).unwrap(),
+            ));
+        } else if count == 0 {
+            return (tid, text);
+        }
+    }
+}
+
+fn spawns(kit: &Path) {
+    let vm = started(|| Vm::start(kit));
+    let mut client = client_of(&vm);
+    let output = Sink {
+        tid: client.tid().0,
+        ctx: 0,
+        tag: 33,
+    };
+    let what = Spawn {
+        file: b"/bin/sh",
+        args: &[
+            "-c",
+            "echo $0 $WORD $PVMEPID; exec cat /proc/self/stat",
+            "a b",
+        ],
+        host: "127.0.0.1",
+        environment: &["WORD=yes"],
+        output,
+        trace: Sink::default(),
+    };
+    let tid = client.spawn(&what).unwrap();
+    let (from, text) = printed(&mut client, 33);
+    assert_eq!(from, tid);
+    let (line, stat) = text.split_once('\n').unwrap();
+    // The pvmd forked the very process that says so.
+    let pid = stat.split(' ').next().unwrap();
+    assert_eq!(line, format!("a b yes {pid}"));
+    let nowhere = client.spawn(&Spawn {
+        host: "h9",
+        ..what.clone()
+    });
+    let error = nowhere.unwrap_err();
+    assert_eq!(Failure::of(&error), Failure::Refused);
+    assert!(
+        format!("{error:#}").contains("on h9: PvmNoHost"),
+        "{error:#}"
+    );
+    let nothing = client.spawn(&Spawn {
+        file: b"/no/such",
+        ..what
+    });
+    let error = format!("{:#}", nothing.unwrap_err());
+    assert!(
+        error.contains("/no/such") && error.contains("PvmNoFile"),
+        "{error}"
+    );
+}
+
+fn output_goes(kit: &Path) {
+    let vm = started(|| Vm::start(kit));
+    let collector = client_of(&vm);
+    let mut task = client_of(&vm);
+    let to = Sink {
+        tid: collector.tid().0,
+        ctx: 5,
+        tag: 34,
+    };
+    task.set_sink(Stream::Output, to).unwrap();
+    assert_eq!(task.sinks().unwrap(), (to, Sink::default()));
+}
+
+fn mailbox(kit: &Path) {
+    let vm = started(|| Vm::start(kit));
+    let (mut one, two) = (client_of(&vm), client_of(&vm));
+    let (a, b) = (one.tid(), two.tid());
+    let message = mailbox::packed(a, b"text");
+    let multi = mailbox::MULTI_INSTANCE;
+    for expected in 0..3 {
+        let index = one.mailbox_put(a, "name", 0, multi, &message).unwrap();
+        assert_eq!(index, expected);
+    }
+    // Of another owner, at the same number, with what it says.
+    let kept = one.mailbox_get("name", 1).unwrap().unwrap();
+    assert!(one.mailbox_remove(a, "name", 1).unwrap());
+    assert_eq!(one.mailbox_put(b, "name", 1, multi, &kept).unwrap(), 1);
+    assert!(!one.mailbox_remove(b, "nothing", 0).unwrap());
+    assert_eq!(one.mailbox_get("nothing", 0).unwrap(), None);
+    let owners: Vec<_> = one.mailbox_names("na*").unwrap();
+    let owners: Vec<_> = owners.iter().map(|e| (e.index, e.owner)).collect();
+    assert_eq!(owners, [(0, a), (1, b), (2, a)]);
+    assert_eq!(one.mailbox_get("name", 1).unwrap().unwrap(), kept);
+    two.exit().unwrap();
+    assert_eq!(
+        one.mailbox_get("name", 1).unwrap(),
+        None,
+        "it went with its owner"
+    );
+    assert!(one.mailbox_get("name", 2).unwrap().is_some());
+    one.spare_from_reset(a).unwrap();
+    let spared = one.mailbox_names(mailbox::NO_RESET).unwrap();
+    assert_eq!(spared.iter().map(|e| e.owner).collect::<Vec<_>>(), [a]);
 }
 
 fn refuses_route(kit: &Path) {

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
 use crate::pvm::client::Client;
+use crate::pvm::spawn::Sink;
 use crate::pvm::tid::Tid;
 use crate::pvm::wire::{Body, Message, Reader, tm};
 
@@ -43,6 +44,15 @@ pub struct Task {
     pub program: String,
     /// Its pid, as its host counts.
     pub pid: i32,
+}
+
+/// What a pvmd collects of a task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stream {
+    /// What it prints.
+    Output,
+    /// Its traces.
+    Trace,
 }
 
 /// What can be asked for with [`Client::notify`].
@@ -168,6 +178,52 @@ impl Client {
                 })
             })
             .collect()
+    }
+
+    /// Tells the own pvmd where to send this task's output, or its traces, from now on (TM_SETOPT).
+    ///
+    /// # Errors
+    /// When the pvmd does not answer.
+    pub fn set_sink(&mut self, what: Stream, to: Sink) -> Result<()> {
+        let first = match what {
+            Stream::Output => 1,
+            Stream::Trace => 4,
+        };
+        let values = [
+            format!("{:x}", to.tid),
+            format!("{:x}", to.ctx),
+            format!("{:x}", to.tag),
+        ];
+        let body = (first..)
+            .zip(&values)
+            .fold(Body::new(), |body, (option, value)| {
+                body.int(option).string(value.as_bytes())
+            });
+        let answer = self
+            .ask(tm::SETOPT, body)
+            .context("cannot say where output goes")?;
+        drop(answer);
+        Ok(())
+    }
+
+    /// Where the own pvmd sends this task's output, and its traces (TM_GETOPT).
+    ///
+    /// # Errors
+    /// When the pvmd does not answer.
+    pub fn sinks(&mut self) -> Result<(Sink, Sink)> {
+        let answer = self
+            .ask(tm::GETOPT, Body::new())
+            .context("cannot ask where output goes")?;
+        let mut reader = answer.reader();
+        let (_tid, _parent) = (reader.tid()?, reader.tid()?);
+        let mut sink = || -> Result<Sink> {
+            Ok(Sink {
+                tid: reader.uint()?,
+                ctx: reader.uint()?,
+                tag: reader.int()?,
+            })
+        };
+        Ok((sink()?, sink()?))
     }
 
     /// Ends the virtual machine: every task, every pvmd (TM_HALT). The pvmds do it after this has returned; the

@@ -62,6 +62,8 @@ pub mod tm {
     pub const DB: u32 = BASE + 16;
     /// Sets an option that the pvmd keeps.
     pub const SETOPT: u32 = BASE + 22;
+    /// What such options are.
+    pub const GETOPT: u32 = BASE + 23;
 }
 
 /// Tags of messages from libpvm to libpvm, context [`pvm_abi::CTX_TC`].

@@ -1,0 +1,180 @@
+//! PVM's mailbox (TM_DB): packed messages under names, kept by the master pvmd.
+
+use anyhow::{Context, Result, bail};
+
+use crate::pvm::client::Client;
+use crate::pvm::tid::Tid;
+use crate::pvm::virtual_machine::error_name;
+use crate::pvm::wire::{Body, Message, Reader, XDR, tm};
+
+const PUT: i32 = 1;
+const REMOVE: i32 = 2;
+const GET: i32 = 3;
+const NAMES: i32 = 4;
+
+/// pvm3.h: PvmMboxPersistent. The entry outlives its owner.
+pub const PERSISTENT: i32 = 1;
+/// pvm3.h: PvmMboxMultiInstance. Others may use the same name.
+pub const MULTI_INSTANCE: i32 = 2;
+/// pvm3.h: PvmMboxDirectIndexShift. Above these bits of the flags the caller asks for an index; 0 is the first one
+/// that is free.
+const INDEX_SHIFT: i32 = 10;
+/// The name under which those are that `reset` of PVM's console spares.
+pub const NO_RESET: &str = "###_PVM_NO_RESET_###";
+/// PvmNotFound, PvmNoEntry
+const NO_ENTRY: i32 = -32;
+/// Names and entries that are read from one answer.
+const MOST: i32 = 1 << 20;
+
+/// An entry, without its message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// The name.
+    pub name: String,
+    /// Its number among those of that name.
+    pub index: i32,
+    /// Whose it is; only its owner may take it away, unless it can be written over.
+    pub owner: Tid,
+    /// pvm3.h: PvmMbox... flags.
+    pub flags: i32,
+}
+
+impl Client {
+    /// Puts a packed message (as [`Client::mailbox_get`] gives it, or [`packed`]) under a name, owned by `owner`.
+    /// `index` is the number it should have, if not the first one that is free (0). The number it got.
+    ///
+    /// # Errors
+    /// When the pvmd refuses, with its reason.
+    pub fn mailbox_put(
+        &mut self,
+        owner: Tid,
+        name: &str,
+        index: i32,
+        flags: i32,
+        message: &[u8],
+    ) -> Result<i32> {
+        let flags = flags & ((1 << INDEX_SHIFT) - 1) | index.wrapping_shl(INDEX_SHIFT as u32);
+        let body = request(PUT, owner, name, -1, flags).bytes(message);
+        let code = self.mailbox(body)?.reader().int()?;
+        checked(code).with_context(|| format!("cannot put '{name}' into the mailbox for {owner}"))
+    }
+
+    /// Takes an entry of `owner` away; false if there was none.
+    ///
+    /// # Errors
+    /// When the pvmd refuses, with its reason.
+    pub fn mailbox_remove(&mut self, owner: Tid, name: &str, index: i32) -> Result<bool> {
+        let answer = self.mailbox(request(REMOVE, owner, name, index, 0))?;
+        match answer.reader().int()? {
+            NO_ENTRY => Ok(false),
+            code => checked(code).map(|_| true).with_context(|| {
+                format!("cannot take '{name}' ({index}) of {owner} out of the mailbox")
+            }),
+        }
+    }
+
+    /// The packed message of an entry; none if it is not there.
+    ///
+    /// # Errors
+    /// When the pvmd refuses, with its reason.
+    pub fn mailbox_get(&mut self, name: &str, index: i32) -> Result<Option<Vec<u8>>> {
+        let tid = self.tid();
+        let answer = self.mailbox(request(GET, tid, name, index, 0))?;
+        let mut reader = answer.reader();
+        match reader.int()? {
+            NO_ENTRY => Ok(None),
+            code => {
+                checked(code).with_context(|| format!("cannot read '{name}' of the mailbox"))?;
+                without_empty_pieces(reader).map(Some)
+            }
+        }
+    }
+
+    /// All entries whose name matches `pattern` (`*`: all).
+    ///
+    /// # Errors
+    /// When the pvmd does not answer, or not in PVM's way.
+    pub fn mailbox_names(&mut self, pattern: &str) -> Result<Vec<Entry>> {
+        let tid = self.tid();
+        let answer = self.mailbox(request(NAMES, tid, pattern, 0, 0))?;
+        names(&mut answer.reader())
+    }
+
+    /// Makes `tid` survive a reset by PVM's console, as PvmNoReset does.
+    ///
+    /// # Errors
+    /// When the pvmd refuses.
+    pub fn spare_from_reset(&mut self, tid: Tid) -> Result<()> {
+        let message = packed(tid, &tid.0.to_be_bytes());
+        self.mailbox_put(tid, NO_RESET, 0, MULTI_INSTANCE, &message)
+            .map(drop)
+    }
+
+    fn mailbox(&mut self, body: Body) -> Result<Message> {
+        self.ask(tm::DB, body)
+            .context("cannot ask for the mailbox of the virtual machine")
+    }
+}
+
+fn request(op: i32, tid: Tid, name: &str, index: i32, flags: i32) -> Body {
+    Body::new()
+        .int(op)
+        .uint(tid.0)
+        .string(name.as_bytes())
+        .int(index)
+        .int(flags)
+}
+
+/// The pvmd adds an empty piece in front each time an entry passes it.
+fn without_empty_pieces(mut message: Reader<'_>) -> Result<Vec<u8>> {
+    let mut bytes = message.bytes(8 * 4)?.to_vec();
+    while !message.rest().is_empty() {
+        let len = message.uint()?;
+        if len > 0 {
+            bytes.extend(len.to_be_bytes());
+            bytes.extend(message.bytes(len as usize)?);
+        }
+    }
+    Ok(bytes)
+}
+
+fn checked(code: i32) -> Result<i32> {
+    if code < 0 {
+        bail!("{}", error_name(code));
+    }
+    Ok(code)
+}
+
+fn names(reader: &mut Reader<'_>) -> Result<Vec<Entry>> {
+    checked(reader.int()?).context("cannot list the mailbox")?;
+    let mut entries = Vec::new();
+    for _ in 0..count(reader.int()?)? {
+        let name = reader.text()?;
+        for _ in 0..count(reader.int()?)? {
+            entries.push(Entry {
+                name: name.clone(),
+                index: reader.int()?,
+                owner: reader.tid()?,
+                flags: reader.int()?,
+            });
+        }
+    }
+    Ok(entries)
+}
+
+fn count(count: i32) -> Result<i32> {
+    if !(0..=MOST).contains(&count) {
+        bail!("the pvmd tells of {count} entries in the mailbox, which cannot be");
+    }
+    Ok(count)
+}
+
+/// A message of tag 0 as the mailbox keeps it: length, context, tag, wait id, encoding, checksum, sender, receiver;
+/// then its pieces, each with its length.
+pub fn packed(sender: Tid, body: &[u8]) -> Vec<u8> {
+    let len = body.len() as u32;
+    let words = [len, 0, 0, 0, XDR, 0, sender.0, 0, len];
+    let mut bytes: Vec<u8> = words.iter().flat_map(|w| w.to_be_bytes()).collect();
+    bytes.extend(body);
+    bytes
+}
