@@ -8,6 +8,7 @@ pub mod local;
 pub mod mailbox;
 pub mod shimabi;
 pub mod spawn;
+pub mod stream;
 pub mod table;
 pub mod tid;
 pub mod virtual_machine;

@@ -1,0 +1,194 @@
+//! What a mover sends and a lander makes an image of: pages, carried files, and at last the manifest.
+
+use std::fs::File;
+use std::io::{Seek, Write};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Context, Result, bail};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use super::frames::{Frame, LONGEST, Stream, Totals};
+use crate::image::pages::PagesWriter;
+use crate::image::store::ImageWriter;
+use crate::image::{Compress, Manifest, SpaceId};
+
+/// Kinds of frames.
+mod kind {
+    /// Space (4 bytes), address (8), big-endian; then whole pages.
+    pub const PAGES: u8 = 1;
+    /// A piece of a carried file.
+    pub const OBJECT: u8 = 2;
+    /// Its end: its name, which is the hash of its content.
+    pub const OBJECT_END: u8 = 3;
+    /// A piece of the manifest.
+    pub const MANIFEST: u8 = 4;
+    /// Its end, and the stream's.
+    pub const END: u8 = 5;
+}
+
+/// Space and address in front of pages.
+const PAGES_HEADER: usize = 12;
+/// Bytes sent in one frame: what is packed, and sent while the next is packed.
+const PIECE: usize = 1 << 20;
+/// Most bytes of a carried file, and of a manifest.
+const LARGEST_OBJECT: u64 = 1 << 40;
+const LARGEST_MANIFEST: usize = 1 << 30;
+
+/// Sends an image. Threads share it.
+pub struct ImageSender {
+    stream: Mutex<Stream>,
+}
+
+impl ImageSender {
+    /// Sends over `stream`.
+    pub fn new(stream: Stream) -> ImageSender {
+        ImageSender {
+            stream: Mutex::new(stream),
+        }
+    }
+
+    fn stream(&self) -> MutexGuard<'_, Stream> {
+        self.stream.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends pages; the receiver may get the same ones again, and keeps the last.
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub fn put(&self, space: SpaceId, addr: u64, data: &[u8]) -> Result<()> {
+        let mut addr = addr;
+        for piece in data.chunks(PIECE) {
+            let mut body = Vec::with_capacity(PAGES_HEADER + piece.len());
+            body.extend(space.to_be_bytes());
+            body.extend(addr.to_be_bytes());
+            body.extend_from_slice(piece);
+            self.stream().send(kind::PAGES, &body)?;
+            addr += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Sends the content of a file; its name, which is its BLAKE3 hash.
+    ///
+    /// # Errors
+    /// When the connection breaks, or the file cannot be read.
+    pub fn object(&self, file: &File) -> Result<String> {
+        let mut hasher = blake3::Hasher::new();
+        let mut piece = vec![0; PIECE];
+        let mut stream = self.stream();
+        let mut at = 0;
+        loop {
+            let count = file
+                .read_at(&mut piece, at)
+                .context("reading a file to carry")?;
+            let Some(read) = piece.get(..count).filter(|read| !read.is_empty()) else {
+                break;
+            };
+            hasher.update(read);
+            stream.send(kind::OBJECT, read)?;
+            at += count as u64;
+        }
+        let name = hasher.finalize().to_hex().to_string();
+        stream.send(kind::OBJECT_END, name.as_bytes())?;
+        Ok(name)
+    }
+
+    /// Sends what there is but pages and files: the last of it.
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub fn finish(&self, manifest: &Manifest) -> Result<()> {
+        let text = serde_json::to_vec(manifest).context("the manifest as JSON")?;
+        let mut stream = self.stream();
+        for piece in text.chunks(PIECE) {
+            stream.send(kind::MANIFEST, piece)?;
+        }
+        stream.send(kind::END, &[])?;
+        stream.flush()
+    }
+
+    /// Puts what was sent so far on its way.
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub fn flush(&self) -> Result<()> {
+        self.stream().flush()
+    }
+
+    /// What was sent so far.
+    pub fn totals(&self) -> Totals {
+        self.stream().totals()
+    }
+}
+
+/// Receives an image into the directory `path`, which must not exist; it is complete when this returns.
+///
+/// # Errors
+/// When the connection breaks or ends before the image does, or what arrives makes no sense. What was received
+/// so far is gone then.
+pub fn receive(stream: &mut Stream, path: &Path) -> Result<()> {
+    let writer = ImageWriter::create(path, None, Compress::None)?;
+    let mut manifest = Vec::new();
+    let mut object: Option<File> = None;
+    loop {
+        let Some(Frame { kind, body }) = stream.recv()? else {
+            bail!("the stream ended before the task was whole");
+        };
+        match kind {
+            kind::PAGES => pages(writer.pages(), &body)?,
+            kind::OBJECT => {
+                let mut file = match object.take() {
+                    Some(file) => file,
+                    None => {
+                        let file = memfd_create(c"mist-object", MFdFlags::MFD_CLOEXEC);
+                        File::from(file.context("memfd_create")?)
+                    }
+                };
+                file.write_all(&body).context("keeping a carried file")?;
+                if file.stream_position().context("lseek")? > LARGEST_OBJECT {
+                    bail!("a carried file is too long");
+                }
+                object = Some(file);
+            }
+            kind::OBJECT_END => {
+                let file = match object.take() {
+                    Some(file) => file,
+                    None => File::from(
+                        memfd_create(c"mist-object", MFdFlags::MFD_CLOEXEC)
+                            .context("memfd_create")?,
+                    ),
+                };
+                let name = writer.add_object(&file)?;
+                if name.as_bytes() != body {
+                    bail!("a carried file has not the content it should have");
+                }
+            }
+            kind::MANIFEST => {
+                manifest.extend_from_slice(&body);
+                if manifest.len() > LARGEST_MANIFEST {
+                    bail!("the manifest is too long");
+                }
+            }
+            kind::END => break,
+            kind => bail!("a frame of an unknown kind ({kind}) arrived"),
+        }
+    }
+    let manifest: Manifest =
+        serde_json::from_slice(&manifest).context("the manifest that arrived is none")?;
+    writer.finish(&manifest)?;
+    Ok(())
+}
+
+fn pages(writer: &PagesWriter, body: &[u8]) -> Result<()> {
+    let Some((header, data)) = body.split_first_chunk::<PAGES_HEADER>() else {
+        bail!("a frame of pages is too short");
+    };
+    let [a, b, c, d, e, f, g, h, i, j, k, l] = *header;
+    let space = SpaceId::from_be_bytes([a, b, c, d]);
+    let addr = u64::from_be_bytes([e, f, g, h, i, j, k, l]);
+    writer.put(space, addr, data)
+}
+
+const _: () = assert!(PIECE + PAGES_HEADER <= LONGEST);

@@ -1,0 +1,585 @@
+//! The two ends of a stream.
+
+use std::io::{BufReader, ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use snow::{HandshakeState, TransportState};
+
+use super::key::Key;
+use super::rate::{Packer, Packing};
+
+const PATTERN: &str = "Noise_NNpsk0_25519_AESGCM_SHA256";
+/// Longest message of Noise, and what it may hold.
+const SEALED: usize = 65535;
+const TAG: usize = 16;
+const PLAIN: usize = SEALED - TAG;
+/// Most bytes of a frame.
+pub const LONGEST: usize = 4 << 20;
+const HEADER: usize = 12;
+/// Messages after which both sides change their keys: far below what AES-GCM allows.
+const REKEY: u64 = 1 << 20;
+/// How long a handshake may take: nothing is computed in it that takes long.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+
+/// What was sent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Bytes given to [`Stream::send`].
+    pub raw: u64,
+    /// Bytes that went over the wire for them.
+    pub wire: u64,
+}
+
+/// A frame that arrived.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Frame {
+    /// What it is; the ends agree on it.
+    pub kind: u8,
+    /// What it holds.
+    pub body: Vec<u8>,
+}
+
+/// One end of a stream whose other end has proved that it knows the key.
+pub struct Stream {
+    tcp: TcpStream,
+    reader: BufReader<TcpStream>,
+    peer: String,
+    noise: TransportState,
+    sent: u64,
+    received: u64,
+    /// Sealed messages that wait to be written.
+    out: Vec<u8>,
+    sealed: Vec<u8>,
+    plain: Vec<u8>,
+    packer: Packer,
+    totals: Totals,
+}
+
+impl Stream {
+    /// Connects to a lander and shows that we know the key; `id` names the move on both sides.
+    ///
+    /// # Errors
+    /// When nobody listens there or who does knows another key or names another move.
+    pub fn connect(to: SocketAddr, key: &Key, id: &str, limit: Duration) -> Result<Stream> {
+        let tcp = TcpStream::connect_timeout(&to, limit)
+            .with_context(|| format!("cannot connect to {to}"))?;
+        tcp.set_read_timeout(Some(HANDSHAKE))
+            .context("SO_RCVTIMEO")?;
+        let mut stream = Stream::shake(tcp, to.to_string(), handshake(key, id, true)?)
+            .with_context(|| {
+                format!("{to} does not know the key; is ~/.mist/key the same file on both hosts?")
+            })?;
+        // So that a repeated first message opens nothing.
+        stream.seal(&[])?;
+        stream.flush()?;
+        stream.timeless()
+    }
+
+    /// Waits for the mover that knows the key and names the move `id`. Others are sent away without a word.
+    ///
+    /// # Errors
+    /// When none came until then.
+    pub fn accept(listener: &TcpListener, key: &Key, id: &str, until: Instant) -> Result<Stream> {
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                bail!("nobody who knows the key came for the move {id}");
+            }
+            let ms = left.as_millis().clamp(1, 60_000) as u16;
+            let ready = poll(
+                &mut [PollFd::new(listener.as_fd(), PollFlags::POLLIN)],
+                PollTimeout::from(ms),
+            );
+            match ready {
+                Ok(0) | Err(nix::errno::Errno::EINTR) => continue,
+                other => other.context("poll of the listening socket")?,
+            };
+            let Ok((tcp, from)) = listener.accept() else {
+                continue; // it is gone again
+            };
+            // Short: meanwhile nobody else can come in.
+            let limit = left.min(Duration::from_secs(2));
+            if tcp.set_read_timeout(Some(limit)).is_err() {
+                continue;
+            }
+            let proved = handshake(key, id, false).and_then(|state| {
+                let mut stream = Stream::shake(tcp, from.to_string(), state)?;
+                if !stream.open()? || !stream.plain.is_empty() {
+                    bail!("no proof");
+                }
+                stream.timeless()
+            });
+            if let Ok(stream) = proved {
+                return Ok(stream);
+            }
+        }
+    }
+
+    fn shake(mut tcp: TcpStream, peer: String, mut state: HandshakeState) -> Result<Stream> {
+        let mut message = [0; 256];
+        let mut scratch = [0; 256];
+        tcp.set_nodelay(true).context("TCP_NODELAY")?;
+        while !state.is_handshake_finished() {
+            if state.is_my_turn() {
+                let len = state
+                    .write_message(&[], &mut message)
+                    .context("handshake")?;
+                let mut bytes = (len as u16).to_be_bytes().to_vec();
+                bytes.extend(message.get(..len).unwrap_or_default());
+                tcp.write_all(&bytes).context("handshake")?;
+            } else {
+                let mut len = [0; 2];
+                tcp.read_exact(&mut len).context("handshake")?;
+                let part = message
+                    .get_mut(..usize::from(u16::from_be_bytes(len)))
+                    .ok_or_else(|| anyhow!("no handshake"))?;
+                tcp.read_exact(part).context("handshake")?;
+                state
+                    .read_message(part, &mut scratch)
+                    .context("handshake")?;
+            }
+        }
+        // What has been read so far was exactly the handshake.
+        let reader = tcp.try_clone().context("cannot duplicate the stream")?;
+        Ok(Stream {
+            tcp,
+            reader: BufReader::with_capacity(256 << 10, reader),
+            peer,
+            noise: state.into_transport_mode().context("handshake")?,
+            sent: 0,
+            received: 0,
+            out: Vec::new(),
+            sealed: vec![0; SEALED],
+            plain: Vec::new(),
+            packer: Packer::new(),
+            totals: Totals::default(),
+        })
+    }
+
+    fn timeless(self) -> Result<Stream> {
+        self.tcp.set_read_timeout(None).context("SO_RCVTIMEO")?;
+        Ok(self)
+    }
+
+    /// How long a read or write may take from now on; none: as long as it takes.
+    ///
+    /// # Errors
+    /// Those of setsockopt.
+    pub fn set_patience(&mut self, limit: Option<Duration>) -> Result<()> {
+        self.tcp.set_read_timeout(limit).context("SO_RCVTIMEO")?;
+        self.tcp.set_write_timeout(limit).context("SO_SNDTIMEO")
+    }
+
+    /// Sends a frame; packed if that is faster than the link. It may stay here until [`Stream::flush`].
+    ///
+    /// # Errors
+    /// When the connection breaks, or the frame is longer than [`LONGEST`].
+    pub fn send(&mut self, kind: u8, body: &[u8]) -> Result<()> {
+        if body.len() > LONGEST {
+            bail!("a frame of {} bytes is too long", body.len());
+        }
+        let (packing, packed) = self.packer.pack(body, &self.tcp);
+        let mut plain = Vec::with_capacity(HEADER + packed.len());
+        plain.extend([kind, packing as u8, 0, 0]);
+        plain.extend((packed.len() as u32).to_be_bytes());
+        plain.extend((body.len() as u32).to_be_bytes());
+        plain.extend_from_slice(&packed);
+        drop(packed);
+        for part in plain.chunks(PLAIN) {
+            self.seal(part)?;
+        }
+        self.totals.raw += body.len() as u64;
+        Ok(())
+    }
+
+    /// Writes what waits.
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub fn flush(&mut self) -> Result<()> {
+        self.tcp
+            .write_all(&self.out)
+            .with_context(|| format!("cannot write to {}", self.peer))?;
+        self.totals.wire += self.out.len() as u64;
+        self.packer.wrote(self.out.len());
+        self.out.clear();
+        Ok(())
+    }
+
+    /// What was sent so far.
+    pub fn totals(&self) -> Totals {
+        self.totals
+    }
+
+    /// The next frame; none when the other end has closed between two frames.
+    ///
+    /// # Errors
+    /// When the connection breaks, or what arrives was not sealed by the other end in this order.
+    pub fn recv(&mut self) -> Result<Option<Frame>> {
+        if !self.open()? {
+            return Ok(None);
+        }
+        let header = Header::read(&self.plain)?;
+        let mut packed = self.plain.get(HEADER..).unwrap_or_default().to_vec();
+        while packed.len() < header.packed {
+            if !self.open()? {
+                bail!("{} closed the stream in the middle of a frame", self.peer);
+            }
+            packed.extend_from_slice(&self.plain);
+        }
+        if packed.len() != header.packed {
+            bail!("a frame is longer than it says");
+        }
+        let body = header.packing.unpack(packed, header.raw)?;
+        Ok(Some(Frame {
+            kind: header.kind,
+            body,
+        }))
+    }
+
+    fn seal(&mut self, plain: &[u8]) -> Result<()> {
+        let len = self
+            .noise
+            .write_message(plain, &mut self.sealed)
+            .context("cannot encrypt")?;
+        self.sent += 1;
+        if self.sent.is_multiple_of(REKEY) {
+            self.noise.rekey_outgoing();
+        }
+        self.out.extend((len as u16).to_be_bytes());
+        self.out
+            .extend_from_slice(self.sealed.get(..len).unwrap_or_default());
+        // Large enough that few calls are made, small enough that the wire never waits for us.
+        if self.out.len() >= 256 << 10 {
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    /// Opens the next message into `plain`; false at the end of the stream.
+    fn open(&mut self) -> Result<bool> {
+        let mut len = [0; 2];
+        let peer = &self.peer;
+        let (one, rest) = len.split_at_mut(1);
+        loop {
+            match self.reader.read(one) {
+                Ok(0) => return Ok(false),
+                Ok(_) => break,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(e).with_context(|| format!("cannot read from {peer}")),
+            }
+        }
+        self.reader
+            .read_exact(rest)
+            .with_context(|| format!("{peer} broke off"))?;
+        let len = usize::from(u16::from_be_bytes(len));
+        let sealed = self
+            .sealed
+            .get_mut(..len)
+            .ok_or_else(|| anyhow!("a message is too long"))?;
+        self.reader
+            .read_exact(sealed)
+            .with_context(|| format!("{peer} broke off"))?;
+        self.plain.resize(len, 0);
+        let opened = self
+            .noise
+            .read_message(sealed, &mut self.plain)
+            .map_err(|_| anyhow!("what arrived from {peer} was not sealed with the key"))?;
+        self.plain.truncate(opened);
+        self.received += 1;
+        if self.received.is_multiple_of(REKEY) {
+            self.noise.rekey_incoming();
+        }
+        Ok(true)
+    }
+}
+
+fn handshake(key: &Key, id: &str, first: bool) -> Result<HandshakeState> {
+    let builder = snow::Builder::new(PATTERN.parse().context("Noise")?)
+        .psk(0, key.bytes())
+        .and_then(|b| b.prologue(id.as_bytes()))
+        .context("Noise")?;
+    let state = if first {
+        builder.build_initiator()
+    } else {
+        builder.build_responder()
+    };
+    state.context("Noise")
+}
+
+struct Header {
+    kind: u8,
+    packing: Packing,
+    packed: usize,
+    raw: usize,
+}
+
+impl Header {
+    fn read(bytes: &[u8]) -> Result<Header> {
+        let Some([kind, packing, _, _, a, b, c, d, e, f, g, h]) =
+            bytes.first_chunk::<HEADER>().copied()
+        else {
+            bail!("a frame has no header");
+        };
+        let packed = u32::from_be_bytes([a, b, c, d]) as usize;
+        let raw = u32::from_be_bytes([e, f, g, h]) as usize;
+        // A frame that would grow by packing is sent as it is.
+        if raw > LONGEST || packed > raw {
+            bail!("a frame of {raw} bytes ({packed} packed) is too long");
+        }
+        Ok(Header {
+            kind,
+            packing: Packing::of(packing)?,
+            packed,
+            raw,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+    use std::thread;
+
+    const LIMIT: Duration = Duration::from_secs(30);
+
+    fn key(seed: u8) -> Key {
+        Key::from_hex(&format!("{seed:02x}").repeat(32)).unwrap()
+    }
+
+    fn listener() -> (TcpListener, SocketAddr) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        (listener, address)
+    }
+
+    /// A receiver that knows key 1 and takes the move "m"; what it gets, frame by frame, then how it ended.
+    fn receiver(listener: TcpListener) -> mpsc::Receiver<Result<Option<Frame>>> {
+        let (tell, told) = mpsc::channel();
+        thread::spawn(move || {
+            let mut stream = match Stream::accept(&listener, &key(1), "m", Instant::now() + LIMIT) {
+                Ok(stream) => stream,
+                Err(e) => return drop(tell.send(Err(e))),
+            };
+            loop {
+                let frame = stream.recv();
+                let last = !matches!(frame, Ok(Some(_)));
+                if tell.send(frame).is_err() || last {
+                    return;
+                }
+            }
+        });
+        told
+    }
+
+    /// Passes one connection on to `to` and changes what goes there.
+    fn between(to: SocketAddr, change: impl Fn(Vec<u8>) -> Vec<u8> + Send + 'static) -> SocketAddr {
+        let (listener, address) = listener();
+        thread::spawn(move || {
+            let (mut from, _) = listener.accept().unwrap();
+            let mut there = TcpStream::connect(to).unwrap();
+            let (mut back, mut forth) = (there.try_clone().unwrap(), from.try_clone().unwrap());
+            thread::spawn(move || std::io::copy(&mut back, &mut forth));
+            loop {
+                let mut len = [0; 2];
+                if from.read_exact(&mut len).is_err() {
+                    let _ = there.shutdown(std::net::Shutdown::Write);
+                    return;
+                }
+                let mut message = len.to_vec();
+                message.resize(2 + usize::from(u16::from_be_bytes(len)), 0);
+                from.read_exact(&mut message[2..]).unwrap();
+                let message = change(message);
+                if message.is_empty() || there.write_all(&message).is_err() {
+                    let _ = there.shutdown(std::net::Shutdown::Both);
+                    return;
+                }
+            }
+        });
+        address
+    }
+
+    fn sender(to: SocketAddr) -> Result<Stream> {
+        Stream::connect(to, &key(1), "m", LIMIT)
+    }
+
+    #[test]
+    fn frames_arrive_as_they_were_sent() {
+        let (listener, address) = listener();
+        let got = receiver(listener);
+        let mut stream = sender(address).unwrap();
+        let sizes = [
+            0,
+            1,
+            PLAIN - HEADER,
+            PLAIN - HEADER + 1,
+            65536,
+            1 << 20,
+            LONGEST,
+        ];
+        for (kind, size) in sizes.into_iter().enumerate() {
+            let body: Vec<u8> = (0..size).map(|at| (at / 3) as u8).collect();
+            stream.send(kind as u8, &body).unwrap();
+            stream.flush().unwrap();
+            let frame = got.recv_timeout(LIMIT).unwrap().unwrap().unwrap();
+            assert_eq!(frame.kind, kind as u8);
+            assert!(frame.body == body, "{size}");
+        }
+        assert!(stream.send(1, &vec![0; LONGEST + 1]).is_err());
+        drop(stream);
+        assert!(got.recv_timeout(LIMIT).unwrap().unwrap().is_none());
+    }
+
+    #[test]
+    fn whoever_knows_another_key_or_move_gets_nothing_and_the_right_one_still_comes_in() {
+        let (listener, address) = listener();
+        let got = receiver(listener);
+        for (key, id) in [(key(2), "m"), (key(1), "other")] {
+            let mut tcp = TcpStream::connect(address).unwrap();
+            let mut state = handshake(&key, id, true).unwrap();
+            let mut message = [0; 256];
+            let len = state.write_message(&[], &mut message).unwrap();
+            tcp.write_all(&(len as u16).to_be_bytes()).unwrap();
+            tcp.write_all(&message[..len]).unwrap();
+            tcp.set_read_timeout(Some(LIMIT)).unwrap();
+            let mut answer = Vec::new();
+            let _ = tcp.read_to_end(&mut answer);
+            assert_eq!(answer, b"");
+            let error = Stream::connect(address, &key, id, LIMIT).err().unwrap();
+            assert!(
+                format!("{error:#}").contains("does not know the key"),
+                "{error:#}"
+            );
+        }
+        // Garbage, silence that ends, a length that is none.
+        for bytes in [&b"GET / HTTP/1.0\r\n\r\n"[..], &[], &[0xff; 70_000]] {
+            let mut tcp = TcpStream::connect(address).unwrap();
+            let _ = tcp.write_all(bytes);
+        }
+        let mut stream = sender(address).unwrap();
+        stream.send(9, b"right").unwrap();
+        stream.flush().unwrap();
+        let frame = got.recv_timeout(LIMIT).unwrap().unwrap().unwrap();
+        assert_eq!((frame.kind, &frame.body[..]), (9, &b"right"[..]));
+    }
+
+    #[test]
+    fn what_was_recorded_opens_nothing() {
+        let (inner, address) = listener();
+        let got = receiver(inner);
+        let (tell, told) = mpsc::channel();
+        let middle = between(address, move |message| {
+            tell.send(message.clone()).unwrap();
+            message
+        });
+        let mut stream = sender(middle).unwrap();
+        stream.send(1, b"secret").unwrap();
+        stream.flush().unwrap();
+        got.recv_timeout(LIMIT).unwrap().unwrap().unwrap();
+        drop(stream);
+        let recorded: Vec<u8> = told.try_iter().flatten().collect();
+        // The same bytes again, to one who waits for the same move.
+        let (again, address) = listener();
+        let got = receiver(again);
+        let mut tcp = TcpStream::connect(address).unwrap();
+        tcp.write_all(&recorded).unwrap();
+        drop(tcp);
+        let mut stream = sender(address).unwrap();
+        stream.send(2, b"fresh").unwrap();
+        stream.flush().unwrap();
+        let frame = got.recv_timeout(LIMIT).unwrap().unwrap().unwrap();
+        assert_eq!(frame.kind, 2);
+    }
+
+    /// Sends three frames through somebody who changes the messages; what arrives.
+    fn through(
+        change: impl Fn(usize, Vec<u8>) -> Vec<u8> + Send + 'static,
+    ) -> Vec<Result<Option<u8>>> {
+        let (listener, address) = listener();
+        let got = receiver(listener);
+        let count = std::sync::atomic::AtomicUsize::new(0);
+        let middle = between(address, move |message| {
+            let number = count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            change(number, message)
+        });
+        let mut stream = sender(middle).unwrap();
+        for kind in 1..4 {
+            let _ = stream
+                .send(kind, &[kind; 100_000])
+                .and_then(|()| stream.flush());
+        }
+        drop(stream);
+        let mut all = Vec::new();
+        while let Ok(got) = got.recv_timeout(LIMIT) {
+            all.push(got.map(|frame| frame.map(|frame| frame.kind)));
+        }
+        all
+    }
+
+    // Message 0 is the handshake, 1 its proof; each frame of these has two.
+    #[test]
+    fn what_is_changed_repeated_left_out_or_cut_off_is_an_error() {
+        let fine = through(|_, message| message);
+        let kinds: Vec<_> = fine.into_iter().map(Result::unwrap).collect();
+        assert_eq!(kinds, [Some(1), Some(2), Some(3), None]);
+        let ways: [(&str, fn(usize, Vec<u8>) -> Vec<u8>); 5] = [
+            ("changed", |n, mut message| {
+                if n == 4 {
+                    message[50] ^= 1;
+                }
+                message
+            }),
+            ("repeated", |n, message| match n {
+                3 => message.repeat(2),
+                _ => message,
+            }),
+            ("left out", |n, message| match n {
+                4 => vec![0, 0],
+                _ => message,
+            }),
+            (
+                "cut between the messages of a frame",
+                |n, message| match n {
+                    5 => Vec::new(),
+                    _ => message,
+                },
+            ),
+            ("cut within a message", |n, message| match n {
+                4 => message[..1000].to_vec(),
+                5 => Vec::new(),
+                _ => message,
+            }),
+        ];
+        for (way, change) in ways {
+            let got = through(change);
+            let kinds: Vec<_> = got.iter().filter_map(|g| g.as_ref().ok()).collect();
+            assert_eq!(kinds, [&Some(1)], "{way}");
+            assert!(got.last().unwrap().is_err(), "{way}");
+        }
+    }
+
+    #[test]
+    fn headers_that_claim_too_much_are_refused() {
+        let header = |packed: u32, raw: u32, packing: u8| {
+            let mut bytes = vec![1, packing, 0, 0];
+            bytes.extend(packed.to_be_bytes());
+            bytes.extend(raw.to_be_bytes());
+            Header::read(&bytes)
+        };
+        assert!(header(10, 10, 0).is_ok());
+        assert!(header(u32::MAX, u32::MAX, 0).is_err());
+        assert!(header(11, 10, 1).is_err());
+        assert!(header(10, 10, 9).is_err());
+        assert!(Header::read(&[1, 0, 0]).is_err());
+        // What unpacks to something else than it says.
+        let packed = lz4_flex::block::compress(&[7; 1000]);
+        assert!(Packing::Lz4.unpack(packed.clone(), 999).is_err());
+        assert!(Packing::Lz4.unpack(packed, 1001).is_err());
+        assert!(Packing::Zstd.unpack(vec![1, 2, 3], 100).is_err());
+    }
+}

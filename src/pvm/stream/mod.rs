@@ -1,0 +1,21 @@
+//! The stream over which a task's memory and state go to another host: TCP, encrypted, both sides authenticated
+//! by a key they share ([`Key`]).
+//!
+//! The handshake is Noise's NNpsk0 (ephemeral Curve25519 keys, bound to the shared key from the first byte on):
+//! a connection that does not know the key is dropped without an answer. What follows are Noise transport
+//! messages of at most 64 KiB, each behind its length (2 bytes, big-endian), numbered and sealed with
+//! AES-256-GCM: none can be changed, left out, repeated or put elsewhere. In them stand frames:
+//!
+//! ```text
+//! kind (1 byte), packing (1), 2 unused, bytes that follow (4), bytes they unpack to (4), big-endian; then those
+//! ```
+//! A frame begins with a message, so that its length is known when its first message has been opened.
+
+mod content;
+mod frames;
+mod key;
+mod rate;
+
+pub use content::{ImageSender, receive};
+pub use frames::{Frame, LONGEST, Stream, Totals};
+pub use key::Key;
