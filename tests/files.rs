@@ -204,6 +204,7 @@ impl Image {
             floor: 400,
             detached: true,
             same_clocks: true,
+            namespace: None,
         };
         build(
             &self.manifest,

@@ -31,7 +31,8 @@ pub struct Args {
 
     /// Fail rather than let a process have another pid than it had
     ///
-    /// Without this, where an id is taken, the program gets a pid namespace of its own in which it is free.
+    /// Without this, where an id is taken, a single process gets another one, and several get a pid namespace of
+    /// their own, in which their ids are free.
     #[arg(long)]
     same_pid: bool,
 

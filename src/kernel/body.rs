@@ -6,13 +6,26 @@ use anyhow::{Context, Result};
 
 /// Forks a child that waits for signals for ever and dies with us; `pid` is the id it is to have
 /// (clone3(2), set_tid: CAP_CHECKPOINT_RESTORE). It shares our descriptors' descriptions, and runs `first`
-/// before it waits.
+/// before it waits. `parent` is our id as it sees it: 0 when it is born in another pid namespace.
 ///
 /// Call it from a single-threaded program: the child has only the calling thread.
-pub fn fork_idle(pid: Option<i32>, first: &mut dyn FnMut()) -> io::Result<i32> {
+pub fn fork_idle(pid: Option<i32>, parent: i32, first: &mut dyn FnMut()) -> io::Result<i32> {
+    fork_with(0, pid, &mut || {
+        die_with(parent);
+        // A panic must not run on into what our parent would do next.
+        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(&mut *first));
+        idle();
+    })
+}
+
+/// Forks a child that runs `life` and ends; `flags` are those of clone3(2), without CLONE_VM, and `pid` as for
+/// [`fork_idle`].
+///
+/// Call it from a single-threaded program: the child has only the calling thread.
+pub fn fork_with(flags: u64, pid: Option<i32>, life: &mut dyn FnMut()) -> io::Result<i32> {
     let set_tid = pid.map(|p| [p]);
-    let parent = std::process::id() as i32;
     let mut args = libc::clone_args {
+        flags,
         exit_signal: libc::SIGCHLD as u64,
         ..zeroed_args()
     };
@@ -30,10 +43,9 @@ pub fn fork_idle(pid: Option<i32>, first: &mut dyn FnMut()) -> io::Result<i32> {
         )
     };
     if r == 0 {
-        die_with(parent);
-        // A panic must not run on into what our parent would do next.
-        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(first));
-        idle();
+        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(life));
+        // SAFETY: ends this process without running our parent's destructors.
+        unsafe { libc::_exit(0) }
     }
     if r < 0 {
         Err(io::Error::last_os_error())

@@ -11,6 +11,7 @@ pub mod guardian;
 pub mod kcmp;
 pub mod mem;
 pub mod pagemap;
+pub mod pid_ns;
 pub mod pidfd;
 pub mod probe;
 pub mod remote;

@@ -55,9 +55,18 @@ struct Queued {
     must: bool,
 }
 
+/// A child or thread that a body has made: its id for us, and for those inside the body's pid namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Made {
+    pub id: i32,
+    pub inside: i32,
+}
+
 /// The rebuilt process's memory and area, common to its threads.
 struct Shared {
     pid: i32,
+    /// In its own pid namespace.
+    inside: i32,
     mem: Mem,
     area: u64,
 }
@@ -65,6 +74,8 @@ struct Shared {
 /// One thread of a body, stopped, that makes calls for us.
 pub struct Remote {
     pub tracee: Tracee,
+    /// Its id in its own pid namespace: what calls that it makes are to name it by.
+    pub inside: i32,
     shared: Rc<Shared>,
     queue: Vec<Queued>,
     data: Vec<u8>,
@@ -81,23 +92,19 @@ impl Remote {
         if tracee.wait_interrupted()?.is_none() {
             bail!("the new process {pid} has ended");
         }
+        tracee.set_sigmask(!0)?;
+        let inside = by_stub(tracee, libc::SYS_getpid, &[])? as i32;
         let shared = Shared {
             pid,
+            inside,
             mem: Mem::open(pid)?,
             area,
         };
-        let r = Self {
-            tracee,
-            shared: Rc::new(shared),
-            queue: Vec::new(),
-            data: Vec::new(),
-            warnings: Vec::new(),
-        };
-        tracee.set_sigmask(!0)?;
+        let r = Self::new(tracee, inside, Rc::new(shared));
         let rwx = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
         let args = [area, AREA, rwx as u64, flags as u64, u64::MAX, 0];
-        let got = r.by_stub(libc::SYS_mmap, &args)?;
+        let got = by_stub(tracee, libc::SYS_mmap, &args)?;
         if got as u64 != area {
             bail!("mapping {AREA} bytes at {area:#x} of process {pid}: result {got}");
         }
@@ -106,44 +113,50 @@ impl Remote {
     }
 
     /// The area was inherited from the parent body by fork; we are told of the child by an event.
-    pub fn adopt(pid: i32, parent: &Remote) -> Result<Self> {
-        let tracee = Tracee { tid: pid };
+    pub fn adopt(child: Made, parent: &Remote) -> Result<Self> {
+        let tracee = Tracee { tid: child.id };
         match tracee.wait()? {
             Stop::Interrupt { .. } => {}
-            other => bail!("the new process {pid} ended: {other:?}"),
+            other => bail!("the new process {} ended: {other:?}", child.id),
         }
         let shared = Shared {
-            pid,
-            mem: Mem::open(pid)?,
+            pid: child.id,
+            inside: child.inside,
+            mem: Mem::open(child.id)?,
             area: parent.shared.area,
         };
-        Ok(Self {
-            tracee,
-            shared: Rc::new(shared),
-            queue: Vec::new(),
-            data: Vec::new(),
-            warnings: Vec::new(),
-        })
+        Ok(Self::new(tracee, child.inside, Rc::new(shared)))
     }
 
     /// Another thread of the same process, from its first stop on.
-    pub fn thread(&self, tid: i32) -> Result<Self> {
-        let tracee = Tracee { tid };
+    pub fn thread(&self, thread: Made) -> Result<Self> {
+        let tracee = Tracee { tid: thread.id };
         match tracee.wait()? {
             Stop::Interrupt { .. } => {}
-            other => bail!("the new thread {tid} ended: {other:?}"),
+            other => bail!("the new thread {} ended: {other:?}", thread.id),
         }
-        Ok(Self {
+        Ok(Self::new(tracee, thread.inside, Rc::clone(&self.shared)))
+    }
+
+    fn new(tracee: Tracee, inside: i32, shared: Rc<Shared>) -> Self {
+        Self {
             tracee,
-            shared: Rc::clone(&self.shared),
+            inside,
+            shared,
             queue: Vec::new(),
             data: Vec::new(),
             warnings: Vec::new(),
-        })
+        }
     }
 
+    /// Of its process, as we see it.
     pub fn pid(&self) -> i32 {
         self.shared.pid
+    }
+
+    /// Of its process, as it sees itself.
+    pub fn pid_inside(&self) -> i32 {
+        self.shared.inside
     }
 
     pub fn mem(&self) -> &Mem {
@@ -160,21 +173,6 @@ impl Remote {
         a.interpreter(self.shared.area + TABLE);
         a.int3();
         self.shared.mem.write(self.shared.area, a.bytes())
-    }
-
-    /// One call through `syscall; int3` in our own text, before the area is there.
-    fn by_stub(&self, nr: i64, args: &[u64]) -> Result<i64> {
-        let c = Call::new(nr, args);
-        let mut r = Regs {
-            rip: syscall_stub(),
-            orig_rax: u64::MAX,
-            rax: nr as u64,
-            ..self.tracee.regs()?
-        };
-        [r.rdi, r.rsi, r.rdx, r.r10, r.r8, r.r9] = c.args;
-        self.tracee.set_regs(&r)?;
-        self.tracee.run_to_trap()?;
-        Ok(self.tracee.regs()?.rax as i64)
     }
 
     /// Queues a call that must not fail; `what` says what it does, for the error.
@@ -288,6 +286,11 @@ impl Remote {
     }
 
     fn execute(&mut self) -> Result<Vec<i64>> {
+        Ok(self.execute_and_see()?.0)
+    }
+
+    /// Results of the queued calls, and the id for us of the last child or thread they made.
+    fn execute_and_see(&mut self) -> Result<(Vec<i64>, Option<i32>)> {
         let mem = &self.shared.mem;
         let mut table = Vec::with_capacity((self.queue.len() + 1) * CALL_SIZE);
         self.queue.iter().for_each(|q| q.call.encode(&mut table));
@@ -303,30 +306,31 @@ impl Remote {
             ..self.tracee.regs()?
         };
         self.tracee.set_regs(&r)?;
-        self.tracee.run_to_trap().with_context(|| {
+        let made = self.tracee.run_to_trap().with_context(|| {
             let names: Vec<&str> = self.queue.iter().map(|q| q.what.as_str()).take(3).collect();
             format!("while a restored process did: {} ...", names.join(", "))
         })?;
         let mut table = vec![0; self.queue.len() * CALL_SIZE];
         mem.read(self.shared.area + TABLE, &mut table)?;
-        Ok(table
+        let results = table
             .chunks_exact(CALL_SIZE)
             .map(|c| i64::from_le_bytes(c[64..72].try_into().unwrap_or_default()))
-            .collect())
+            .collect();
+        Ok((results, made))
     }
 
     /// clone3 with these flags (and exit signal 0); the child or thread stops under our hand before its
-    /// first instruction. Its id; a refusal is an `io::Error`.
-    pub fn clone_thread(&mut self, flags: u64, tid: Option<i32>) -> Result<i32> {
+    /// first instruction. A refusal is an `io::Error`.
+    pub fn clone_thread(&mut self, flags: u64, tid: Option<i32>) -> Result<Made> {
         self.clone_with(flags, 0, tid)
     }
 
     /// A child process that is a copy of this body.
-    pub fn fork(&mut self, exit_signal: i32, pid: Option<i32>) -> Result<i32> {
+    pub fn fork(&mut self, exit_signal: i32, pid: Option<i32>) -> Result<Made> {
         self.clone_with(0, exit_signal, pid)
     }
 
-    fn clone_with(&mut self, flags: u64, exit_signal: i32, id: Option<i32>) -> Result<i32> {
+    fn clone_with(&mut self, flags: u64, exit_signal: i32, id: Option<i32>) -> Result<Made> {
         const ARGS: usize = 88;
         self.flush()?;
         self.must_with("clone3", ARGS + 8, &|at| {
@@ -348,12 +352,16 @@ impl Remote {
             b.extend(id.unwrap_or(0).to_le_bytes());
             (b, Call::new(libc::SYS_clone3, &[at, ARGS as u64]))
         })?;
-        let r = self.execute()?;
+        let (r, made) = self.execute_and_see()?;
         self.queue.clear();
         self.data.clear();
-        match r.first().copied().unwrap_or(0) {
-            r if r < 0 => Err(std::io::Error::from_raw_os_error(-r as i32).into()),
-            r => Ok(r as i32),
+        match (r.first().copied().unwrap_or(0), made) {
+            (r, _) if r < 0 => Err(std::io::Error::from_raw_os_error(-r as i32).into()),
+            (r, Some(id)) => Ok(Made {
+                id,
+                inside: r as i32,
+            }),
+            (r, None) => bail!("process {}: nobody told of its child {r}", self.pid()),
         }
     }
 
@@ -363,7 +371,7 @@ impl Remote {
         let (nr, args) = if libc::WIFSIGNALED(status) {
             (
                 libc::SYS_kill,
-                [self.pid() as u64, libc::WTERMSIG(status) as u64],
+                [self.pid_inside() as u64, libc::WTERMSIG(status) as u64],
             )
         } else {
             (libc::SYS_exit_group, [libc::WEXITSTATUS(status) as u64, 0])
@@ -420,4 +428,19 @@ impl Remote {
         self.shared.mem.write(place, &old)?;
         Ok(result)
     }
+}
+
+/// One call through `syscall; int3` in our own text, before the area is there.
+fn by_stub(tracee: Tracee, nr: i64, args: &[u64]) -> Result<i64> {
+    let c = Call::new(nr, args);
+    let mut r = Regs {
+        rip: syscall_stub(),
+        orig_rax: u64::MAX,
+        rax: nr as u64,
+        ..tracee.regs()?
+    };
+    [r.rdi, r.rsi, r.rdx, r.r10, r.r8, r.r9] = c.args;
+    tracee.set_regs(&r)?;
+    tracee.run_to_trap()?;
+    Ok(tracee.regs()?.rax as i64)
 }

@@ -329,12 +329,14 @@ impl Tracee {
         }
     }
 
-    /// Runs to the end of the current piece of restorer code (int3).
-    pub fn run_to_trap(&self) -> Result<()> {
+    /// Runs to the end of the current piece of restorer code (int3). The id, as we see it, of the last child or
+    /// thread that it made meanwhile.
+    pub fn run_to_trap(&self) -> Result<Option<i32>> {
+        let mut made = None;
         self.cont(0)?;
         loop {
             match self.wait()? {
-                Stop::Signal(libc::SIGTRAP) => return Ok(()),
+                Stop::Signal(libc::SIGTRAP) => return Ok(made),
                 // An interrupt that was still on its way.
                 Stop::Interrupt { .. } => self.cont(0)?,
                 Stop::Signal(s) if s == libc::SIGSEGV || s == libc::SIGILL || s == libc::SIGBUS => {
@@ -344,6 +346,10 @@ impl Tracee {
                         self.tid,
                         r.rip
                     )
+                }
+                Stop::Event(libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_CLONE) => {
+                    made = Some(self.event_message()?);
+                    self.cont(0)?;
                 }
                 Stop::Signal(_) | Stop::Syscall | Stop::Event(_) => self.cont(0)?,
                 other => bail!("restorer code in {} ended early: {other:?}", self.tid),

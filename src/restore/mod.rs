@@ -52,6 +52,8 @@ pub struct Report {
     pub mode: &'static str,
     pub processes: usize,
     pub bytes_memory: u64,
+    /// The processes run in a pid namespace of their own; `pid` is the one seen from outside.
+    pub pid_namespace: bool,
     pub warnings: Vec<String>,
 }
 

@@ -1,5 +1,6 @@
 //! The order of a restore. Everything half-built dies with us until the last line.
 
+use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
@@ -18,6 +19,7 @@ use crate::error::Failure;
 use crate::image::process::{Creds, Process, State};
 use crate::image::store::Image;
 use crate::image::{Manifest, Origin};
+use crate::kernel::pid_ns::PidNamespace;
 use crate::kernel::remote::{AREA, Remote};
 use crate::kernel::time_ns::Offsets;
 use crate::kernel::undertaker::Undertaker;
@@ -32,6 +34,15 @@ struct Site<'a> {
     bulk: &'a Bulk,
     same_ids: bool,
     ours: Creds,
+}
+
+/// The ids that processes and threads get.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ids {
+    Same,
+    New,
+    /// The same, where they do not collide.
+    InNamespace,
 }
 
 /// A process that stands before its next instruction, and its threads but the leader (which may have ended).
@@ -66,14 +77,25 @@ pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
         processes: processes.len(),
         ..Report::default()
     };
-    let same_ids = can_have_ids(processes, opts, &mut report)?;
+    let ids = can_have_ids(processes, opts, &mut report)?;
+    let same_ids = ids != Ids::New;
 
     let mut undertaker = Undertaker::start()?;
     let same_clocks = set_clocks(&manifest.origin, &mut report)?;
     let floor = floor(manifest);
     let mut shared = SharedObjects::new(&image, floor)?;
     let mut sockets = Restorer::build(&manifest.sockets)?;
-    let mut built = descriptors(manifest, opts, floor, &shared, &sockets, same_clocks)?;
+    let namespace = match ids {
+        Ids::InNamespace => Some(own_namespace(processes, &mut report)?),
+        Ids::Same | Ids::New => None,
+    };
+    let surroundings = Surroundings {
+        floor,
+        detached: opts.detach,
+        same_clocks,
+        namespace: namespace.as_ref(),
+    };
+    let mut built = descriptors(manifest, surroundings, &shared, &sockets)?;
     sockets.fill(&|id| {
         let fd = built
             .fds
@@ -88,6 +110,7 @@ pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
         processes,
         area,
         same_ids,
+        namespace.as_ref(),
         opts.detach,
         &mut |pid| undertaker.know(pid),
         &mut bulk,
@@ -133,6 +156,9 @@ pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
     for r in &ready {
         release(r, opts)?;
     }
+    if let Some(n) = namespace {
+        n.release()?;
+    }
     let filling = match filler {
         Some(f) => Some(f.released(undertaker)?),
         None => {
@@ -154,8 +180,7 @@ pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
     ] {
         report.warnings.extend(w.iter().cloned());
     }
-    let first = processes.first().map_or(0, |p| p.pid);
-    report.pid = bodies.ids.get(&first).copied().unwrap_or(first);
+    report.pid = ready.first().map_or(0, |r| r.leader.pid());
     Ok(Outcome {
         child: Some(report.pid),
         filling,
@@ -208,7 +233,7 @@ fn rebuild<'a>(
         p.others()
             .iter()
             .zip(&others)
-            .map(|(t, r)| (t.tid, r.tracee.tid)),
+            .map(|(t, r)| (t.tid, r.inside)),
     );
     let id_of = |old: i32| ids.get(&old).copied().unwrap_or(old);
     process::in_body(&mut body, p, site.built, &id_of)?;
@@ -306,45 +331,62 @@ fn floor(m: &Manifest) -> i32 {
 }
 
 /// Whether all processes and threads can have the ids they had; programs keep them in memory.
-fn can_have_ids(processes: &[Process], opts: &Options, report: &mut Report) -> Result<bool> {
-    let ids = processes
-        .iter()
-        .flat_map(|p| std::iter::once(p.pid).chain(p.threads.iter().map(|t| t.tid)));
-    let taken: Vec<String> = ids
-        .filter(|id| !body::is_free(*id))
-        .map(|id| id.to_string())
-        .collect();
+fn can_have_ids(processes: &[Process], opts: &Options, report: &mut Report) -> Result<Ids> {
+    let taken: BTreeSet<i32> = ids(processes).filter(|id| !body::is_free(*id)).collect();
     if taken.is_empty() {
-        return Ok(true);
+        return Ok(Ids::Same);
     }
+    let taken: Vec<String> = taken.iter().map(i32::to_string).collect();
     let taken = taken.join(", ");
-    if opts.same_pid || processes.len() > 1 {
+    if opts.same_pid {
         return Err(Failure::Restore.because(format!(
-            "the ids {taken} are taken here; end those processes, or restore in a pid namespace of its \
-             own: unshare --pid --fork --mount-proc mistctl restore {}",
-            opts.image.display()
+            "the ids {taken} are taken here; end those processes, or restore without --same-pid"
         )));
+    }
+    if processes.len() > 1 {
+        report.warnings.push(format!(
+            "the ids {taken} are taken here: the processes run in a pid namespace of their own, where they \
+             have their old ids"
+        ));
+        return Ok(Ids::InNamespace);
     }
     report.warnings.push(format!(
         "the ids {taken} are taken here: the program gets new ones (one that keeps its own pid in memory \
          will be confused)"
     ));
-    Ok(false)
+    Ok(Ids::New)
+}
+
+/// Of all processes and threads.
+fn ids(processes: &[Process]) -> impl Iterator<Item = i32> {
+    processes
+        .iter()
+        .flat_map(|p| std::iter::once(p.pid).chain(p.threads.iter().map(|t| t.tid)))
+}
+
+/// A pid namespace in which all ids are free.
+fn own_namespace(processes: &[Process], report: &mut Report) -> Result<PidNamespace> {
+    let refuse = |why: String| {
+        Failure::Restore.because(format!(
+            "ids of the image are taken here, and it cannot have a pid namespace of its own: {why}; run \
+             mistctl as root, or end the processes that have them (`mistctl show` names them)"
+        ))
+    };
+    let first = processes.first().map_or(0, |p| p.pid);
+    let highest = ids(processes).max().unwrap_or(first);
+    if ids(processes).any(|id| id == 1) {
+        return Err(refuse("it holds an init (pid 1)".to_owned()));
+    }
+    report.pid_namespace = true;
+    PidNamespace::start(first, highest).map_err(|e| refuse(format!("{e:#}")))
 }
 
 fn descriptors(
     m: &Manifest,
-    opts: &Options,
-    floor: i32,
+    surroundings: Surroundings<'_>,
     shared: &SharedObjects,
     sockets: &Restorer,
-    same_clocks: bool,
 ) -> Result<Built> {
-    let surroundings = Surroundings {
-        floor,
-        detached: opts.detach,
-        same_clocks,
-    };
     let mut socket = |i: u32| -> Result<OwnedFd> {
         let fd = sockets
             .fd(i)

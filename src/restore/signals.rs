@@ -41,7 +41,7 @@ pub fn pending(body: &mut Remote, signals: &[PendingSignal], tid: Option<i32>) -
             .get(..4)
             .and_then(|b| b.try_into().ok())
             .map_or(0, i32::from_le_bytes);
-        let pid = body.pid();
+        let pid = body.pid_inside();
         let what = format!("queueing signal {signal}");
         let info = Arg::In(&s.info);
         match tid {

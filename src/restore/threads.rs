@@ -29,7 +29,7 @@ pub fn make(leader: &mut Remote, p: &Process, same_ids: bool) -> Result<Vec<Remo
         // struct clone_args: flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls,
         // set_tid, set_tid_size, cgroup. The id stands behind it.
         let wanted = same_ids.then_some(t.tid);
-        let tid = leader
+        let made = leader
             .clone_thread(flags as u64, wanted)
             .map_err(|e| match (wanted, e.downcast::<std::io::Error>()) {
                 (Some(id), Ok(e)) => body::explain_set_tid(id, e),
@@ -37,7 +37,7 @@ pub fn make(leader: &mut Remote, p: &Process, same_ids: bool) -> Result<Vec<Remo
                 (_, Err(e)) => e,
             })
             .with_context(|| format!("making thread {}", t.tid))?;
-        all.push(leader.thread(tid)?);
+        all.push(leader.thread(made)?);
     }
     Ok(all)
 }
@@ -114,7 +114,7 @@ pub fn furnish(r: &mut Remote, t: &Thread, ours: &Creds) -> Result<()> {
         libc::SYS_prctl,
         &[libc::PR_SET_TIMERSLACK.into(), t.timer_slack_ns.into()],
     )?;
-    signals::pending(r, &t.pending, Some(r.tracee.tid))?;
+    signals::pending(r, &t.pending, Some(r.inside))?;
     super::creds::set(r, &t.creds, ours)?;
     // Our own death no longer matters to it: until it is released it dies with its tracer.
     r.must(

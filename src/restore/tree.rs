@@ -2,30 +2,35 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use std::os::fd::AsRawFd;
+
 use anyhow::{Context, Result, bail};
 
 use super::bulk::Bulk;
 use crate::image::process::{Process, State};
 use crate::kernel::body;
-use crate::kernel::remote::Remote;
+use crate::kernel::pid_ns::PidNamespace;
+use crate::kernel::remote::{Made, Remote};
 use crate::kernel::tracee::Stop;
 
-/// Bodies by the pid in the image; ids by the one in the image.
+/// Bodies by the pid in the image; their ids as they see them, by the one in the image.
 pub struct Bodies {
     pub remotes: BTreeMap<i32, Remote>,
     pub ids: BTreeMap<i32, i32>,
     pub warnings: Vec<String>,
     same_ids: bool,
+    in_namespace: bool,
 }
 
 impl Bodies {
     /// Forks every process of the image: the first from us, the others from their parents. With
-    /// `same_ids` each gets the id it had. The first fills `bulk` by itself before we
+    /// `same_ids` each gets the id it had, in `namespace` if there is one. The first fills `bulk` by itself before we
     /// take it in hand.
     pub fn create(
         processes: &[Process],
         area: u64,
         same_ids: bool,
+        namespace: Option<&PidNamespace>,
         detach: bool,
         born: &mut dyn FnMut(i32) -> Result<()>,
         bulk: &mut Bulk,
@@ -34,16 +39,32 @@ impl Bodies {
             bail!("the image holds no process")
         };
         let mut pipe = bulk.pipe()?;
-        let pid = body::fork_idle(same_ids.then_some(root.pid), &mut || bulk.fill(&mut pipe))
-            .map_err(|e| body::explain_set_tid(root.pid, e))?;
+        let wanted = same_ids.then_some(root.pid);
+        let mut fork = |us| {
+            body::fork_idle(wanted, us, &mut || bulk.fill(&mut pipe))
+                .map_err(|e| body::explain_set_tid(root.pid, e))
+        };
+        let pid = match namespace {
+            Some(n) => n.born_inside(|| fork(0))?,
+            None => fork(std::process::id() as i32)?,
+        };
         born(pid)?;
         bulk.await_filled(pipe)?;
-        let remote = Remote::attach(pid, area)?;
+        let mut remote = Remote::attach(pid, area)?;
+        if let Some(n) = namespace {
+            remote.must(
+                "entering the mounts of its pid namespace",
+                libc::SYS_setns,
+                &[n.mounts().as_raw_fd().into(), libc::CLONE_NEWNS.into()],
+            )?;
+            remote.flush()?;
+        }
         let mut me = Self {
+            ids: BTreeMap::from([(root.pid, remote.inside)]),
             remotes: BTreeMap::from([(root.pid, remote)]),
-            ids: BTreeMap::from([(root.pid, pid)]),
             warnings: Vec::new(),
             same_ids,
+            in_namespace: namespace.is_some(),
         };
         let inside: BTreeSet<i32> = processes.iter().map(|p| p.pid).collect();
         // The first process stands in our session, unless it led one, or is to live without us.
@@ -113,15 +134,15 @@ impl Bodies {
     ) -> Result<()> {
         let wanted = self.same_ids.then_some(c.pid);
         let from = self.remote(parent)?;
-        let pid = from.fork(c.exit_signal.max(0), wanted).map_err(|e| {
+        let made = from.fork(c.exit_signal.max(0), wanted).map_err(|e| {
             match e.downcast::<std::io::Error>() {
                 Ok(e) => body::explain_set_tid(c.pid, e),
                 Err(e) => e,
             }
         })?;
-        born(pid)?;
-        let remote = Remote::adopt(pid, self.remote(parent)?)?;
-        self.ids.insert(c.pid, pid);
+        born(made.id)?;
+        let remote = Remote::adopt(made, self.remote(parent)?)?;
+        self.ids.insert(c.pid, made.inside);
         self.remotes.insert(c.pid, remote);
         self.descend(c, all, session, born)
     }
@@ -136,7 +157,7 @@ impl Bodies {
         detach: bool,
     ) -> Result<()> {
         let outside = |g: i32| !inside.contains(&g);
-        let mut stand_ins: BTreeMap<i32, (i32, i32)> = BTreeMap::new();
+        let mut stand_ins: BTreeMap<i32, (Made, i32)> = BTreeMap::new();
         // A session's leader leads a group already.
         let led = |p: &Process| p.sid == p.pid || detach && p.pid == root.pid && outside(root.sid);
         for p in all.iter().filter(|p| p.pgid == p.pid && !led(p)) {
@@ -153,11 +174,11 @@ impl Bodies {
             }
             let group = if outside(p.pgid) {
                 match stand_ins.get(&p.pgid) {
-                    Some((id, _)) => *id,
+                    Some((made, _)) => made.inside,
                     None => {
-                        let id = self.stand_in(p)?;
-                        stand_ins.insert(p.pgid, (id, p.pid));
-                        id
+                        let made = self.stand_in(p)?;
+                        stand_ins.insert(p.pgid, (made, p.pid));
+                        made.inside
                     }
                 }
             } else {
@@ -165,21 +186,21 @@ impl Bodies {
             };
             self.setpgid(p.pid, group)?;
         }
-        for (id, parent) in stand_ins.values() {
+        for (made, parent) in stand_ins.values() {
             let r = self.remote(*parent)?;
             r.must(
                 "ending a stand-in",
                 libc::SYS_kill,
-                &[(*id).into(), libc::SIGKILL.into()],
+                &[made.inside.into(), libc::SIGKILL.into()],
             )?;
             r.flush()?;
-            wait_dead(*id)?;
+            wait_dead(made.id)?;
             let r = self.remote(*parent)?;
             let wall = u64::from(libc::__WALL as u32);
             r.must(
                 "reaping a stand-in",
                 libc::SYS_wait4,
-                &[(*id).into(), 0u64.into(), wall.into(), 0u64.into()],
+                &[made.inside.into(), 0u64.into(), wall.into(), 0u64.into()],
             )?;
             r.flush()?;
         }
@@ -201,21 +222,21 @@ impl Bodies {
     }
 
     /// A child of `p`'s body that leads the group `p` was in.
-    fn stand_in(&mut self, p: &Process) -> Result<i32> {
+    fn stand_in(&mut self, p: &Process) -> Result<Made> {
         let wanted = self
             .same_ids
             .then_some(p.pgid)
-            .filter(|g| body::is_free(*g));
+            .filter(|g| self.in_namespace || body::is_free(*g));
         let parent = self.remote(p.pid)?;
-        let id = parent.fork(0, wanted)?;
-        let mut leader = Remote::adopt(id, self.remote(p.pid)?)?;
+        let made = parent.fork(0, wanted)?;
+        let mut leader = Remote::adopt(made, self.remote(p.pid)?)?;
         leader.must(
             "leading a process group",
             libc::SYS_setpgid,
             &[0u64.into(), 0u64.into()],
         )?;
         leader.flush()?;
-        Ok(id)
+        Ok(made)
     }
 
     /// Lets those die that were dead, as they died; their parents still have default dispositions and

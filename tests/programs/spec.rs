@@ -18,10 +18,19 @@ pub enum Mode {
     Twice,
     /// Dumped and killed, restored with its memory to follow.
     Lazy,
+    /// Dumped and killed, restored where its pid is taken: in a pid namespace of its own. Trees only.
+    Taken,
 }
 
 impl Mode {
-    pub const ALL: [Mode; 5] = [Self::Alone, Self::GoOn, Self::Kill, Self::Twice, Self::Lazy];
+    pub const ALL: [Mode; 6] = [
+        Self::Alone,
+        Self::GoOn,
+        Self::Kill,
+        Self::Twice,
+        Self::Lazy,
+        Self::Taken,
+    ];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -30,6 +39,7 @@ impl Mode {
             Self::Kill => "kill_restore",
             Self::Twice => "twice",
             Self::Lazy => "lazy",
+            Self::Taken => "ids_taken",
         }
     }
 
@@ -41,6 +51,7 @@ impl Mode {
             Self::Kill => "no-kill",
             Self::Twice => "no-twice",
             Self::Lazy => "no-lazy",
+            Self::Taken => "no-ids-taken",
         }
     }
 
@@ -48,7 +59,7 @@ impl Mode {
     pub fn absences(self) -> usize {
         match self {
             Self::Alone | Self::GoOn => 0,
-            Self::Kill | Self::Lazy => 1,
+            Self::Kill | Self::Lazy | Self::Taken => 1,
             Self::Twice => 2,
         }
     }

@@ -44,6 +44,8 @@ pub struct Test {
     refusal: Option<String>,
     /// What the program wrote into a pipe that we hold.
     piped: Option<thread::JoinHandle<String>>,
+    /// Has the program's pid while that is restored.
+    squatter: Option<Child>,
 }
 
 impl Test {
@@ -70,6 +72,7 @@ impl Test {
             dumps: 0,
             refusal: None,
             piped: None,
+            squatter: None,
         })
     }
 
@@ -104,16 +107,22 @@ impl Test {
             Mode::Alone => {}
             Mode::GoOn => {
                 for _ in 0..self.spec.dumps.unwrap_or(3) {
-                    self.dump(false)?;
+                    self.dump(None)?;
                     self.unharmed()?;
                 }
             }
-            Mode::Kill | Mode::Lazy => away = self.dump(true)?,
+            Mode::Kill | Mode::Lazy => away = self.dump(Some("--kill"))?,
             Mode::Twice => {
-                away = self.dump(true)?;
+                away = self.dump(Some("--kill"))?;
                 if away {
                     self.restore_detached()?;
-                    self.dump(true)?;
+                    self.dump(Some("--kill"))?;
+                }
+            }
+            Mode::Taken => {
+                away = self.dump(Some("--kill"))?;
+                if away {
+                    self.take_id()?;
                 }
             }
         }
@@ -131,6 +140,10 @@ impl Test {
         self.go()?;
         let status = common::wait_child(&mut restore, "mistctl restore", LIMIT)
             .with_context(|| tail(&self.dir.join("restore.err"), 4000))?;
+        if let Some(mut squatter) = self.squatter.take() {
+            squatter.kill()?;
+            squatter.wait()?;
+        }
         let verdict = self.judge(
             &format!(
                 "mistctl restore ended with {}: {}",
@@ -250,15 +263,13 @@ impl Test {
     }
 
     /// Whether it was saved; false: it was refused, as the program's directives allow.
-    fn dump(&mut self, and_kill: bool) -> Result<bool> {
+    fn dump(&mut self, and: Option<&str>) -> Result<bool> {
         self.dumps += 1;
         let mut command = mistctl();
         command.arg("dump").arg(self.pid.to_string());
         command.arg("-o").arg(self.image());
         command.arg("--json");
-        if and_kill {
-            command.arg("--kill");
-        }
+        command.args(and);
         if self.spec.tree {
             command.arg("--tree");
         }
@@ -309,7 +320,7 @@ impl Test {
                 );
             }
         }
-        if and_kill {
+        if and == Some("--kill") {
             if let Some(mut child) = self.program.take() {
                 common::wait_child(&mut child, "the program's end after dump --kill", LIMIT)?;
             }
@@ -363,9 +374,25 @@ impl Test {
         Ok(())
     }
 
+    /// Gives the dead program's pid to another process.
+    fn take_id(&mut self) -> Result<()> {
+        let path = "/proc/sys/kernel/ns_last_pid";
+        fs::write(path, (self.pid - 1).to_string()).context(path)?;
+        let squatter = Command::new("/bin/sleep").arg("1000").spawn()?;
+        let got = squatter.id();
+        self.squatter = Some(squatter);
+        if got != self.pid {
+            bail!("wanted a process with pid {}, got {got}", self.pid);
+        }
+        Ok(())
+    }
+
     fn restore(&self) -> Command {
         let mut command = mistctl();
-        command.arg("restore").arg(self.image()).arg("--same-pid");
+        command.arg("restore").arg(self.image());
+        if self.mode != Mode::Taken {
+            command.arg("--same-pid");
+        }
         if self.mode == Mode::Lazy {
             command.arg("--lazy");
         }

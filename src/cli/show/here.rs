@@ -130,7 +130,11 @@ pub fn differences(m: &Manifest, carried: &[Carried]) -> Vec<Difference> {
         if let Ok(comm) = fs::read_to_string(format!("/proc/{}/comm", p.pid)) {
             add(
                 format!("pid {} is taken, by {}", p.pid, comm.trim_end()),
-                "the program gets a pid namespace of its own, or another pid",
+                if m.processes.len() > 1 {
+                    "the processes get a pid namespace of their own"
+                } else {
+                    "the program gets another pid"
+                },
             );
         }
     }

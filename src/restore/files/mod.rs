@@ -20,6 +20,7 @@ use anyhow::{Context, Result};
 
 use crate::image::Manifest;
 use crate::image::files::{Description, DescriptionId, Kind, Lock, LockClass};
+use crate::kernel::pid_ns::PidNamespace;
 use crate::kernel::{fds, pidfd};
 pub use in_body::{
     EpollAdd, InBody, OpenInBody, PidFdOpen, RecordLock, SetFlags, SetOwner, Terminal,
@@ -28,13 +29,15 @@ pub use paths::cut_back;
 
 /// Circumstances of a restore that matter to descriptors.
 #[derive(Debug, Clone, Copy)]
-pub struct Surroundings {
+pub struct Surroundings<'a> {
     /// Descriptors are built with numbers from here on, out of the way of those of the programs.
     pub floor: RawFd,
     /// There is no shell: what led outside leads to /dev/null.
     pub detached: bool,
     /// CLOCK_MONOTONIC goes on where it was: same boot, or a time namespace takes care of it.
     pub same_clocks: bool,
+    /// Where the processes are going to live, if that is not here.
+    pub namespace: Option<&'a PidNamespace>,
 }
 
 /// The descriptions of an image as open descriptors of this process.
@@ -66,7 +69,7 @@ impl Built {
 /// the filled object (see [`memfd::create`]) with an index in `Manifest::shared_memory`.
 pub fn build<'m>(
     manifest: &Manifest,
-    surroundings: Surroundings,
+    surroundings: Surroundings<'_>,
     sockets: &mut dyn FnMut(u32) -> Result<OwnedFd>,
     memory: &mut dyn FnMut(u32) -> Result<BorrowedFd<'m>>,
 ) -> Result<Built> {
@@ -96,7 +99,7 @@ pub fn build<'m>(
 
 struct Builder<'a> {
     manifest: &'a Manifest,
-    surroundings: Surroundings,
+    surroundings: Surroundings<'a>,
     built: Built,
 }
 
@@ -156,7 +159,10 @@ impl Builder<'_> {
                 }
                 fd
             }
-            Kind::PidFd { pid: -1 } => pidfd::of_dead_process()?,
+            Kind::PidFd { pid: -1 } => match self.surroundings.namespace {
+                Some(n) => n.born_inside(pidfd::of_dead_process)?,
+                None => pidfd::of_dead_process()?,
+            },
             Kind::PidFd { .. } => return Ok(()),
             Kind::MessageQueue(queue) => self.message_queue(description, queue)?,
             Kind::Socket { socket } => sockets(*socket)?,

@@ -1,0 +1,299 @@
+//! Where ids of an image are taken, its processes get a pid namespace of their own: as it looks from outside.
+//! (Whether the programs notice anything: `tests/programs.rs`, the mode `ids_taken`.)
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use common::{both, describe, ending, mistctl, processes, run, sandbox, status_field, wait_for};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const LIMIT: Duration = Duration::from_secs(30);
+
+const TESTS: [(&str, fn(&Scene) -> Result<()>); 5] = [
+    ("detached", detached),
+    ("foreground", foreground),
+    ("same_pid_is_refused", same_pid_is_refused),
+    ("without_rights_it_is_refused", without_rights_it_is_refused),
+    ("a_killed_restore_leaves_all_or_nothing", killed),
+];
+
+fn main() -> ExitCode {
+    if sandbox::play_role() {
+        return worker();
+    }
+    let mut args = Arguments::from_args();
+    args.test_threads.get_or_insert(2);
+    let trial = |(name, _): &(&str, _)| {
+        let name = (*name).to_owned();
+        Trial::ignorable_test(format!("namespaces::{name}"), move || outer(&name))
+    };
+    libtest_mimic::run(&args, TESTS.iter().map(trial).collect()).exit_code()
+}
+
+fn outer(name: &str) -> Result<Completion, Failed> {
+    if !nix::unistd::geteuid().is_root() {
+        println!("SKIPPED: needs root, to make namespaces");
+        return Ok(Completion::ignored_with("needs root, to make namespaces"));
+    }
+    let dir = tempfile::Builder::new().prefix("mist-ns-").tempdir()?;
+    let args = [name.to_owned(), dir.path().to_string_lossy().into_owned()];
+    match sandbox::run_self(&args, dir.path(), 10 * LIMIT).map_err(|e| format!("{e:#}"))? {
+        sandbox::Verdict::Passed(_) => Ok(Completion::Completed),
+        sandbox::Verdict::Skipped(why) => Ok(Completion::ignored_with(why)),
+        sandbox::Verdict::Failed(why) => Err(Failed::from(why)),
+    }
+}
+
+fn worker() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let [name, dir] = args.as_slice() else {
+        return ExitCode::FAILURE;
+    };
+    let outcome = Scene::new(Path::new(dir)).and_then(|scene| {
+        let test = TESTS.iter().find(|(n, _)| n == name);
+        let (_, test) = test.context("no such test")?;
+        test(&scene)
+    });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            println!("{e:#}\nprocesses:\n{}", describe(&processes()));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// A shell with a child that was saved, and another process that has its pid.
+struct Scene {
+    dir: PathBuf,
+    image: PathBuf,
+    pid: u32,
+    squatter: std::cell::RefCell<Child>,
+}
+
+impl Scene {
+    fn new(dir: &Path) -> Result<Self> {
+        let mut program = Command::new("/bin/sh")
+            .args(["-c", "sleep 1000 & trap 'exit 7' TERM; wait"])
+            .current_dir(dir)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let pid = program.id();
+        wait_for("the shell's child", LIMIT, || {
+            let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+            let child = children.split_whitespace().next().map(str::to_owned);
+            let name = child.and_then(|c| fs::read_to_string(format!("/proc/{c}/comm")).ok());
+            Ok(name.filter(|n| n == "sleep\n"))
+        })?;
+        let image = dir.join("image");
+        let mut dump = mistctl();
+        dump.args(["dump", "--tree", "--kill", "-o"]).arg(&image);
+        dump.arg(pid.to_string());
+        succeeded(&run(dump, dir, "dump", LIMIT)?)?;
+        program.wait()?;
+        let last = "/proc/sys/kernel/ns_last_pid";
+        fs::write(last, (pid - 1).to_string()).context(last)?;
+        let squatter = Command::new("/bin/sleep").arg("1000").spawn()?;
+        ensure!(squatter.id() == pid, "the pid {pid} could not be taken");
+        Ok(Self {
+            dir: dir.to_owned(),
+            image,
+            pid,
+            squatter: squatter.into(),
+        })
+    }
+
+    fn restore(&self, args: &[&str]) -> Command {
+        let mut command = mistctl();
+        command.arg("restore").args(args).arg(&self.image);
+        command
+    }
+
+    /// The processes of this place but for the sandbox's own and the squatter.
+    fn others(&self) -> Vec<u32> {
+        let known = [1, std::process::id(), self.pid];
+        let mut all = processes();
+        all.retain(|p| !known.contains(p));
+        all
+    }
+
+    fn nothing_is_left(&self) -> Result<()> {
+        wait_for("the end of the namespace", LIMIT, || {
+            Ok(self.others().is_empty().then_some(()))
+        })
+    }
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        let mut squatter = self.squatter.borrow_mut();
+        let _ = squatter.kill();
+        let _ = squatter.wait();
+    }
+}
+
+fn succeeded(output: &Output) -> Result<()> {
+    if !output.status.success() {
+        bail!(
+            "mistctl ended with {}: {}",
+            ending(output.status),
+            both(output)
+        );
+    }
+    Ok(())
+}
+
+/// The id of a process in its innermost pid namespace.
+fn inside(pid: u32) -> Option<u32> {
+    let ids = status_field(pid, "NSpid")?;
+    ids.split_whitespace().last()?.parse().ok()
+}
+
+fn send(pid: u32, signal: Signal) -> Result<()> {
+    kill(Pid::from_raw(pid as i32), signal).with_context(|| format!("{signal} to {pid}"))
+}
+
+fn detached(scene: &Scene) -> Result<()> {
+    for args in [
+        &["--detach", "--json"][..],
+        &["--detach", "--json", "--lazy"],
+    ] {
+        let output = run(scene.restore(args), &scene.dir, "restore", LIMIT)?;
+        succeeded(&output)?;
+        let said: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        let pid = said["pid"].as_u64().context("no pid")? as u32;
+        ensure!(said["pid_namespace"] == true, "{said}");
+        ensure!(
+            said["warnings"]
+                .to_string()
+                .contains("pid namespace of their own"),
+            "{said}"
+        );
+        ensure!(pid != scene.pid, "{said}");
+        ensure!(inside(pid) == Some(scene.pid), "wanted {}", scene.pid);
+        // Its /proc is its own.
+        let comm = fs::read_to_string(format!("/proc/{pid}/root/proc/{}/comm", scene.pid))?;
+        ensure!(comm == "sh\n", "got {comm:?}");
+        let parent = status_field(pid, "TracerPid");
+        ensure!(parent.as_deref() == Some("0"), "still traced");
+        let all = scene.others();
+        let init = all.iter().find(|p| inside(**p) == Some(1));
+        let init = *init.context("the namespace has no init")?;
+        let open = fs::read_dir(format!("/proc/{init}/fd"))?.count();
+        // The line to mistctl, signals, the shell's pidfd.
+        ensure!(open <= 3, "its init holds {open} descriptors");
+        // The shell ends, and its child is the init's.
+        send(pid, Signal::SIGTERM)?;
+        let sleeper = wait_for("the shell's end", LIMIT, || {
+            let left = scene.others();
+            Ok(match left.as_slice() {
+                [a, b] => [*a, *b].into_iter().find(|p| *p != init),
+                _ => None,
+            })
+        })?;
+        let parent = status_field(sleeper, "PPid");
+        ensure!(parent == Some(init.to_string()), "its parent is {parent:?}");
+        send(sleeper, Signal::SIGKILL)?;
+        scene.nothing_is_left()?;
+    }
+    Ok(())
+}
+
+fn foreground(scene: &Scene) -> Result<()> {
+    let mut mistctl = scene.restore(&[]).spawn()?;
+    wait_for("the shell", LIMIT, || {
+        let shell = scene
+            .others()
+            .into_iter()
+            .find(|p| inside(*p) == Some(scene.pid));
+        let runs = shell.filter(|p| status_field(*p, "TracerPid").as_deref() == Some("0"));
+        Ok(runs)
+    })?;
+    send(mistctl.id(), Signal::SIGTERM)?;
+    let status = common::wait_child(&mut mistctl, "mistctl restore", LIMIT)?;
+    ensure!(status.code() == Some(7), "it ended with {}", ending(status));
+    let left = scene.others().into_iter().find(|p| inside(*p) != Some(1));
+    send(left.context("the shell's child is gone")?, Signal::SIGKILL)?;
+    scene.nothing_is_left()
+}
+
+fn same_pid_is_refused(scene: &Scene) -> Result<()> {
+    let output = run(
+        scene.restore(&["--same-pid", "--detach"]),
+        &scene.dir,
+        "restore",
+        LIMIT,
+    )?;
+    ensure!(!output.status.success(), "it was restored");
+    let said = both(&output);
+    ensure!(
+        said.contains("are taken here; end those processes"),
+        "{said}"
+    );
+    scene.nothing_is_left()
+}
+
+fn without_rights_it_is_refused(scene: &Scene) -> Result<()> {
+    let mut command = Command::new("/usr/bin/setpriv");
+    command.arg("--bounding-set=-sys_admin");
+    command.arg(env!("CARGO_BIN_EXE_mistctl"));
+    command.args(["restore", "--detach"]).arg(&scene.image);
+    let output = run(command, &scene.dir, "restore", LIMIT)?;
+    ensure!(!output.status.success(), "it was restored");
+    let said = both(&output);
+    ensure!(
+        said.contains("cannot have a pid namespace of its own") && said.contains("as root"),
+        "{said}"
+    );
+    scene.nothing_is_left()
+}
+
+fn killed(scene: &Scene) -> Result<()> {
+    let begun = Instant::now();
+    succeeded(&run(
+        scene.restore(&["--detach"]),
+        &scene.dir,
+        "restore",
+        LIMIT,
+    )?)?;
+    let span = begun.elapsed().as_micros() as u64;
+    let end = || -> Result<()> {
+        for p in scene.others() {
+            if inside(p) != Some(1) {
+                let _ = kill(Pid::from_raw(p as i32), Signal::SIGKILL);
+            }
+        }
+        scene.nothing_is_left()
+    };
+    end()?;
+    const KILLS: u64 = 40;
+    for i in 0..KILLS {
+        let mut mistctl = scene.restore(&["--detach"]);
+        let mut child = mistctl
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        std::thread::sleep(Duration::from_micros(span * i / KILLS));
+        child.kill()?;
+        child.wait()?;
+        // The init, the shell and its child, or none of them.
+        wait_for("everything or nothing", LIMIT, || {
+            let all = scene.others();
+            let traced = |p: &u32| status_field(*p, "TracerPid").as_deref() != Some("0");
+            let whole = all.len() == 3 && !all.iter().any(traced);
+            Ok((all.is_empty() || whole).then_some(()))
+        })
+        .with_context(|| format!("after kill {i}"))?;
+        end()?;
+    }
+    Ok(())
+}
