@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::str::FromStr;
 use std::time::SystemTime;
 
 use anyhow::Context;
@@ -9,6 +10,8 @@ use clap::ValueEnum;
 use mistctl::dump::{After, Options, Report};
 use mistctl::error::Failure;
 use mistctl::image::{Compress, dated};
+use mistctl::pvm::local;
+use mistctl::pvm::tid::Tid;
 
 use super::{out, stores};
 
@@ -25,9 +28,12 @@ use super::{out, stores};
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = EXAMPLES)]
 pub struct Args {
-    /// The process to save
-    #[arg(value_parser = clap::value_parser!(i32).range(1..))]
-    pid: i32,
+    /// The process to save, or the PVM task by its tid, as in t40002 (`mistctl ps` lists them)
+    ///
+    /// t40002 and 0x40002 are tids. A bare number is the process that has this pid; 40002 is a tid only where no
+    /// process 40002 exists.
+    #[arg(value_name = "PID|TID")]
+    process: Target,
 
     /// Directory to make for the image [default: NAME-PID-TIME in this directory]
     ///
@@ -78,6 +84,33 @@ pub struct Args {
     pub json: bool,
 }
 
+/// What the command line names a process by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Target {
+    Tid(Tid),
+    /// A pid or, where there is no such process, the tid with these digits.
+    Number(i32, Option<Tid>),
+}
+
+impl FromStr for Target {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> anyhow::Result<Target> {
+        let tid = text.parse::<Tid>().ok().filter(|tid| tid.is_task());
+        if text.bytes().all(|byte| byte.is_ascii_digit()) {
+            match text.parse() {
+                Ok(pid) if pid > 0 => return Ok(Target::Number(pid, tid)),
+                _ => {}
+            }
+        }
+        tid.map(Target::Tid).ok_or_else(|| {
+            Failure::Usage.because(format!(
+                "'{text}' is neither a pid nor the tid of a task (t40002)"
+            ))
+        })
+    }
+}
+
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum How {
     /// As it is: fastest, and can be mapped
@@ -93,6 +126,9 @@ EXAMPLES
     Save a process that runs on, and see what came of it:
         mistctl dump 1234 -o work.img && mistctl show work.img
 
+    Save a PVM task by its tid, at a moment at which no message is half sent or half received:
+        mistctl dump t40002 -o task.img
+
     Save a shell with everything it started, then end it all:
         mistctl dump --tree --kill 1234 -o session.img
 
@@ -100,13 +136,13 @@ EXAMPLES
         */10 * * * * mistctl dump $(cat /run/work.pid) -o /var/lib/mist/work --keep 6";
 
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    process_exists(args.pid)?;
-    mistctl::kernel::caps::caller()?.may_dump(args.pid)?;
+    let pid = find(args.process)?;
+    mistctl::kernel::caps::caller()?.may_dump(pid)?;
     match (&args.output, args.keep) {
         (Some(dir), Some(keep)) => {
             let store = stores::Locked::open(dir)?;
             let image = store.next_path()?;
-            let report = mistctl::dump::run(&options(args, image, Some(dir.clone())))?;
+            let report = mistctl::pvm::dump::run(&options(args, pid, image, Some(dir.clone())))?;
             store.keep_newest(keep as usize)?;
             // Silent, with warnings too: what they say is the same every time, and `show` says it.
             if args.json {
@@ -116,7 +152,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         (output, _) => {
             let image = match output {
                 Some(dir) => dir.clone(),
-                None => PathBuf::from(default_name(args.pid)),
+                None => PathBuf::from(default_name(pid)),
             };
             if image.symlink_metadata().is_ok() {
                 return Err(Failure::Failed.because(format!(
@@ -124,7 +160,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
                     image.display()
                 )));
             }
-            let report = mistctl::dump::run(&options(args, image, None))?;
+            let report = mistctl::pvm::dump::run(&options(args, pid, image, None))?;
             if args.json {
                 out::object(&report)?;
             } else {
@@ -137,9 +173,9 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn options(args: &Args, image: PathBuf, store: Option<PathBuf>) -> Options {
+fn options(args: &Args, pid: i32, image: PathBuf, store: Option<PathBuf>) -> Options {
     Options {
-        pid: args.pid,
+        pid,
         image,
         store,
         tree: args.tree,
@@ -159,14 +195,21 @@ fn options(args: &Args, image: PathBuf, store: Option<PathBuf>) -> Options {
     }
 }
 
-/// Says early, and in so many words, that there is no such process.
-fn process_exists(pid: i32) -> anyhow::Result<()> {
+/// The process that is meant; says early, and in so many words, if there is none.
+fn find(target: Target) -> anyhow::Result<i32> {
+    let (pid, tid) = match target {
+        Target::Tid(tid) => return local::find(tid),
+        Target::Number(pid, tid) => (pid, tid),
+    };
     match Path::new(&format!("/proc/{pid}")).symlink_metadata() {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            if let Some(Ok(pid)) = tid.map(local::find) {
+                return Ok(pid);
+            }
             Err(Failure::NoSuchProcess.because(format!("no process has pid {pid}")))
         }
         Err(e) => Err(e).with_context(|| format!("/proc/{pid}: cannot look at the process")),
-        Ok(_) => Ok(()),
+        Ok(_) => Ok(pid),
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::Result;
 
 use super::session::Session;
-use super::{After, Options, Report};
+use super::{After, Options, Report, Sink};
 use crate::image::store::ImageWriter;
 use crate::progress;
 
@@ -17,10 +17,13 @@ use crate::progress;
 pub fn run(opts: &Options) -> Result<Report> {
     let started = Instant::now();
     let writer = ImageWriter::create(&opts.image, opts.store.as_deref(), opts.compress)?;
-    finish(Session::stop(opts)?, writer, opts, started)
+    finish(Session::stop(opts)?, writer, opts, started, &mut |_, _| {
+        Ok(())
+    })
 }
 
-/// From processes that stand to an image; `started` is when the whole began.
+/// From processes that stand to an image; `started` is when the whole began. `looked` is called while they still
+/// stand, when everything but their memory has been read.
 ///
 /// # Errors
 /// As for [`run`].
@@ -29,9 +32,11 @@ pub fn finish(
     writer: ImageWriter,
     opts: &Options,
     started: Instant,
+    looked: &mut dyn FnMut(&mut Session, &dyn Sink) -> Result<()>,
 ) -> Result<Report> {
     let bar = progress::bar(opts.progress, 0);
     session.look(&writer)?;
+    looked(&mut session, &writer)?;
     if session.has_copies() {
         session.release()?;
     }

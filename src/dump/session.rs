@@ -13,7 +13,7 @@ use super::tables::Tables;
 use super::{After, Options, Report, Sink, carry, maps, memory, process};
 use crate::error::Failure;
 use crate::image::pvm::PvmTask;
-use crate::image::{FORMAT_NAME, FORMAT_VERSION, Manifest, SpaceId};
+use crate::image::{FORMAT_NAME, FORMAT_VERSION, Fd, Manifest, SpaceId};
 use crate::kernel::guardian::Guardian;
 use crate::kernel::{caps, pidfd};
 
@@ -164,6 +164,11 @@ impl Session {
         self.report.bytes_memory += copied;
         self.subjects.iter_mut().for_each(|s| drop(s.copy.take()));
         Ok(())
+    }
+
+    /// Which description each of the first process's descriptors has; nothing before [`Session::look`].
+    pub fn descriptors(&self) -> &[Fd] {
+        self.subjects.first().map_or(&[], |s| &s.process.fds)
     }
 
     /// What the image says of the PVM task that the first process is.

@@ -17,6 +17,7 @@ mod tcp;
 mod unix;
 
 pub use inet::host;
+pub use unix::peek_bytes;
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};

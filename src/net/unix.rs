@@ -3,6 +3,7 @@
 mod dump;
 mod restore;
 
+pub use dump::peek_bytes;
 pub(crate) use dump::{peek_messages, read, read_queue};
 pub(crate) use restore::{Plan, build, fill};
 

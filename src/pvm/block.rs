@@ -107,6 +107,8 @@ impl TaskBlock {
         held: u32;
         /// Unanswered notify requests.
         notifies: u32;
+        /// Stack pointer of the call at the bottom.
+        stack: u64;
         /// Generation of the table that was acted upon.
         seen: u64;
         /// Address of the mapped table.
@@ -183,6 +185,16 @@ impl TaskBlock {
             _ if self.callbacks()? != 0 => Freezable::Outside,
             _ => Freezable::No("it is inside libpvm"),
         })
+    }
+
+    /// Where the block is in the process's memory.
+    pub fn address(&self) -> u64 {
+        self.at
+    }
+
+    /// The process.
+    pub fn pid(&self) -> i32 {
+        self.pid
     }
 
     /// Asks for a marker: `number` goes to the task `to` (R) behind everything sent before it, as soon

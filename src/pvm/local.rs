@@ -7,7 +7,9 @@ use anyhow::{Context, Result};
 use pvm_abi::block::{flag, state, wait};
 use serde::Serialize;
 
+use crate::error::Failure;
 use crate::pvm::block::TaskBlock;
+use crate::pvm::client::{Client, Pvmd};
 use crate::pvm::tid::Tid;
 
 /// pvm3.h: PvmRouteDirect
@@ -156,6 +158,68 @@ pub fn process(pid: i32, enrolled: bool) -> Result<Option<Process>> {
         process.doing = doing;
     }
     Ok(Some(process))
+}
+
+/// The process on this host that is the task `tid`, its virtual tid or, where nobody has that, its real one.
+///
+/// # Errors
+/// [`Failure::NoSuchProcess`], which says where the task is if the virtual machine of this environment knows it.
+pub fn find(tid: Tid) -> Result<i32> {
+    let (mut by_v, mut by_r) = (Vec::new(), Vec::new());
+    for entry in fs::read_dir("/proc").context("reading /proc")?.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
+            continue;
+        };
+        // Another user's processes, and those that just end, are none of ours.
+        let Ok(Some(block)) = TaskBlock::find(pid) else {
+            continue;
+        };
+        if !matches!((block.state(), block.enrolled_pid()), (Ok(state::ENROLLED), Ok(own)) if own == pid)
+        {
+            continue;
+        }
+        if block.v().is_ok_and(|v| v == tid.0) {
+            by_v.push(pid);
+        } else if block.r().is_ok_and(|r| r == tid.0) {
+            by_r.push(pid);
+        }
+    }
+    let found = if by_v.is_empty() { by_r } else { by_v };
+    match found[..] {
+        [pid] => Ok(pid),
+        [] => elsewhere(tid),
+        _ => Err(Failure::Usage.because(format!(
+            "{} processes are task {tid}, each in a virtual machine of its own: give the pid of the one you mean ({})",
+            found.len(),
+            found.iter().map(i32::to_string).collect::<Vec<_>>().join(", ")
+        ))),
+    }
+}
+
+/// No process here says that it is the task: what the virtual machine says.
+fn elsewhere(tid: Tid) -> Result<i32> {
+    let nowhere = || {
+        Failure::NoSuchProcess.because(format!(
+            "no process on this host is PVM task {tid} (`mistctl ps` lists the tasks)"
+        ))
+    };
+    let Ok(Some(pvmd)) = Pvmd::find() else {
+        return Err(nowhere());
+    };
+    let mut client = Client::enrol(&pvmd, 0)?;
+    let (own, tasks, hosts) = (client.tid(), client.tasks(Tid::NONE)?, client.hosts()?);
+    client.exit()?;
+    let Some(task) = tasks.iter().find(|task| task.tid == tid) else {
+        return Err(nowhere());
+    };
+    if task.host.host() == own.host() {
+        return Ok(task.pid);
+    }
+    let host = hosts.iter().find(|h| h.tid.host() == task.host.host());
+    Err(Failure::NoSuchProcess.because(format!(
+        "task {tid} is on host {}: run mistctl there",
+        host.map_or("unknown", |host| &host.name)
+    )))
 }
 
 /// When a process was started: field 22 of its stat (clock ticks after the boot), which follows a name that may

@@ -1,11 +1,15 @@
 //! PVM: the task-pvmd protocol, the tid table of a host, and what tasks under the shim publish.
 
 pub mod block;
+pub mod capture;
 pub mod client;
+pub mod connection;
 pub mod daemon;
+pub mod dump;
 pub mod land;
 pub mod local;
 pub mod mailbox;
+pub mod quiet;
 pub mod shimabi;
 pub mod spawn;
 pub mod stream;

@@ -280,7 +280,9 @@ static int run(int argc, char **argv)
 		cc = pvm_setminfo(n, &info);
 		say("%d ", cc);
 		show(n);
-	} else if (!strcmp(c, "hostsync"))
+	} else if (!strcmp(c, "hoster"))
+		say("%d", pvm_reg_hoster());
+	else if (!strcmp(c, "hostsync"))
 		say("%d", pvm_hostsync(TID(1), &time, &delta));
 	else if (!strcmp(c, "perror")) {
 		fflush(stderr);

@@ -168,6 +168,20 @@ fn peek_stream(fd: &OwnedFd, total: usize, guardian: &Guardian) -> Result<Peeked
     Ok(all)
 }
 
+/// The bytes that a stream socket of another process has received and that process has not read. Nothing is
+/// consumed.
+///
+/// # Errors
+/// When they cannot be peeked.
+pub fn peek_bytes(fd: &OwnedFd, guardian: &Guardian) -> Result<Vec<u8>> {
+    let total = sockopt::queued(fd, Queue::In).context("ioctl(SIOCINQ)")? as usize;
+    let mut all = Vec::with_capacity(total);
+    for (bytes, _) in peek_stream(fd, total, guardian)? {
+        all.extend(bytes);
+    }
+    Ok(all)
+}
+
 /// Every message of a datagram or seqpacket socket.
 pub(crate) fn peek_messages(fd: &OwnedFd, ended: bool, guardian: &Guardian) -> Result<Peeked> {
     let mut all = Peeked::new();

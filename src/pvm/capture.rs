@@ -1,0 +1,437 @@
+//! A PVM task into an image: who it is in the virtual machine, and what of it is on its way.
+
+use std::fs::File;
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use pvm_abi::block::{flag, state};
+use pvm_abi::{CTX_TC, NOOP_MAGIC};
+
+use crate::dump::{Session, Sink};
+use crate::error::Failure;
+use crate::image::Bytes;
+use crate::image::pvm::{MailboxEntry, PvmTask, Unread};
+use crate::kernel::guardian::Guardian;
+use crate::kernel::mem::Mem;
+use crate::pvm::block::TaskBlock;
+use crate::pvm::client::{Client, Pvmd};
+use crate::pvm::connection::Connection;
+use crate::pvm::mailbox;
+use crate::pvm::tid::Tid;
+use crate::pvm::wire::{FRAGMENT_HEADER, LONGEST_FRAGMENT, MESSAGE_HEADER, tc};
+
+/// Unread bytes up to this many stand in the manifest.
+const INLINE: usize = 16 << 10;
+/// How long the pvmd may take for an answer while the task stands still.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// First and only fragment of a message (pvmproto.h: FFSOM, FFEOM).
+const WHOLE: u8 = 3;
+/// What libpvm's `struct Pvmtracer` begins with: six ints.
+const TRACER: usize = 24;
+
+/// A task under the shim, still running.
+pub struct Task {
+    pub block: TaskBlock,
+    pub connection: Connection,
+    /// Virtual and real tid.
+    pub v: Tid,
+    pub r: Tid,
+}
+
+impl Task {
+    /// The task that process `pid` is; none for one that has nothing to do with PVM.
+    ///
+    /// # Errors
+    /// [`Failure::Refused`] for a task that cannot be carried, with the reason and what to do instead.
+    pub fn find(pid: i32) -> Result<Option<Task>> {
+        let connection = Connection::find(pid)?;
+        let block = TaskBlock::find(pid)?;
+        let enrolled = match &block {
+            Some(block) => block.state()? == state::ENROLLED && block.enrolled_pid()? == pid,
+            None => false,
+        };
+        match (connection, block) {
+            (None, _) if !enrolled => Ok(None),
+            (None, _) => Err(Failure::Refused.because(format!(
+                "process {pid} is a PVM task whose pvmd has ended; nothing can carry it into another virtual machine"
+            ))),
+            (Some(connection), Some(block)) if enrolled => {
+                let (v, r) = (Tid(block.v()?), Tid(block.r()?));
+                may_be_carried(&block, v)?;
+                Ok(Some(Task {
+                    block,
+                    connection,
+                    v,
+                    r,
+                }))
+            }
+            (Some(connection), block) => Err(without_shim(&connection, block.as_ref())?),
+        }
+    }
+
+    /// Where its pvmd listens.
+    ///
+    /// # Errors
+    /// When that is nowhere.
+    pub fn pvmd(&self) -> Result<Pvmd> {
+        let address = &self.connection.address;
+        let file = address.with_file_name("pvmd");
+        let pvmd = Pvmd::find_at(Some(address.as_os_str()), &file)?;
+        pvmd.with_context(|| format!("no pvmd listens at {}", address.display()))
+    }
+
+    /// Enrols with the task's own pvmd, to ask after the task.
+    ///
+    /// # Errors
+    /// When the pvmd does not take us: it is another user's.
+    pub fn client(&self) -> Result<Client> {
+        let mut client = Client::enrol(&self.pvmd()?, 0).with_context(|| {
+            format!(
+                "asking after task {}; run mistctl as the user whose virtual machine it is",
+                self.v
+            )
+        })?;
+        client.set_patience(PATIENCE);
+        Ok(client)
+    }
+
+    /// Whether what it has not read begins with a fragment: libpvm has not read a part of it, and waits for the
+    /// rest.
+    ///
+    /// # Errors
+    /// When its socket cannot be peeked.
+    pub fn begins_whole(&self) -> Result<bool> {
+        let head = self.connection.peek(FRAGMENT_HEADER)?;
+        if head.is_empty() {
+            return Ok(true);
+        }
+        let Some([dst, src, _, rest]) = words(&head) else {
+            return Ok(false);
+        };
+        let (dst, src) = (Tid(dst), Tid(src));
+        Ok((dst == self.r || dst.is_group())
+            && (src.is_task() || src.is_pvmd())
+            && rest & !(u32::from(WHOLE) << 24) == 0)
+    }
+
+    /// What has not been read, in whole fragments: of one that is still coming the rest is waited for.
+    fn unread(&self, guardian: &Guardian, client: &mut Client) -> Result<Vec<u8>> {
+        let until = Instant::now() + PATIENCE;
+        let mut raised = None;
+        loop {
+            let unread = self.connection.unread(guardian)?;
+            let whole = whole_fragments(&unread)
+                .with_context(|| format!("what task {} has not read", self.v))?;
+            if whole == unread.len() {
+                return without_markers(&unread, self.r)
+                    .with_context(|| format!("what task {} has not read", self.v));
+            }
+            if Instant::now() > until {
+                return Err(Failure::Busy.because(format!(
+                    "its pvmd has not sent the rest of a message to task {} within {} s; nothing was changed, try \
+                     again",
+                    self.v,
+                    PATIENCE.as_secs()
+                )));
+            }
+            if raised.is_none() {
+                raised = Some(self.connection.raise(guardian)?);
+            }
+            // The pvmd looks for room in its sockets when something comes in.
+            client.lives(self.r)?;
+        }
+    }
+
+    /// What an image has to say of the task, which stands still in `session` and has been looked at.
+    ///
+    /// # Errors
+    /// When it has left the virtual machine meanwhile, its pvmd does not answer, or what it has not read makes no
+    /// sense.
+    pub fn capture(
+        &self,
+        session: &Session,
+        client: &mut Client,
+        sink: &dyn Sink,
+    ) -> Result<PvmTask> {
+        let mem = &session.first()?.mem;
+        let description = |fd: i32| {
+            let found = session.descriptors().iter().find(|f| f.fd == fd);
+            found
+                .map(|f| f.description)
+                .with_context(|| format!("task {} has no descriptor {fd} any more", self.v))
+        };
+        let unread = self.unread(session.guardian(), client)?;
+        let (output_to, trace_to) = self.sinks(mem)?;
+        let (program, host) = self.name_and_host(client)?;
+        let pipes = self.connection.pipes()?;
+        Ok(PvmTask {
+            v: self.v.0,
+            r: self.r.0,
+            program,
+            host,
+            connection: description(self.connection.fd)?,
+            output: pipes
+                .iter()
+                .map(|(fd, _)| description(*fd))
+                .collect::<Result<_>>()?,
+            unread: keep(unread, sink)?,
+            output_to,
+            trace_to,
+            mailbox: self.mailbox(client)?,
+            block: self.block.address(),
+            table: (self.block.table()?, self.block.table_len()?),
+        })
+    }
+
+    /// Where its output and traces go, as libpvm knows.
+    #[expect(clippy::type_complexity, reason = "as the image has it")]
+    fn sinks(&self, mem: &Mem) -> Result<((u32, u32, i32), (u32, u32, i32))> {
+        let globals = self.block.globals()?;
+        // Its place among the globals (pvm_abi::block::Globals).
+        const PVMTRC: usize = 13;
+        let at = globals.get(PVMTRC).copied().unwrap_or(0);
+        ensure!(at != 0, "libpvm of task {} has no variable pvmtrc", self.v);
+        let bytes = mem.read_vec(at, TRACER)?;
+        let mut ints = bytes
+            .chunks_exact(4)
+            .map(|c| u32::from_ne_bytes(c.try_into().unwrap_or_default()));
+        let mut next = || ints.next().unwrap_or(0);
+        let trace = (next(), next(), next() as i32);
+        Ok(((next(), next(), next() as i32), trace))
+    }
+
+    /// The entries that vanish with it.
+    fn mailbox(&self, client: &mut Client) -> Result<Vec<MailboxEntry>> {
+        let mut own = Vec::new();
+        for entry in client.mailbox_names("*")? {
+            if entry.owner != self.r || entry.flags & mailbox::PERSISTENT != 0 {
+                continue;
+            }
+            // One that somebody has just taken away is none.
+            if let Some(message) = client.mailbox_get(&entry.name, entry.index)? {
+                own.push(MailboxEntry {
+                    class: entry.name,
+                    index: entry.index,
+                    flags: entry.flags,
+                    message: Bytes(message),
+                });
+            }
+        }
+        Ok(own)
+    }
+
+    fn name_and_host(&self, client: &mut Client) -> Result<(String, String)> {
+        let tasks = client.tasks(self.r.host())?;
+        let task = tasks.iter().find(|task| task.tid == self.r);
+        let program = task.map(|task| task.program.clone());
+        let hosts = client.hosts()?;
+        let host = hosts.iter().find(|h| h.tid.host() == self.r.host());
+        Ok((
+            program.with_context(|| {
+                format!(
+                    "its pvmd does not know task {} (tid {}) any more",
+                    self.v, self.r
+                )
+            })?,
+            host.map_or_else(String::new, |host| host.name.clone()),
+        ))
+    }
+}
+
+/// Refuses what PVM's own parts are, and what cannot be found again elsewhere.
+fn may_be_carried(block: &TaskBlock, v: Tid) -> Result<()> {
+    let flags = block.flags()?;
+    let roles = [
+        (flag::RESOURCE_MANAGER, "a resource manager"),
+        (flag::HOSTER, "a hoster"),
+        (flag::TASKER, "a tasker"),
+        (flag::TRACER, "a tracer"),
+    ];
+    for (bit, role) in roles {
+        if flags & bit != 0 {
+            return Err(Failure::Refused.because(format!(
+                "task {v} is registered as {role}, which PVM ties to its host; let it unregister first"
+            )));
+        }
+    }
+    let others = [
+        (
+            flag::DIRECT_ROUTES,
+            "may have direct routes (MIST_DIRECT_ROUTES is set), whose other ends would not follow; start it without",
+        ),
+        (
+            flag::NO_TABLE,
+            "could not map the tid table of its host when it enrolled; see what it said on its standard error",
+        ),
+    ];
+    for (bit, why) in others {
+        if flags & bit != 0 {
+            return Err(Failure::Refused.because(format!("task {v} {why}")));
+        }
+    }
+    Ok(())
+}
+
+/// What to say of a task that the shim does not serve.
+fn without_shim(connection: &Connection, block: Option<&TaskBlock>) -> Result<anyhow::Error> {
+    let pid = connection.pid;
+    if let Some(block) = block {
+        match block.state()? {
+            state::UNKNOWN_LIBPVM => {
+                return Ok(Failure::Refused.because(format!(
+                    "process {pid} is a PVM task with a libpvm that mist's shim does not know; see what it said on its standard error"
+                )));
+            }
+            state::IDLE if uses_libpvm(pid) && block.enrolled_pid()? == 0 => {
+                return Ok(Failure::Busy.because(format!(
+                    "process {pid} is just joining the virtual machine; nothing was changed, try again"
+                )));
+            }
+            state::ENROLLED => {
+                return Ok(Failure::Refused.because(format!(
+                    "process {pid} has inherited the connection of PVM task t{:x} (process {}) to its pvmd; dump that process, or let this one close fd {}",
+                    block.v()?,
+                    block.enrolled_pid()?,
+                    connection.fd
+                )));
+            }
+            _ => {}
+        }
+    }
+    let how = if uses_libpvm(pid) {
+        "was started without mist's shim, and would lose its connection to the pvmd: start it with `mistctl exec`, or in a virtual machine that `mistctl pvm start` started"
+    } else {
+        "has libpvm linked in statically, where mist's shim cannot serve it, and would lose its connection to the pvmd: link it with -lpvm3 dynamically, and start it with `mistctl exec`"
+    };
+    Ok(Failure::Refused.because(format!("process {pid} is a PVM task that {how}")))
+}
+
+fn uses_libpvm(pid: i32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/maps"))
+        .is_ok_and(|maps| maps.contains("/libpvm3.so"))
+}
+
+/// Small things stand in the manifest, others in an object of their own.
+fn keep(unread: Vec<u8>, sink: &dyn Sink) -> Result<Unread> {
+    if unread.len() <= INLINE {
+        return Ok(Unread {
+            inline: Bytes(unread),
+            object: None,
+        });
+    }
+    let name = c"mist-unread";
+    let file = memfd_create(name, MFdFlags::MFD_CLOEXEC).context("memfd_create")?;
+    let mut file = File::from(file);
+    file.write_all(&unread)
+        .context("a file for what the task has not read")?;
+    Ok(Unread {
+        inline: Bytes::default(),
+        object: Some(sink.object(&file)?),
+    })
+}
+
+/// One fragment of what a pvmd sends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fragment<'a> {
+    pub src: Tid,
+    pub dst: Tid,
+    pub flags: u8,
+    pub body: &'a [u8],
+    /// Header and body.
+    pub bytes: &'a [u8],
+}
+
+impl<'a> Fragment<'a> {
+    /// Cuts the first fragment off the front; none when it is not whole.
+    ///
+    /// # Errors
+    /// When what stands there is no fragment.
+    pub fn take(rest: &mut &'a [u8]) -> Result<Option<Fragment<'a>>> {
+        let all = *rest;
+        let Some([dst, src, len, last]) = all.get(..FRAGMENT_HEADER).and_then(words) else {
+            return Ok(None);
+        };
+        let (len, flags) = (len as usize, (last >> 24) as u8);
+        ensure!(
+            len <= LONGEST_FRAGMENT && flags & !WHOLE == 0,
+            "it does not begin with a whole fragment"
+        );
+        let Some(bytes) = all.get(..FRAGMENT_HEADER + len) else {
+            return Ok(None);
+        };
+        *rest = all.get(bytes.len()..).unwrap_or_default();
+        Ok(Some(Fragment {
+            dst: Tid(dst),
+            src: Tid(src),
+            flags,
+            body: bytes.get(FRAGMENT_HEADER..).unwrap_or_default(),
+            bytes,
+        }))
+    }
+
+    /// What follows the message's header and mist's first word, if it is a TC_NOOP that mist sent.
+    pub fn noop(&self) -> Option<&'a [u8]> {
+        let word = |at: usize| {
+            let word = self.body.get(at..at + 4)?.try_into().ok()?;
+            Some(u32::from_be_bytes(word))
+        };
+        let ours = self.flags == WHOLE
+            && word(4) == Some(tc::NOOP)
+            && word(8) == Some(CTX_TC as u32)
+            && word(MESSAGE_HEADER) == Some(NOOP_MAGIC);
+        ours.then(|| self.body.get(MESSAGE_HEADER + 4..))?
+    }
+}
+
+/// The four words of a fragment's header.
+fn words(head: &[u8]) -> Option<[u32; 4]> {
+    let word = |at: usize| {
+        let word = head.get(at..at + 4)?.try_into().ok()?;
+        Some(u32::from_be_bytes(word))
+    };
+    Some([word(0)?, word(4)?, word(8)?, word(12)?])
+}
+
+/// How many bytes whole fragments take up at the beginning.
+///
+/// # Errors
+/// When what stands there are no fragments.
+fn whole_fragments(bytes: &[u8]) -> Result<usize> {
+    let mut rest = bytes;
+    while Fragment::take(&mut rest)?.is_some() {}
+    Ok(bytes.len() - rest.len())
+}
+
+/// All fragments of `unread`, which are for `r`.
+///
+/// # Errors
+/// When they are not, or the last one is not whole.
+pub fn fragments(unread: &[u8], r: Tid) -> Result<Vec<Fragment<'_>>> {
+    let mut rest = unread;
+    let mut all = Vec::new();
+    while !rest.is_empty() {
+        let at = unread.len() - rest.len();
+        let fragment = Fragment::take(&mut rest).with_context(|| format!("at byte {at}"))?;
+        let fragment =
+            fragment.with_context(|| format!("the fragment at byte {at} has not arrived whole"))?;
+        ensure!(
+            fragment.dst == r || fragment.dst.is_group(),
+            "the fragment at byte {at} is for {}, not for {r}",
+            fragment.dst
+        );
+        all.push(fragment);
+    }
+    Ok(all)
+}
+
+fn without_markers(unread: &[u8], r: Tid) -> Result<Vec<u8>> {
+    let mut kept = Vec::with_capacity(unread.len());
+    for fragment in fragments(unread, r)? {
+        if fragment.noop().is_none() {
+            kept.extend_from_slice(fragment.bytes);
+        }
+    }
+    Ok(kept)
+}
