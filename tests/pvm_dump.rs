@@ -6,16 +6,19 @@ mod stage;
 
 use std::path::Path;
 use std::process::{ExitCode, Output};
+use std::sync::Arc;
 use std::time::Duration;
 
 use mistctl::error::Failure;
 use mistctl::image::files::Kind;
 use mistctl::image::{Image, Manifest};
 use mistctl::kernel::arch::Regs;
+use mistctl::kernel::guardian::Guardian;
 use mistctl::kernel::tracee::{Stop, Tracee};
 use mistctl::pvm::block::Freezable;
-use mistctl::pvm::capture::{Task, fragments};
+use mistctl::pvm::capture::{Fragment, Task, fragments};
 use mistctl::pvm::client::{Client, Pvmd};
+use mistctl::pvm::flush::{self, Drain};
 use mistctl::pvm::quiet;
 use mistctl::pvm::shimabi::block::wait;
 use mistctl::pvm::tid::Tid;
@@ -42,6 +45,19 @@ fn main() -> ExitCode {
         ),
         ("not while a send is half out", sending),
         ("while it waits for messages, and outside libpvm", waiting),
+        (
+            "what stands in a sender's socket comes before a marker",
+            drained,
+        ),
+        (
+            "a task that sends without pause marks its own stream",
+            streaming,
+        ),
+        (
+            "a sender at the gate, or inside a send, is waited for",
+            inside_send,
+        ),
+        ("what a task sent, and its output, has left it", left),
     ])
 }
 
@@ -290,5 +306,143 @@ fn waiting(kit: &Path) {
         other.ask(&format!("send {v:x} 5 hello"));
         let answer = task.answer();
         assert!(answer.contains("tag 5"), "{answer}");
+    }
+}
+
+const KIND: u32 = 77;
+
+/// The agent's marker, behind what a drain has waited for; the messages in the task's socket and then the marker.
+fn flushed(vm: &Vm, task: &mut Actor, client: &mut Client, number: u32) -> Vec<Option<u32>> {
+    let found = Task::find(task.pid()).unwrap().unwrap();
+    client
+        .send_noop(found.r, KIND, &number.to_be_bytes())
+        .unwrap();
+    let guardian = Arc::new(Guardian::start().unwrap());
+    let agents = [client.tid()];
+    let raised = flush::arrived(&found, &guardian, (KIND, number), &agents, LIMIT).unwrap();
+    let unread = found.connection.unread(&guardian).unwrap();
+    drop(raised);
+    let tag = |f: &Fragment| {
+        let tag = f.body.get(4..8)?.try_into().ok()?;
+        (f.noop().is_none() && f.flags & 1 != 0).then_some(u32::from_be_bytes(tag))
+    };
+    let _ = vm;
+    fragments(&unread, found.r)
+        .unwrap()
+        .iter()
+        .map(tag)
+        .collect()
+}
+
+/// A pvmd reads one fragment of each task in turn: without the drain the marker comes second.
+fn drained(kit: &Path) {
+    let vm = Vm::start(kit);
+    let (mut task, mut sender) = (vm.actor(), vm.actor());
+    let (v, _) = (task.enrol(), sender.enrol());
+    let mut client = client_of(&vm);
+    let pvmd = Pid::from_raw(vm.pvmd.id() as i32);
+    kill(pvmd, Signal::SIGSTOP).unwrap();
+    for _ in 0..5 {
+        assert_eq!(sender.ask(&format!("send {v:x} 7 text")), "0");
+    }
+    vm.table().close_gate(v, 0, 0).unwrap();
+    let mut drain = Drain::begin(Tid(v), Tid(v), client.tid(), 1).unwrap();
+    assert!(!drain.look().unwrap(), "its pvmd sleeps");
+    assert!(drain.waits_for().contains("has written"));
+    kill(pvmd, Signal::SIGCONT).unwrap();
+    until("the drain to end", || drain.look().unwrap());
+    let tags = flushed(&vm, &mut task, &mut client, 4711);
+    assert_eq!(tags, [Some(7), Some(7), Some(7), Some(7), Some(7), None]);
+    vm.table().open_gate(v, v).unwrap();
+}
+
+fn streaming(kit: &Path) {
+    let vm = Vm::start(kit);
+    let (mut task, mut sender) = (vm.actor(), vm.actor());
+    let (v, _) = (task.enrol(), sender.enrol());
+    let mut client = client_of(&vm);
+    let own = client.tid();
+    let pvmd = Pid::from_raw(vm.pvmd.id() as i32);
+    sender.ask(&format!("send {v:x} 7 text"));
+    sender.tell(&format!("stream {:x} 8 100000", own.0));
+    client.recv_from(None, 8, LIMIT).unwrap().unwrap();
+    kill(pvmd, Signal::SIGSTOP).unwrap();
+    vm.table().close_gate(v, 0, 0).unwrap();
+    let mut drain = Drain::begin(Tid(v), Tid(v), own, 5).unwrap();
+    let block = sender.block();
+    until("the task to be asked for its own marker", || {
+        assert!(!drain.look().unwrap(), "its pvmd sleeps");
+        block.free_marker().unwrap() == Some(1)
+    });
+    kill(pvmd, Signal::SIGCONT).unwrap();
+    // From here on nobody looks at the socket: the marker alone ends it.
+    loop {
+        let message = client.recv(Some(LIMIT)).unwrap().expect("no marker came");
+        if drain.marker(&message) {
+            break;
+        }
+    }
+    assert!(drain.look().unwrap());
+    let tags = flushed(&vm, &mut task, &mut client, 4712);
+    assert_eq!(tags, [Some(7), None]);
+    while client.recv(Some(Duration::ZERO)).unwrap().is_some() {}
+    vm.table().open_gate(v, v).unwrap();
+}
+
+fn inside_send(kit: &Path) {
+    let vm = Vm::start(kit);
+    let (mut task, mut sender) = (vm.actor(), vm.actor());
+    let (v, _) = (task.enrol(), sender.enrol());
+    let mut client = client_of(&vm);
+    let pvmd = Pid::from_raw(vm.pvmd.id() as i32);
+    kill(pvmd, Signal::SIGSTOP).unwrap();
+    sender.tell(&format!("big {v:x} 7 1000000"));
+    stage::until_waits(&sender.block(), wait::SEND);
+    vm.table().close_gate(v, 0, 0).unwrap();
+    let mut drain = Drain::begin(Tid(v), Tid(v), client.tid(), 6).unwrap();
+    assert!(!drain.look().unwrap());
+    assert!(
+        drain.waits_for().contains("inside a send"),
+        "{}",
+        drain.waits_for()
+    );
+    kill(pvmd, Signal::SIGCONT).unwrap();
+    until("the drain to end", || drain.look().unwrap());
+    // The next one waits at the gate, and is in nobody's way.
+    assert_eq!(sender.answer(), "0");
+    sender.tell(&format!("send {v:x} 9 late"));
+    stage::until_waits(&sender.block(), wait::GATE);
+    let mut drain = Drain::begin(Tid(v), Tid(v), client.tid(), 7).unwrap();
+    until("the drain to end", || drain.look().unwrap());
+    let tags = flushed(&vm, &mut task, &mut client, 4713);
+    assert_eq!((tags.first(), tags.last()), (Some(&Some(7)), Some(&None)));
+    assert!(!tags.contains(&Some(9)), "it is held");
+    vm.table().open_gate(v, v).unwrap();
+    assert!(task.ask("recv -1 7").contains("text big"));
+    assert!(task.ask("recv -1 9").contains("text late"));
+}
+
+/// As long as its pvmd has not read what a task wrote, to others or to its standard output, it has not left it.
+fn left(kit: &Path) {
+    let vm = Vm::start(kit);
+    let mut parent = vm.actor();
+    let p = parent.enrol();
+    let (stage, arguments) = vm.stage("child");
+    let program = vm.kit.join("actor");
+    parent.ask(&format!("spawn 1 {} {arguments}", program.display()));
+    let mut child = stage.actor();
+    child.enrol();
+    let found = Task::find(child.pid()).unwrap().unwrap();
+    let guardian = Arc::new(Guardian::start().unwrap());
+    let arrived = |limit| flush::arrived(&found, &guardian, (KIND, 1), &[], limit).map(drop);
+    arrived(LIMIT).unwrap();
+    let pvmd = Pid::from_raw(vm.pvmd.id() as i32);
+    for command in ["print words".to_owned(), format!("send {p:x} 7 text")] {
+        kill(pvmd, Signal::SIGSTOP).unwrap();
+        child.ask(&command);
+        let error = arrived(SHORT).unwrap_err().to_string();
+        assert!(error.contains("not been read by its pvmd"), "{error}");
+        kill(pvmd, Signal::SIGCONT).unwrap();
+        arrived(LIMIT).unwrap();
     }
 }

@@ -208,6 +208,19 @@ impl TaskBlock {
         self.write(offset_of!(Block, attention), &1u32.to_le_bytes())
     }
 
+    /// A slot in which no marker is asked for that has not been sent; none when all are taken.
+    ///
+    /// # Errors
+    /// When the process's memory cannot be read.
+    pub fn free_marker(&self) -> Result<Option<usize>> {
+        for slot in 0..block::MARKERS {
+            if self.marker_sent(slot)? {
+                return Ok(Some(slot));
+            }
+        }
+        Ok(None)
+    }
+
     /// Whether the marker last asked for in `slot` has been sent.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -17,7 +18,7 @@ use crate::kernel::guardian::Guardian;
 use crate::kernel::mem::Mem;
 use crate::pvm::block::TaskBlock;
 use crate::pvm::client::{Client, Pvmd};
-use crate::pvm::connection::Connection;
+use crate::pvm::connection::{Connection, Daemons};
 use crate::pvm::mailbox;
 use crate::pvm::tid::Tid;
 use crate::pvm::wire::{FRAGMENT_HEADER, LONGEST_FRAGMENT, MESSAGE_HEADER, tc};
@@ -46,7 +47,15 @@ impl Task {
     /// # Errors
     /// [`Failure::Refused`] for a task that cannot be carried, with the reason and what to do instead.
     pub fn find(pid: i32) -> Result<Option<Task>> {
-        let connection = Connection::find(pid)?;
+        Self::find_among(&Daemons::look()?, pid)
+    }
+
+    /// The same, given what the pvmds of this host look like.
+    ///
+    /// # Errors
+    /// As for [`Task::find`].
+    pub fn find_among(daemons: &Daemons, pid: i32) -> Result<Option<Task>> {
+        let connection = daemons.connection(pid)?;
         let block = TaskBlock::find(pid)?;
         let enrolled = match &block {
             Some(block) => block.state()? == state::ENROLLED && block.enrolled_pid()? == pid,
@@ -117,14 +126,14 @@ impl Task {
     }
 
     /// What has not been read, in whole fragments: of one that is still coming the rest is waited for.
-    fn unread(&self, guardian: &Guardian, client: &mut Client) -> Result<Vec<u8>> {
+    fn unread(&self, guardian: &Arc<Guardian>, client: &mut Client) -> Result<Vec<u8>> {
         let until = Instant::now() + PATIENCE;
         let mut raised = None;
         loop {
             let unread = self.connection.unread(guardian)?;
-            let whole = whole_fragments(&unread)
+            let whole = fragments_of(&unread)
                 .with_context(|| format!("what task {} has not read", self.v))?;
-            if whole == unread.len() {
+            if whole.iter().map(|f| f.bytes.len()).sum::<usize>() == unread.len() {
                 return without_markers(&unread, self.r)
                     .with_context(|| format!("what task {} has not read", self.v));
             }
@@ -394,14 +403,17 @@ fn words(head: &[u8]) -> Option<[u32; 4]> {
     Some([word(0)?, word(4)?, word(8)?, word(12)?])
 }
 
-/// How many bytes whole fragments take up at the beginning.
+/// The whole fragments at the beginning of `bytes`.
 ///
 /// # Errors
 /// When what stands there are no fragments.
-fn whole_fragments(bytes: &[u8]) -> Result<usize> {
+pub fn fragments_of(bytes: &[u8]) -> Result<Vec<Fragment<'_>>> {
     let mut rest = bytes;
-    while Fragment::take(&mut rest)?.is_some() {}
-    Ok(bytes.len() - rest.len())
+    let mut all = Vec::new();
+    while let Some(fragment) = Fragment::take(&mut rest)? {
+        all.push(fragment);
+    }
+    Ok(all)
 }
 
 /// All fragments of `unread`, which are for `r`.

@@ -5,6 +5,7 @@ use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
@@ -33,65 +34,95 @@ pub struct Connection {
 }
 
 /// Buffers of both ends that have been made larger; they get their size back when this is dropped, or mistctl ends.
-pub struct Raised<'g> {
-    undo: Vec<(OwnedFd, UndoId, Vec<u8>)>,
-    guardian: &'g Guardian,
+pub struct Raised {
+    /// The end, the option, what it was.
+    undo: Vec<(OwnedFd, UndoId, i32, Vec<u8>)>,
+    guardian: Arc<Guardian>,
 }
 
-impl Connection {
-    /// Finds the connection of process `pid`; none when no pvmd is at the other end of any of its sockets.
+/// What all pvmds and unix sockets of this host look like at a moment: finds the connections of many tasks.
+pub struct Daemons {
+    /// Sockets of pvmds by inode: the process and its descriptor.
+    sockets: HashMap<u64, (i32, i32)>,
+    /// Unix sockets by inode: the other end's inode.
+    peers: HashMap<u64, u64>,
+    /// Paths that sockets are bound to, by inode; an accepted connection has its listener's.
+    paths: HashMap<u64, Vec<u8>>,
+}
+
+impl Daemons {
+    /// Looks at the pvmds that the caller may look at.
     ///
     /// # Errors
-    /// When /proc or sock_diag cannot be read, or the pvmd is none of the caller's.
-    pub fn find(pid: i32) -> Result<Option<Connection>> {
-        let ours = links(pid, "socket:[").with_context(|| {
-            format!("cannot look at the descriptors of process {pid}; is it yours?")
-        })?;
-        if ours.is_empty() {
-            return Ok(None);
+    /// When /proc or sock_diag cannot be read.
+    pub fn look() -> Result<Daemons> {
+        let mut found = Daemons {
+            sockets: HashMap::new(),
+            peers: HashMap::new(),
+            paths: HashMap::new(),
+        };
+        for pvmd in daemons()? {
+            // Another user's pvmd is none that a process of ours could be connected to.
+            for (ino, fd) in links(pvmd, "socket:[").unwrap_or_default() {
+                found.sockets.entry(ino).or_insert((pvmd, fd));
+            }
+        }
+        if found.sockets.is_empty() {
+            return Ok(found);
         }
         let all = SockDiag::open()
             .and_then(|diag| diag.unix())
             .context("sock_diag: list of unix sockets; the kernel needs CONFIG_UNIX_DIAG")?;
-        // By the other end's inode: our descriptor and inode, and the other end's name.
-        let mut peers = HashMap::new();
-        for socket in &all {
+        for socket in all {
             let ino = u64::from(socket.ino);
-            if let (Some(fd), Some(peer)) = (ours.get(&ino), socket.peer)
-                && peer != 0
-            {
-                peers.insert(u64::from(peer), (*fd, ino));
+            if let Some(peer) = socket.peer.filter(|peer| *peer != 0) {
+                found.peers.insert(ino, u64::from(peer));
+            }
+            if found.sockets.contains_key(&ino) {
+                found.paths.insert(ino, socket.name);
             }
         }
-        if peers.is_empty() {
+        Ok(found)
+    }
+
+    /// The connection of process `pid`; none when no pvmd is at the other end of any of its sockets.
+    ///
+    /// # Errors
+    /// When the process cannot be looked at, or its descriptors or the pvmd's not be duplicated.
+    pub fn connection(&self, pid: i32) -> Result<Option<Connection>> {
+        if self.sockets.is_empty() {
             return Ok(None);
         }
-        for pvmd in daemons()? {
-            // Another user's pvmd is none that this process could be connected to.
-            let Ok(theirs) = links(pvmd, "socket:[") else {
+        let ours = links(pid, "socket:[").with_context(|| {
+            format!("cannot look at the descriptors of process {pid}; is it yours?")
+        })?;
+        for (ino, fd) in ours {
+            let Some(peer) = self.peers.get(&ino) else {
                 continue;
             };
-            for (peer, pvmd_fd) in theirs {
-                let Some((fd, ino)) = peers.get(&peer) else {
-                    continue;
-                };
-                let name = all.iter().find(|s| u64::from(s.ino) == peer);
-                let name = name.map(|s| s.name.clone()).unwrap_or_default();
-                let path: Vec<u8> = name.split(|b| *b == 0).next().unwrap_or_default().to_vec();
-                return Ok(Some(Connection {
-                    pid,
-                    fd: *fd,
-                    ino: *ino,
-                    pvmd,
-                    address: PathBuf::from(std::ffi::OsString::from_vec(path)),
-                    task_end: duplicate(pid, *fd)?,
-                    pvmd_end: duplicate(pvmd, pvmd_fd)?,
-                }));
+            let Some((pvmd, pvmd_fd)) = self.sockets.get(peer) else {
+                continue;
+            };
+            if *pvmd == pid {
+                continue;
             }
+            let path = self.paths.get(peer).cloned().unwrap_or_default();
+            let path: Vec<u8> = path.split(|b| *b == 0).next().unwrap_or_default().to_vec();
+            return Ok(Some(Connection {
+                pid,
+                fd,
+                ino,
+                pvmd: *pvmd,
+                address: PathBuf::from(std::ffi::OsString::from_vec(path)),
+                task_end: duplicate(pid, fd)?,
+                pvmd_end: duplicate(*pvmd, *pvmd_fd)?,
+            }));
         }
         Ok(None)
     }
+}
 
+impl Connection {
     /// What the pvmd has written and the task has not read; nothing is consumed.
     ///
     /// # Errors
@@ -101,13 +132,22 @@ impl Connection {
             .with_context(|| format!("process {}, fd {}: peeking", self.pid, self.fd))
     }
 
+    /// How many bytes that are.
+    ///
+    /// # Errors
+    /// errno of ioctl(SIOCINQ).
+    pub fn waiting(&self) -> Result<usize> {
+        let n = sockopt::queued(&self.task_end, Queue::In)
+            .with_context(|| format!("process {}, fd {}: ioctl(SIOCINQ)", self.pid, self.fd))?;
+        Ok(n as usize)
+    }
+
     /// The first of those bytes, at most `len`.
     ///
     /// # Errors
     /// As for [`Connection::unread`].
     pub fn peek(&self, len: usize) -> Result<Vec<u8>> {
-        let waiting = sockopt::queued(&self.task_end, Queue::In).context("ioctl(SIOCINQ)")?;
-        let mut bytes = vec![0; len.min(waiting as usize)];
+        let mut bytes = vec![0; len.min(self.waiting()?)];
         if !bytes.is_empty() {
             let got = socket::receive(&self.task_end, &mut bytes, libc::MSG_PEEK)
                 .with_context(|| format!("process {}, fd {}: peeking", self.pid, self.fd))?;
@@ -131,10 +171,10 @@ impl Connection {
     ///
     /// # Errors
     /// When the guardian is gone.
-    pub fn raise<'g>(&self, guardian: &'g Guardian) -> Result<Raised<'g>> {
+    pub fn raise(&self, guardian: &Arc<Guardian>) -> Result<Raised> {
         let mut raised = Raised {
             undo: Vec::new(),
-            guardian,
+            guardian: Arc::clone(guardian),
         };
         // Of a unix socket the sender's buffer counts; of others both do.
         for (end, option, force) in [
@@ -154,7 +194,7 @@ impl Connection {
                 .context("the guardian process is gone")?;
             raised
                 .undo
-                .push((end.try_clone().context("dup of a socket")?, id, old));
+                .push((end.try_clone().context("dup of a socket")?, id, option, old));
             if sockopt::set_int(end, level, force, ROOM).is_err() {
                 sockopt::set_int(end, level, option, ROOM).context("setsockopt of a buffer")?;
             }
@@ -183,13 +223,10 @@ impl Connection {
     }
 }
 
-impl Drop for Raised<'_> {
+impl Drop for Raised {
     fn drop(&mut self) {
-        for (end, id, old) in &self.undo {
-            let options = [libc::SO_SNDBUF, libc::SO_RCVBUF];
-            let option = options[usize::from(self.undo.first().map(|u| u.1) != Some(*id))];
-            let put = sockopt::set(end, libc::SOL_SOCKET, option, old);
-            if put.is_ok() {
+        for (end, id, option, old) in &self.undo {
+            if sockopt::set(end, libc::SOL_SOCKET, *option, old).is_ok() {
                 let _ = self.guardian.forget(*id);
             }
         }

@@ -6,6 +6,7 @@ pub mod client;
 pub mod connection;
 pub mod daemon;
 pub mod dump;
+pub mod flush;
 pub mod land;
 pub mod local;
 pub mod mailbox;

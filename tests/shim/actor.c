@@ -154,6 +154,11 @@ static int run(int argc, char **argv)
 		pvm_pkbyte(p, NUM(3), 1);
 		say("%d", pvm_send(TID(1), NUM(2)));
 		free(p);
+	} else if (!strcmp(c, "stream")) {
+		pack("stream");
+		for (i = 0; i < NUM(3); i++)
+			cc = pvm_send(TID(1), NUM(2));
+		say("%d", cc);
 	} else if (!strcmp(c, "mcast")) {
 		for (n = 0; n + 3 < argc; n++)
 			ints[n] = TID(n + 3);
