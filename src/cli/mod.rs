@@ -6,6 +6,7 @@ mod completions;
 mod dump;
 mod exec;
 mod foreground;
+mod land;
 mod man;
 mod out;
 mod ps;
@@ -52,6 +53,8 @@ enum Command {
     Ps(ps::Args),
     Exec(exec::Args),
     Shim(shim::Args),
+    #[command(hide = true)]
+    Land(land::Args),
     Completions(completions::Args),
     Man(man::Args),
 }
@@ -115,7 +118,9 @@ impl Command {
             Command::Ps(a) => a.json,
             Command::Exec(a) => a.json,
             Command::Shim(a) => a.json,
-            Command::Verify(_) | Command::Completions(_) | Command::Man(_) => false,
+            Command::Land(_) | Command::Verify(_) | Command::Completions(_) | Command::Man(_) => {
+                false
+            }
         }
     }
 
@@ -130,6 +135,7 @@ impl Command {
             Command::Ps(a) => ps::run(&a),
             Command::Exec(a) => exec::run(&a),
             Command::Shim(a) => shim::run(&a),
+            Command::Land(a) => land::run(&a, started),
             Command::Completions(a) => completions::run(&a, &mut Cli::command()),
             Command::Man(a) => man::run(&a, &Cli::command()),
         }

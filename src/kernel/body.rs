@@ -1,6 +1,7 @@
 //! A fresh process to be rebuilt: a fork of us that does nothing.
 
 use std::io;
+use std::os::fd::OwnedFd;
 
 use anyhow::{Context, Result};
 
@@ -51,6 +52,83 @@ pub fn fork_with(flags: u64, pid: Option<i32>, life: &mut dyn FnMut()) -> io::Re
         Err(io::Error::last_os_error())
     } else {
         Ok(r as i32)
+    }
+}
+
+/// Makes this process the body: what returns is another process, a child of init's, that is to trace it, and
+/// the body's pid with a descriptor whose end would end the body (until it is traced). The body runs `first`
+/// and waits; no child of its is left, and no trace of one.
+///
+/// Call it from a single-threaded program.
+///
+/// # Errors
+/// When no process can be made; we are who we were then.
+pub fn step_aside(first: &mut dyn FnMut()) -> Result<(i32, OwnedFd)> {
+    let body = std::process::id() as i32;
+    let (alive, tracer) =
+        nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).context("making a pipe")?;
+    match fork_silently().context("forking")? {
+        // The tracer is a child of a child that ends at once.
+        0 => match fork_silently() {
+            Ok(0) => {
+                drop(alive);
+                // Signals to the program's group are none for us.
+                let _ = nix::unistd::setsid();
+                return Ok((body, tracer));
+            }
+            made => {
+                // SAFETY: ends this process without running what our parent has still to run.
+                unsafe { libc::_exit(i32::from(made.is_err())) }
+            }
+        },
+        child => {
+            let status = reap(child)?;
+            if status != 0 {
+                anyhow::bail!("the tracer could not be forked: no more processes");
+            }
+        }
+    }
+    drop(tracer);
+    // A panic must not run on into what our caller would do next.
+    let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(first));
+    let mut byte = [0];
+    // Nothing is ever written: this ends with the tracer, if that has not taken us in hand before.
+    while nix::unistd::read(&alive, &mut byte) == Err(nix::errno::Errno::EINTR) {}
+    // SAFETY: ends this process without running what is the tracer's to run.
+    unsafe { libc::_exit(125) }
+}
+
+/// fork(2) whose child ends without a signal to us.
+fn fork_silently() -> io::Result<i32> {
+    let mut args = zeroed_args();
+    // SAFETY: as in `fork_idle`.
+    let r = unsafe {
+        libc::syscall(
+            libc::SYS_clone3,
+            &raw mut args,
+            size_of::<libc::clone_args>(),
+        )
+    };
+    if r < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(r as i32)
+    }
+}
+
+/// Waits for a child made by [`fork_silently`]; its wait status.
+fn reap(child: i32) -> Result<i32> {
+    let mut status = 0;
+    loop {
+        // SAFETY: `status` is a live i32.
+        let r = unsafe { libc::waitpid(child, &mut status, libc::__WALL) };
+        if r == child {
+            return Ok(status);
+        }
+        let e = io::Error::last_os_error();
+        if e.kind() != io::ErrorKind::Interrupted {
+            return Err(e).context("waiting for a child");
+        }
     }
 }
 

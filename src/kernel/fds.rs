@@ -60,6 +60,18 @@ pub fn set_flags(fd: BorrowedFd<'_>, flags: i32) -> nix::Result<()> {
     Errno::result(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags) }).map(drop)
 }
 
+/// Closes everything else that is open in this process; for a fork of ours that uses nothing else from here on.
+pub fn close_all_but(keep: impl AsRawFd) {
+    let keep = keep.as_raw_fd() as u32;
+    // SAFETY: this process is ours alone; of its descriptors only `keep` is used from here on.
+    unsafe {
+        if keep > 0 {
+            libc::close_range(0, keep - 1, 0);
+        }
+        libc::close_range(keep.saturating_add(1), u32::MAX, 0);
+    }
+}
+
 /// A duplicate with a number of at least `floor`, close-on-exec.
 pub fn dup_above(fd: BorrowedFd<'_>, floor: RawFd) -> nix::Result<OwnedFd> {
     // SAFETY: F_DUPFD_CLOEXEC returns a new descriptor that nobody else owns.

@@ -18,7 +18,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-use super::{body, pidfd};
+use super::{body, fds, pidfd};
 
 /// The word: let what is in there live without us.
 const RELEASED: u8 = 1;
@@ -106,7 +106,7 @@ impl Drop for PidNamespace {
 
 /// The life of an init.
 fn serve(line: &UnixStream, first: i32, highest: i32) {
-    close_all_but(line);
+    fds::close_all_but(line);
     let _ = nix::unistd::setsid();
     let children = match set_up(highest) {
         Ok(children) => children,
@@ -120,15 +120,6 @@ fn serve(line: &UnixStream, first: i32, highest: i32) {
     let released = told.is_ok() && matches!((&*line).read(&mut word), Ok(1)) && word[0] == RELEASED;
     if released {
         reap_until_the_end_of(first, &children);
-    }
-}
-
-fn close_all_but(line: &UnixStream) {
-    let keep = line.as_raw_fd() as u32;
-    // SAFETY: this process is ours alone; of its descriptors only `line` is used from here on.
-    unsafe {
-        libc::close_range(0, keep.saturating_sub(1), 0);
-        libc::close_range(keep.saturating_add(1), u32::MAX, 0);
     }
 }
 

@@ -1,7 +1,7 @@
 //! Time namespaces (time_namespaces(7)): processes that go on seeing the clocks of another boot or host.
 
 use anyhow::{Context, Result};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 
 /// How far CLOCK_MONOTONIC and CLOCK_BOOTTIME of a namespace are ahead of the host's, in nanoseconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -10,6 +10,7 @@ pub struct Offsets {
     pub boottime: i128,
 }
 
+const CLONE_NEWTIME: i32 = 0x80;
 const SECOND: i128 = 1_000_000_000;
 
 impl Offsets {
@@ -46,7 +47,6 @@ impl Offsets {
     /// # Errors
     /// Needs CAP_SYS_ADMIN and CAP_SYS_TIME.
     pub fn for_children(self) -> Result<()> {
-        const CLONE_NEWTIME: i32 = 0x80;
         unshare(CloneFlags::from_bits_retain(CLONE_NEWTIME)).context("making a time namespace")?;
         let line = |clock: &str, ns: i128| {
             format!(
@@ -59,6 +59,16 @@ impl Offsets {
         std::fs::write("/proc/self/timens_offsets", text)
             .context("setting the clocks of a time namespace (/proc/self/timens_offsets)")
     }
+}
+
+/// Joins the time namespace of our children. What was computed from the clocks before is void.
+///
+/// # Errors
+/// Needs CAP_SYS_ADMIN, and a single thread.
+pub fn join() -> Result<()> {
+    let path = "/proc/self/ns/time_for_children";
+    let file = std::fs::File::open(path).with_context(|| format!("opening {path}"))?;
+    setns(file, CloneFlags::from_bits_retain(CLONE_NEWTIME)).context("joining a time namespace")
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Pid, fork, setsid};
 
-use super::pidfd;
+use super::{fds, pidfd};
 
 /// The word: all are released.
 const DONE: i32 = 0;
@@ -83,6 +83,8 @@ impl Undertaker {
 }
 
 fn serve(pipe: UnixStream) {
+    // What is open here would be open for as long as we live.
+    fds::close_all_but(&pipe);
     // Not stopped or ended by the terminal's signals that end us.
     let _ = setsid();
     let mut known = Vec::new();

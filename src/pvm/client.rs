@@ -173,7 +173,16 @@ pub struct Client {
     wait: u32,
     tid: Tid,
     parent: Tid,
+    scheduler: Tid,
     patience: Duration,
+}
+
+/// What is left of a [`Client`] when somebody else takes over its connection.
+pub struct Connection {
+    /// The socket.
+    pub socket: OwnedFd,
+    /// What has been read of it, and nobody has looked at.
+    pub read: Vec<u8>,
 }
 
 impl Client {
@@ -192,6 +201,7 @@ impl Client {
             wait: 0,
             tid: Tid::NONE,
             parent: Tid::NONE,
+            scheduler: Tid::NONE,
             patience: PATIENCE,
         };
         client
@@ -237,6 +247,9 @@ impl Client {
             reader.int()?;
         }
         self.fragment = reader.uint()? as usize;
+        // Data signature and address of this host.
+        let _ = (reader.int()?, reader.int()?);
+        self.scheduler = reader.tid()?;
         Ok(())
     }
 
@@ -250,9 +263,55 @@ impl Client {
         self.parent
     }
 
+    /// The resource manager's tid; [`Tid::NONE`] without one.
+    pub fn scheduler(&self) -> Tid {
+        self.scheduler
+    }
+
+    /// Bytes of a fragment, with its header, that the pvmd wants.
+    pub fn fragment(&self) -> usize {
+        self.fragment
+    }
+
+    /// Gives the connection away: to a libpvm that goes on with it.
+    ///
+    /// # Errors
+    /// When a message of several fragments has come in part.
+    pub fn into_connection(self) -> Result<Connection> {
+        let mut read = Vec::new();
+        for message in &self.inbox {
+            read.extend(message.encode(self.fragment));
+        }
+        let rest = self
+            .assembler
+            .unfinished()
+            .with_context(|| format!("{} is in the middle of a message to us", self.pvmd))?;
+        read.extend(rest);
+        Ok(Connection {
+            socket: self.fd,
+            read,
+        })
+    }
+
     /// How long the pvmd may take for an answer from now on.
     pub fn set_patience(&mut self, patience: Duration) {
         self.patience = patience;
+    }
+
+    /// Asks to be told when `about` ends, by a message that every libpvm discards unseen: it may stay in the
+    /// connection when that is given away.
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub fn notify_unseen(&mut self, about: Tid) -> Result<()> {
+        const TASK_EXIT: i32 = 1;
+        let body = Body::new()
+            .int(TASK_EXIT)
+            .int(CTX_TC)
+            .uint(tc::NOOP)
+            .int(1)
+            .uint(about.0);
+        self.tell(tm::NOTIFY, body)
     }
 
     /// The pid of the pvmd, where it can be told: socket(7), SO_PEERCRED names the process that began to listen,

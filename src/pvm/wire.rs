@@ -155,6 +155,17 @@ impl Assembler {
         self.bytes.extend_from_slice(bytes);
     }
 
+    /// Bytes that are not part of a complete fragment yet, when no message is half complete.
+    ///
+    /// # Errors
+    /// When one is.
+    pub fn unfinished(&self) -> Result<&[u8]> {
+        if let Some(message) = self.partial.values().next() {
+            bail!("a message from {} is not complete", message.src);
+        }
+        Ok(&self.bytes)
+    }
+
     /// The next message that is complete, if any is.
     ///
     /// # Errors

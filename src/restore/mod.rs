@@ -3,6 +3,7 @@
 mod bulk;
 mod creds;
 pub mod files;
+mod guest;
 mod layout;
 mod lazy;
 mod memory;
@@ -15,9 +16,10 @@ mod signals;
 mod threads;
 mod tree;
 
+pub use guest::{Guest, Replaced};
 pub use lazy::Filling;
 use open::Opened;
-pub use run::run;
+pub use run::{here, run};
 
 use std::path::PathBuf;
 

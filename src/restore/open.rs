@@ -21,7 +21,8 @@ pub struct Opened {
 
 impl Opened {
     /// Opens what the mappings of all processes need.
-    pub fn new(image: &Image, floor: i32) -> Result<Self> {
+    /// `instead` are files to be used instead of those of these indexes.
+    pub fn new(image: &Image, mut instead: BTreeMap<u32, File>, floor: i32) -> Result<Self> {
         let mut me = Self::default();
         let manifest = &image.manifest;
         let mut wanted = BTreeSet::new();
@@ -31,8 +32,10 @@ impl Opened {
             }
         }
         for (index, writable, live) in wanted {
-            let file = file_ref(image, index)?;
-            let open = me.open(image, file, writable, live)?;
+            let open = match instead.remove(&index) {
+                Some(file) => file,
+                None => me.open(image, file_ref(image, index)?, writable, live)?,
+            };
             me.files.insert((index, writable), high(open, floor)?);
         }
         for p in manifest.processes.iter().filter(|p| !p.threads.is_empty()) {

@@ -1,6 +1,6 @@
 //! The order of a restore. Everything half-built dies with us until the last line.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
@@ -13,15 +13,18 @@ use super::files::{self, Built, Surroundings};
 use super::lazy::Filler;
 use super::open::Opened;
 use super::shared::SharedObjects;
-use super::tree::Bodies;
-use super::{Options, Outcome, Report, creds, layout, memory, process, resume, signals, threads};
+use super::tree::{Bodies, Root};
+use super::{
+    Guest, Options, Outcome, Replaced, Report, creds, layout, memory, process, resume, signals,
+    threads,
+};
 use crate::error::Failure;
 use crate::image::process::{Creds, Process, State};
 use crate::image::store::Image;
-use crate::image::{Manifest, Origin};
+use crate::image::{DescriptionId, Manifest, Origin};
 use crate::kernel::pid_ns::PidNamespace;
 use crate::kernel::remote::{AREA, Remote};
-use crate::kernel::time_ns::Offsets;
+use crate::kernel::time_ns::{self, Offsets};
 use crate::kernel::undertaker::Undertaker;
 use crate::kernel::{body, caps};
 use crate::net::Restorer;
@@ -67,6 +70,20 @@ impl Ready<'_> {
 /// # Errors
 /// Classified (see [`crate::error`]); nothing half-restored is left.
 pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
+    restore(opts, None, started)
+}
+
+/// Restores an image into this very process, which keeps its pid, its parent, its session and group. What
+/// returns is its tracer, another process: it has to live on until memory is filled ([`Outcome::filling`]), and
+/// then to end.
+///
+/// # Errors
+/// As for [`run`]. Where it has stepped aside already, the process ends.
+pub fn here(opts: &Options, guest: &mut dyn Guest, started: Instant) -> Result<Outcome> {
+    restore(opts, Some(guest), started)
+}
+
+fn restore(opts: &Options, mut guest: Option<&mut dyn Guest>, started: Instant) -> Result<Outcome> {
     let image = Arc::new(Image::open(&opts.image)?);
     let manifest = &image.manifest;
     let processes = &manifest.processes;
@@ -77,11 +94,13 @@ pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
         processes: processes.len(),
         ..Report::default()
     };
-    let ids = can_have_ids(processes, opts, &mut report)?;
+    let ids = can_have_ids(processes, opts, guest.is_some(), &mut report)?;
     let same_ids = ids != Ids::New;
-
-    let mut undertaker = Undertaker::start()?;
-    let same_clocks = set_clocks(&manifest.origin, &mut report)?;
+    let same_clocks = set_clocks(&manifest.origin, guest.is_some(), &mut report)?;
+    let mut replaced = match &mut guest {
+        Some(guest) => guest.replaced()?,
+        None => Replaced::default(),
+    };
     let floor = floor(manifest);
     let mut shared = SharedObjects::new(&image, floor)?;
     let mut sockets = Restorer::build(&manifest.sockets)?;
@@ -95,7 +114,8 @@ pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
         same_clocks,
         namespace: namespace.as_ref(),
     };
-    let mut built = descriptors(manifest, surroundings, &shared, &sockets)?;
+    let instead = std::mem::take(&mut replaced.descriptions);
+    let mut built = descriptors(manifest, surroundings, instead, &shared, &sockets)?;
     sockets.fill(&|id| {
         let fd = built
             .fds
@@ -103,18 +123,34 @@ pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
             .with_context(|| format!("description {id} is not there"))?;
         Ok(fd.as_fd())
     })?;
-    let opened = Opened::new(&image, floor)?;
+    let opened = Opened::new(&image, std::mem::take(&mut replaced.files), floor)?;
     let area = layout::area(processes)?;
     let mut bulk = Bulk::new(Arc::clone(&image), !opts.lazy);
+    let mut undertaker = None;
+    let root = match guest {
+        Some(_) => Root::Here,
+        None => Root::Fork {
+            detach: opts.detach,
+        },
+    };
+    // From the first body on.
+    let mut born = |pid| -> Result<()> {
+        let known = match &mut undertaker {
+            Some(u) => u,
+            none => none.insert(Undertaker::start()?),
+        };
+        known.know(pid)
+    };
     let mut bodies = Bodies::create(
         processes,
         area,
         same_ids,
         namespace.as_ref(),
-        opts.detach,
-        &mut |pid| undertaker.know(pid),
+        root,
+        &mut born,
         &mut bulk,
     )?;
+    let mut undertaker = undertaker.context("the image holds no process")?;
     report.bytes_memory += bulk.bytes();
     bodies.bury(processes)?;
     // Threads only from here on: what is forked has one.
@@ -142,6 +178,10 @@ pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
                 &bodies,
                 filler.as_ref(),
                 &mut undertaker,
+                match &mut guest {
+                    Some(guest) if ready.is_empty() => Some(&mut **guest),
+                    _ => None,
+                },
                 &mut report,
             )?);
         }
@@ -152,6 +192,18 @@ pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
     let mut sleepers = Vec::new();
     for r in &ready {
         sleepers.push(resume::set(r.leader.mem(), &r.living(), r.process, r.vdso)?);
+    }
+    for w in [
+        &opened.warnings,
+        &built.warnings,
+        &bodies.warnings,
+        &shared.warnings,
+    ] {
+        report.warnings.extend(w.iter().cloned());
+    }
+    drop(opened);
+    if let Some(guest) = guest {
+        guest.may_run(&report.warnings)?;
     }
     for r in &ready {
         release(r, opts)?;
@@ -172,14 +224,6 @@ pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
     }
     report.resume_us = started.elapsed().as_micros() as u64;
     report.total_us = report.resume_us;
-    for w in [
-        &opened.warnings,
-        &built.warnings,
-        &bodies.warnings,
-        &shared.warnings,
-    ] {
-        report.warnings.extend(w.iter().cloned());
-    }
     report.pid = ready.first().map_or(0, |r| r.leader.pid());
     Ok(Outcome {
         child: Some(report.pid),
@@ -201,6 +245,7 @@ fn rebuild<'a>(
     bodies: &Bodies,
     filler: Option<&Filler>,
     undertaker: &mut Undertaker,
+    guest: Option<&mut dyn Guest>,
     report: &mut Report,
 ) -> Result<Ready<'a>> {
     let pages = site.image.pages();
@@ -225,6 +270,9 @@ fn rebuild<'a>(
     }
     layout::poke(body.mem(), &stripped.redirect)?;
     layout::set_mm(&mut body, p, site.opened.executable(p.exe), stripped.vdso.0)?;
+    if let Some(guest) = guest {
+        guest.furnish(&mut body, p)?;
+    }
     process::descriptors(&mut body, p, site.built)?;
     signals::actions(&mut body, p)?;
     let mut others = threads::make(&mut body, p, site.same_ids)?;
@@ -284,7 +332,8 @@ fn release(r: &Ready, opts: &Options) -> Result<()> {
 
 /// Lets the processes see their clocks go on from where they stood: deadlines in their memory count on
 /// it. True: they do.
-fn set_clocks(origin: &Origin, report: &mut Report) -> Result<bool> {
+/// `here`: we are one of them.
+fn set_clocks(origin: &Origin, here: bool, report: &mut Report) -> Result<bool> {
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let ours = Offsets::of("self");
     let wanted = if boot.trim() == origin.boot_id {
@@ -308,7 +357,10 @@ fn set_clocks(origin: &Origin, report: &mut Report) -> Result<bool> {
     if wanted == ours {
         return Ok(true);
     }
-    if let Err(e) = wanted.for_children() {
+    let done = wanted
+        .for_children()
+        .and_then(|()| if here { time_ns::join() } else { Ok(()) });
+    if let Err(e) = done {
         report.warnings.push(format!(
             "the program sees this host's clocks, not those it had (a deadline in its memory may be \
              far off): {e:#}"
@@ -331,13 +383,27 @@ fn floor(m: &Manifest) -> i32 {
 }
 
 /// Whether all processes and threads can have the ids they had; programs keep them in memory.
-fn can_have_ids(processes: &[Process], opts: &Options, report: &mut Report) -> Result<Ids> {
-    let taken: BTreeSet<i32> = ids(processes).filter(|id| !body::is_free(*id)).collect();
+/// `here`: the first process has one already.
+fn can_have_ids(
+    processes: &[Process],
+    opts: &Options,
+    here: bool,
+    report: &mut Report,
+) -> Result<Ids> {
+    let has = processes.first().filter(|_| here).map(|p| p.pid);
+    let taken: BTreeSet<i32> = ids(processes)
+        .filter(|id| Some(*id) != has && !body::is_free(*id))
+        .collect();
     if taken.is_empty() {
         return Ok(Ids::Same);
     }
     let taken: Vec<String> = taken.iter().map(i32::to_string).collect();
     let taken = taken.join(", ");
+    if here && processes.len() > 1 {
+        return Err(Failure::Restore.because(format!(
+            "the ids {taken} of the program's child processes are taken here; end those processes, or restore it on another host"
+        )));
+    }
     if opts.same_pid {
         return Err(Failure::Restore.because(format!(
             "the ids {taken} are taken here; end those processes, or restore without --same-pid"
@@ -384,6 +450,7 @@ fn own_namespace(processes: &[Process], report: &mut Report) -> Result<PidNamesp
 fn descriptors(
     m: &Manifest,
     surroundings: Surroundings<'_>,
+    instead: BTreeMap<DescriptionId, OwnedFd>,
     shared: &SharedObjects,
     sockets: &Restorer,
 ) -> Result<Built> {
@@ -400,5 +467,5 @@ fn descriptors(
             .map(OwnedFd::as_fd)
             .with_context(|| format!("there is no shared memory {i}"))
     };
-    files::build(m, surroundings, &mut socket, &mut memory)
+    files::build(m, surroundings, instead, &mut socket, &mut memory)
 }

@@ -13,6 +13,15 @@ use crate::kernel::pid_ns::PidNamespace;
 use crate::kernel::remote::{Made, Remote};
 use crate::kernel::tracee::Stop;
 
+/// What the first body is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Root {
+    /// A fork of ours, in a session of its own when detached.
+    Fork { detach: bool },
+    /// This very process, in the session and group it is in.
+    Here,
+}
+
 /// Bodies by the pid in the image; their ids as they see them, by the one in the image.
 pub struct Bodies {
     pub remotes: BTreeMap<i32, Remote>,
@@ -31,7 +40,7 @@ impl Bodies {
         area: u64,
         same_ids: bool,
         namespace: Option<&PidNamespace>,
-        detach: bool,
+        root_in: Root,
         born: &mut dyn FnMut(i32) -> Result<()>,
         bulk: &mut Bulk,
     ) -> Result<Self> {
@@ -44,13 +53,20 @@ impl Bodies {
             body::fork_idle(wanted, us, &mut || bulk.fill(&mut pipe))
                 .map_err(|e| body::explain_set_tid(root.pid, e))
         };
-        let pid = match namespace {
-            Some(n) => n.born_inside(|| fork(0))?,
-            None => fork(std::process::id() as i32)?,
+        let (pid, tie) = match (root_in, namespace) {
+            (Root::Here, _) => {
+                let (pid, tie) = body::step_aside(&mut || bulk.fill(&mut pipe))?;
+                (pid, Some(tie))
+            }
+            (_, Some(n)) => (n.born_inside(|| fork(0))?, None),
+            (_, None) => (fork(std::process::id() as i32)?, None),
         };
         born(pid)?;
         bulk.await_filled(pipe)?;
         let mut remote = Remote::attach(pid, area)?;
+        // It dies with us from here on.
+        drop(tie);
+        let detach = root_in == Root::Fork { detach: true };
         if let Some(n) = namespace {
             remote.must(
                 "entering the mounts of its pid namespace",

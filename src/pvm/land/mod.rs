@@ -1,3 +1,167 @@
 //! The lander: what pvmd starts on the host a task comes to, and what becomes the task.
+//!
+//! It enrols in the place of the task that pvmd believes to have started (R2), takes its orders ([`protocol`]),
+//! and rebuilds itself from an image: [`crate::restore::here`]. Its tracer is what goes on as mistctl.
 
+mod commit;
+mod environment;
+mod guest;
+mod identity;
 pub mod protocol;
+mod reach;
+mod unread;
+
+use std::io::BufReader;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+
+use crate::error::Failure;
+use crate::image::pvm::PvmTask;
+use crate::image::store::Image;
+use crate::kernel::caps;
+use crate::pvm::client::{Client, Pvmd};
+use crate::pvm::table::TidTable;
+use crate::restore::{self, Options, Outcome};
+use guest::Task;
+use protocol::{Commit, Order, Source, ToAgent, ToLander, hear, say};
+
+/// Who gives the orders.
+#[derive(Debug, Clone)]
+pub enum Orders {
+    /// Nobody: restore this image, at once. Other hosts do not learn of it.
+    Image { path: PathBuf, lazy: bool },
+    /// The agent that listens at this socket; the number of the move.
+    Agent { socket: PathBuf, id: String },
+}
+
+/// The line to the agent.
+struct Agent {
+    reader: BufReader<UnixStream>,
+}
+
+impl Agent {
+    fn connect(socket: &Path) -> Result<Self> {
+        let stream = UnixStream::connect(socket)
+            .with_context(|| format!("cannot connect to the agent at {}", socket.display()))?;
+        Ok(Self {
+            reader: BufReader::new(stream),
+        })
+    }
+
+    fn say(&mut self, what: &ToAgent) -> Result<()> {
+        say(self.reader.get_mut(), what)
+    }
+
+    fn hear(&mut self) -> Result<Option<ToLander>> {
+        hear(&mut self.reader)
+    }
+}
+
+/// Lands. What returns is the tracer of the task that runs: it has to live until memory is filled.
+///
+/// # Errors
+/// Nothing is left but this process, which has to end; the agent has been told.
+pub fn run(orders: &Orders, started: Instant) -> Result<Outcome> {
+    let mut agent = match orders {
+        Orders::Agent { socket, .. } => Some(Agent::connect(socket)?),
+        Orders::Image { .. } => None,
+    };
+    let done = land(orders, &mut agent, started);
+    if let (Err(e), Some(agent)) = (&done, &mut agent) {
+        let failed = ToAgent::Failed {
+            why: format!("{e:#}"),
+            failure: Failure::of(e).name().to_owned(),
+        };
+        // It may be what is gone.
+        let _ = agent.say(&failed);
+    }
+    done
+}
+
+fn land(orders: &Orders, agent: &mut Option<Agent>, started: Instant) -> Result<Outcome> {
+    let pvmd = Pvmd::find()?.context("no pvmd runs here (PVMSOCK, PVM_TMP, PVM_VMID)")?;
+    let client = Client::enrol(&pvmd, cookie())?;
+    let order = match (orders, &mut *agent) {
+        (Orders::Agent { id, .. }, Some(agent)) => {
+            agent.say(&ToAgent::Hello {
+                id: id.clone(),
+                r: client.tid().0,
+                pid: std::process::id() as i32,
+                port: 0,
+            })?;
+            match agent.hear()? {
+                Some(ToLander::Order(order)) => Some(order),
+                Some(ToLander::Run) => anyhow::bail!("the agent says `run` before its order"),
+                Some(ToLander::Abandon) | None => anyhow::bail!("the agent has called it off"),
+            }
+        }
+        _ => None,
+    };
+    let (path, lazy) = match (&order, orders) {
+        (Some(order), _) => match &order.source {
+            Source::Image { path } => (path.clone(), order.lazy),
+            Source::Stream { .. } => anyhow::bail!("this lander takes no streams"),
+        },
+        (None, Orders::Image { path, lazy }) => (path.clone(), *lazy),
+        (None, Orders::Agent { .. }) => anyhow::bail!("no order"),
+    };
+    let task = task_of(&path, order.as_ref())?;
+    if order.is_none() {
+        publish(&pvmd, &task, client.tid().0)?;
+    }
+    let commit = order.map_or(Commit::WhenTold, |order| order.commit);
+    let mut guest = Task::new(pvmd, client, task, path.clone(), commit, agent.as_mut())?;
+    let options = Options {
+        image: path,
+        detach: false,
+        same_pid: false,
+        lazy,
+        stopped: false,
+        progress: false,
+    };
+    let outcome = restore::here(&options, &mut guest, started)?;
+    guest.runs()?;
+    Ok(outcome)
+}
+
+/// PVMEPID: by it pvmd knows whom it has forked. Without it we are a task that nobody spawned.
+fn cookie() -> i32 {
+    std::env::var("PVMEPID")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .filter(|pid| *pid == std::process::id() as i32)
+        .unwrap_or(0)
+}
+
+/// Whom the image holds.
+fn task_of(path: &Path, order: Option<&Order>) -> Result<PvmTask> {
+    let image = Image::open(path)?;
+    caps::caller()?.may_restore(&image.manifest, image.owner()?)?;
+    let Some(task) = image.manifest.pvm.clone() else {
+        return Err(Failure::Refused.because(format!(
+            "{} is no image of a PVM task; `mistctl restore` restores it",
+            path.display()
+        )));
+    };
+    if let Some(order) = order
+        && order.v != task.v
+    {
+        anyhow::bail!(
+            "{} holds t{:x}, and t{:x} was to be restored",
+            path.display(),
+            task.v,
+            order.v
+        );
+    }
+    Ok(task)
+}
+
+/// What agents do on every host, on this one.
+fn publish(pvmd: &Pvmd, task: &PvmTask, r: u32) -> Result<()> {
+    let mut table = TidTable::open(&pvmd.table_path()?)?;
+    table.add_incarnation(r, task.v)?;
+    table.open_gate(task.v, r)
+}

@@ -66,10 +66,12 @@ impl Built {
 }
 
 /// Opens every description of the image. `sockets` gives the socket with an index in `Manifest::sockets`, `memory`
-/// the filled object (see [`memfd::create`]) with an index in `Manifest::shared_memory`.
+/// the filled object (see [`memfd::create`]) with an index in `Manifest::shared_memory`; `instead` are descriptions
+/// that are there already.
 pub fn build<'m>(
     manifest: &Manifest,
     surroundings: Surroundings<'_>,
+    instead: BTreeMap<DescriptionId, OwnedFd>,
     sockets: &mut dyn FnMut(u32) -> Result<OwnedFd>,
     memory: &mut dyn FnMut(u32) -> Result<BorrowedFd<'m>>,
 ) -> Result<Built> {
@@ -78,6 +80,9 @@ pub fn build<'m>(
         surroundings,
         built: Built::default(),
     };
+    for (id, fd) in instead {
+        builder.replace(id, fd).with_context(|| builder.who(id))?;
+    }
     builder.pipes()?;
     builder.ptys()?;
     for (id, description) in manifest.descriptions.iter().enumerate() {
@@ -114,8 +119,19 @@ impl Builder<'_> {
         format!("description {id}")
     }
 
-    /// Keeps `fd` as description `id`, out of the way.
+    /// Uses `fd` for a description of the image.
+    fn replace(&mut self, id: DescriptionId, fd: OwnedFd) -> Result<()> {
+        if let Some(description) = self.manifest.descriptions.get(id as usize) {
+            status_flags(fd.as_fd(), description.flags)?;
+        }
+        self.keep(id, fd)
+    }
+
+    /// Keeps `fd` as description `id`, out of the way, unless there is one already.
     fn keep(&mut self, id: DescriptionId, fd: OwnedFd) -> Result<()> {
+        if self.built.fds.contains_key(&id) {
+            return Ok(());
+        }
         let fd = fds::dup_above(fd.as_fd(), self.surroundings.floor).with_context(|| {
             format!(
                 "a descriptor above {} (F_DUPFD; see ulimit -n)",

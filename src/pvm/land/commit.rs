@@ -1,0 +1,139 @@
+//! Never both, never neither: when the new incarnation may run.
+//!
+//! A move is committed when pvmd says that the old incarnation has ended. The notice comes in the task's own
+//! connection, behind what is unread there, and stays in it: libpvm discards it unseen.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
+use nix::poll::PollTimeout;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use nix::sys::socket::{MsgFlags, recv};
+use pvm_abi::CTX_TC;
+
+use super::Agent;
+use super::protocol::{Commit, ToLander};
+use crate::kernel::{fds, sockopt};
+use crate::pvm::client::{Client, Pvmd};
+use crate::pvm::tid::Tid;
+use crate::pvm::wire::{Assembler, tc};
+
+const CONNECTION: u64 = 0;
+const AGENT: u64 = 1;
+
+/// The task's connection, and what was put into it.
+pub struct Waiting<'a> {
+    pub connection: BorrowedFd<'a>,
+    /// Bytes in it before anything of pvmd's.
+    pub before: usize,
+    pub pvmd: &'a Pvmd,
+}
+
+impl Waiting<'_> {
+    /// Returns when the task may run.
+    ///
+    /// # Errors
+    /// When it must not.
+    pub fn until(&self, commit: &Commit, agent: Option<&mut Agent>) -> Result<()> {
+        match (commit, agent) {
+            (Commit::WhenTold, None) => Ok(()),
+            (Commit::WhenTold, Some(agent)) => match agent.hear()? {
+                Some(ToLander::Run) => Ok(()),
+                Some(other) => bail!("the agent has called it off ({other:?})"),
+                None => bail!("the agent is gone, and has not said that the task may run"),
+            },
+            (Commit::WhenEnded { r1, lease_ms }, agent) => {
+                self.until_ended(Tid(*r1), Duration::from_millis(*lease_ms), agent)
+            }
+        }
+    }
+
+    fn until_ended(&self, r1: Tid, lease: Duration, mut agent: Option<&mut Agent>) -> Result<()> {
+        let until = Instant::now() + lease;
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("epoll_create")?;
+        // Told of what comes, not of what is there.
+        let event = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, CONNECTION);
+        epoll.add(self.connection, event).context("epoll_ctl")?;
+        if let Some(agent) = &agent {
+            let event = EpollEvent::new(EpollFlags::EPOLLIN, AGENT);
+            epoll
+                .add(agent.reader.get_ref(), event)
+                .context("epoll_ctl")?;
+        }
+        loop {
+            if self.says(r1)? {
+                return Ok(());
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return self.after_lease(r1);
+            }
+            let ms = left.as_micros().div_ceil(1000).min(60_000) as u16;
+            let mut events = [EpollEvent::empty(); 2];
+            let count = match epoll.wait(&mut events, PollTimeout::from(ms)) {
+                Err(Errno::EINTR) => continue,
+                other => other.context("epoll_wait")?,
+            };
+            let told = events.iter().take(count).any(|e| e.data() == AGENT);
+            if let Some(line) = agent.as_deref_mut().filter(|_| told) {
+                match line.hear() {
+                    // What pvmd says counts more.
+                    Ok(Some(ToLander::Abandon)) if !self.says(r1)? => {
+                        bail!("the agent has called it off")
+                    }
+                    Ok(Some(_)) => {}
+                    // From here on pvmd alone decides.
+                    Ok(None) | Err(_) => {
+                        epoll.delete(line.reader.get_ref()).context("epoll_ctl")?;
+                        agent = None;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether the notice of `r1`'s end is in the connection.
+    fn says(&self, r1: Tid) -> Result<bool> {
+        let there = fds::readable(self.connection).context("FIONREAD")?;
+        if there <= self.before {
+            return Ok(false);
+        }
+        let mut bytes = vec![0; there - self.before];
+        let set = |offset: i32| {
+            sockopt::set_int(self.connection, libc::SOL_SOCKET, libc::SO_PEEK_OFF, offset)
+                .context("SO_PEEK_OFF")
+        };
+        set(self.before as i32)?;
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        let got = recv(self.connection.as_raw_fd(), &mut bytes, flags);
+        set(-1)?;
+        let got = got.context("looking at the connection to the pvmd")?;
+        let mut assembler = Assembler::new(bytes.len());
+        assembler.push(bytes.get(..got).unwrap_or_default());
+        while let Some(m) = assembler.message()? {
+            let notice = (m.ctx, m.tag, m.src.0) == (CTX_TC as u32, tc::NOOP, Tid::PVMD.0);
+            if (notice || m.src.0 & pvm_abi::TID_PVMD != 0)
+                && m.tag == tc::NOOP
+                && m.reader().tid().is_ok_and(|tid| tid == r1)
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// The lease has ended without a word: pvmd is asked. By a connection of its own, for in the task's the
+    /// answer would stand.
+    fn after_lease(&self, r1: Tid) -> Result<()> {
+        let mut client = Client::enrol(self.pvmd, 0)?;
+        let lives = client.lives(r1)?;
+        // It has been asked.
+        let _ = client.exit();
+        if lives {
+            bail!("{r1} still runs where it was when the lease ended: the move has failed there");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,44 @@
+//! A restore into this very process, and what others want from it.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
+use anyhow::Result;
+
+use crate::image::DescriptionId;
+use crate::image::process::Process;
+use crate::kernel::remote::Remote;
+
+/// What stands in place of what the image says.
+#[derive(Debug, Default)]
+pub struct Replaced {
+    /// Open file descriptions. Their status flags become those of the image.
+    pub descriptions: BTreeMap<DescriptionId, OwnedFd>,
+    /// Files that are mapped, by their index in the image's list.
+    pub files: BTreeMap<u32, File>,
+}
+
+/// On whose behalf an image is restored into this very process ([`super::here`]). All but `replaced` is called
+/// in the tracer.
+pub trait Guest {
+    /// Called once, before anything is built.
+    ///
+    /// # Errors
+    /// Nothing has been built.
+    fn replaced(&mut self) -> Result<Replaced>;
+
+    /// The memory of the first process stands, but where it is filled lazily, and no mapping of ours is in it but
+    /// `body`'s area; our descriptors still are open in it.
+    ///
+    /// # Errors
+    /// Everything half-built dies.
+    fn furnish(&mut self, body: &mut Remote, p: &Process) -> Result<()>;
+
+    /// Everything stands: returns when it may run. `ours`: what is open here and must be closed before that is
+    /// closed already, but what the guest itself has.
+    ///
+    /// # Errors
+    /// It must not run: everything dies.
+    fn may_run(&mut self, warnings: &[String]) -> Result<()>;
+}
