@@ -380,6 +380,15 @@ impl Client {
         self.post(to, tag as u32, 0, 0, body.into_bytes(), until)
     }
 
+    /// Sends a message in another context.
+    ///
+    /// # Errors
+    /// As for [`Client::send`].
+    pub fn send_in(&mut self, to: Tid, ctx: u32, tag: u32, body: Body) -> Result<()> {
+        let until = Instant::now() + self.patience;
+        self.post(to, tag, ctx, 0, body.into_bytes(), until)
+    }
+
     /// Sends a TC_NOOP, which every libpvm discards unseen: behind everything sent to that task before. Its body
     /// begins with the words that say it is one of mist's, and `kind`.
     ///

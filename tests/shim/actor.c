@@ -215,6 +215,10 @@ static int run(int argc, char **argv)
 		say("%d:", n);
 		for (i = 0; i < n; i++)
 			say(" %x", ints[i]);
+	} else if (!strcmp(c, "spawnat")) {
+		/* spawnat HOST FILE ARGS... */
+		n = pvm_spawn(ARG(2), argv + 3, PvmTaskHost, argv[1], 1, ints);
+		say("%d: %x", n, ints[0]);
 	} else if (!strcmp(c, "catchout"))
 		say("%d", pvm_catchout(out));
 	else if (!strcmp(c, "showtids"))

@@ -252,15 +252,7 @@ impl Vm {
 
     /// A place where a task that PVM starts can be spoken to: the arguments it needs.
     pub fn stage(&self, name: &str) -> (Stage, String) {
-        let (to, from) = (
-            self.dir.join(format!("{name}.in")),
-            self.dir.join(format!("{name}.out")),
-        );
-        for fifo in [&to, &from] {
-            nix::unistd::mkfifo(fifo, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
-        }
-        let args = format!("{} {}", to.display(), from.display());
-        (Stage { to, from }, args)
+        Stage::new(&self.dir, name)
     }
 
     /// The tid table, for changes.
@@ -301,6 +293,21 @@ pub struct Stage {
 }
 
 impl Stage {
+    /// FIFOs in a folder, and the arguments for who is to use them.
+    pub fn new(dir: &Path, name: &str) -> (Stage, String) {
+        let (to, from) = (
+            dir.join(format!("{name}.in")),
+            dir.join(format!("{name}.out")),
+        );
+        for fifo in [&to, &from] {
+            nix::unistd::mkfifo(fifo, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+            // Whoever runs the tests, the task may be another user's.
+            fs::set_permissions(fifo, fs::Permissions::from_mode(0o666)).unwrap();
+        }
+        let args = format!("{} {}", to.display(), from.display());
+        (Stage { to, from }, args)
+    }
+
     /// The task that was started with the stage's arguments.
     pub fn actor(self) -> Actor {
         let open = |path| {

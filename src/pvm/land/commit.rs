@@ -3,7 +3,7 @@
 //! A move is committed when pvmd says that the old incarnation has ended. The notice comes in the task's own
 //! connection, behind what is unread there, and stays in it: libpvm discards it unseen.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};

@@ -118,7 +118,7 @@ impl Guest for Task<'_> {
         let vma = first
             .into_iter()
             .flat_map(|p| &p.vmas)
-            .find(|v| v.start == self.task.table.0 && v.len() == self.task.table.1);
+            .find(|v| v.start == self.task.table.0 && v.len() >= self.task.table.1);
         match vma.map(|v| &v.backing) {
             Some(Backing::File { file }) => {
                 let table = place::open(&self.table).with_context(|| {

@@ -9,6 +9,7 @@ mod guest;
 mod identity;
 pub mod protocol;
 mod reach;
+mod sinks;
 mod unread;
 
 use std::io::BufReader;
@@ -83,7 +84,7 @@ pub fn run(orders: &Orders, started: Instant) -> Result<Outcome> {
 
 fn land(orders: &Orders, agent: &mut Option<Agent>, started: Instant) -> Result<Outcome> {
     let pvmd = Pvmd::find()?.context("no pvmd runs here (PVMSOCK, PVM_TMP, PVM_VMID)")?;
-    let client = Client::enrol(&pvmd, cookie())?;
+    let mut client = Client::enrol(&pvmd, cookie())?;
     let order = match (orders, &mut *agent) {
         (Orders::Agent { id, .. }, Some(agent)) => {
             agent.say(&ToAgent::Hello {
@@ -112,6 +113,8 @@ fn land(orders: &Orders, agent: &mut Option<Agent>, started: Instant) -> Result<
     if order.is_none() {
         publish(&pvmd, &task, client.tid().0)?;
     }
+    let announce = order.as_ref().is_none_or(|order| order.announce);
+    sinks::set(&mut client, &pvmd, &task, announce)?;
     let commit = order.map_or(Commit::WhenTold, |order| order.commit);
     let mut guest = Task::new(pvmd, client, task, path.clone(), commit, agent.as_mut())?;
     let options = Options {

@@ -16,6 +16,8 @@
 //! * [`ToLander::Abandon`] at any time before Running, or the connection's end before Parked: it exits.
 //! * Parked, the connection may end: a move is then resolved by pvmd alone (the notice of R1's end, or the
 //!   lease), a restore that was not told to run exits.
+//! * It is to be spawned without anybody who collects its output or traces (tid 0): what it says itself is for
+//!   pvmd's log. Before Parked it tells its pvmd where the task's own output goes.
 //! * What stood unread in V's connection is in R2's before Parked is said: whatever reaches R2 later comes
 //!   behind it.
 
@@ -67,6 +69,9 @@ pub struct Order {
     pub source: Source,
     /// Run at once, fill memory behind.
     pub lazy: bool,
+    /// Whoever collects its output has seen its end (a restore of this task alone), and is told that it begins.
+    #[serde(default)]
+    pub announce: bool,
     pub commit: Commit,
 }
 
@@ -134,6 +139,7 @@ mod tests {
             v: 0x40002,
             source: Source::Stream { key: "00ff".into() },
             lazy: true,
+            announce: false,
             commit: Commit::WhenEnded {
                 r1: 0x40002,
                 lease_ms: 5000,
