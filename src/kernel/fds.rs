@@ -61,7 +61,7 @@ pub fn set_flags(fd: BorrowedFd<'_>, flags: i32) -> nix::Result<()> {
 }
 
 /// Closes everything else that is open in this process; for a fork of ours that uses nothing else from here on.
-pub fn close_all_but(keep: impl AsRawFd) {
+pub fn close_all_but(keep: BorrowedFd<'_>) {
     let keep = keep.as_raw_fd() as u32;
     // SAFETY: this process is ours alone; of its descriptors only `keep` is used from here on.
     unsafe {

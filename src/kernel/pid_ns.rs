@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
 use anyhow::{Context, Result, bail};
@@ -106,7 +106,7 @@ impl Drop for PidNamespace {
 
 /// The life of an init.
 fn serve(line: &UnixStream, first: i32, highest: i32) {
-    fds::close_all_but(line);
+    fds::close_all_but(line.as_fd());
     let _ = nix::unistd::setsid();
     let children = match set_up(highest) {
         Ok(children) => children,
