@@ -209,6 +209,7 @@ impl Image {
         build(
             &self.manifest,
             surroundings,
+            Default::default(),
             &mut |_| bail!("no sockets here"),
             &mut |memory| Ok(objects[memory as usize].as_fd()),
         )

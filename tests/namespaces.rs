@@ -9,16 +9,21 @@ use std::process::{Child, Command, ExitCode, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use common::{both, describe, ending, mistctl, processes, run, sandbox, status_field, wait_for};
+use common::{
+    both, build_c, describe, ending, mistctl, processes, run, sandbox, status_field, wait_for,
+};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 const LIMIT: Duration = Duration::from_secs(30);
 
-const TESTS: [(&str, fn(&Scene) -> Result<()>); 5] = [
+type Test = fn(&Scene) -> Result<()>;
+
+const TESTS: [(&str, Test); 6] = [
     ("detached", detached),
     ("foreground", foreground),
+    ("a_single_process_with_a_new_pid_is_its_own_peer", own_peer),
     ("same_pid_is_refused", same_pid_is_refused),
     ("without_rights_it_is_refused", without_rights_it_is_refused),
     ("a_killed_restore_leaves_all_or_nothing", killed),
@@ -224,6 +229,38 @@ fn foreground(scene: &Scene) -> Result<()> {
     let left = scene.others().into_iter().find(|p| inside(*p) != Some(1));
     send(left.context("the shell's child is gone")?, Signal::SIGKILL)?;
     scene.nothing_is_left()
+}
+
+/// Here mistctl gives another pid, and sockets that it makes again name that.
+fn own_peer(scene: &Scene) -> Result<()> {
+    let mut program = Command::new(build_c(
+        &Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/namespaces/own_peer.c"),
+        &[],
+    )?)
+    .spawn()?;
+    let pid = program.id();
+    wait_for("the program to wait", LIMIT, || {
+        let call = fs::read_to_string(format!("/proc/{pid}/syscall"))?;
+        let waits = call.starts_with(&libc::SYS_rt_sigtimedwait.to_string());
+        Ok(waits.then_some(()))
+    })?;
+    let image = scene.dir.join("single");
+    let mut dump = mistctl();
+    dump.args(["dump", &pid.to_string(), "-o"]).arg(&image);
+    succeeded(&run(dump, &scene.dir, "dump", LIMIT)?)?;
+    let mut restored = mistctl().arg("restore").arg(&image).spawn()?;
+    let new = wait_for("the restored program", LIMIT, || {
+        let is_it = |p: &u32| status_field(*p, "Name").as_deref() == Some("own_peer");
+        let mut others = scene.others().into_iter().filter(|p| *p != pid);
+        let new = others.find(is_it);
+        Ok(new.filter(|p| status_field(*p, "TracerPid").as_deref() == Some("0")))
+    });
+    program.kill()?;
+    program.wait()?;
+    send(new?, Signal::SIGUSR1)?;
+    let status = common::wait_child(&mut restored, "mistctl restore", LIMIT)?;
+    ensure!(status.success(), "it ended with {}", ending(status));
+    Ok(())
 }
 
 fn same_pid_is_refused(scene: &Scene) -> Result<()> {

@@ -14,6 +14,7 @@ use mistctl::image::sockets::SocketState;
 use mistctl::kernel::guardian::Guardian;
 use mistctl::kernel::socket::{self, Extra};
 use mistctl::kernel::{pidfd, sockopt};
+use mistctl::net::makers::Makers;
 use mistctl::net::{Options, Restorer, SocketDumper};
 
 #[path = "sockets/scenes.rs"]
@@ -161,13 +162,16 @@ fn capture(t: &Target, fds: &[i32]) -> Result<Captured> {
 
 /// Builds and fills; the sockets in the order they were captured.
 fn rebuild(c: &Captured) -> Result<Vec<OwnedFd>> {
-    let mut r = Restorer::build(&c.sockets)?;
-    r.fill(&|id| {
-        c.flying
-            .get(id as usize)
-            .map(AsFd::as_fd)
-            .context("unknown description")
-    })?;
+    let mut r = Restorer::build(&c.sockets, &mut Makers::default())?;
+    r.fill(
+        &|id| {
+            c.flying
+                .get(id as usize)
+                .map(AsFd::as_fd)
+                .context("unknown description")
+        },
+        &mut Makers::default(),
+    )?;
     let fds = (0..c.sockets.len())
         .map(|i| {
             let fd = r.fd(i as u32).context("not rebuilt")?;

@@ -84,6 +84,17 @@ pub struct Unix {
     /// Connections not accepted yet (listening sockets): each is the client's inode.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pending: Vec<u64>,
+    /// What SO_PEERCRED tells: who made the pair, connected, or listened.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer_creds: Option<PeerCreds>,
+}
+
+/// struct ucred: effective ids.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct PeerCreds {
+    pub pid: i32,
+    pub uid: u32,
+    pub gid: u32,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

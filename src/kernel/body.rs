@@ -148,7 +148,8 @@ fn zeroed_args() -> libc::clone_args {
     }
 }
 
-fn die_with(parent: i32) {
+/// Lets us die with our parent, whose id `parent` is as we see it.
+pub fn die_with(parent: i32) {
     // SAFETY: async-signal-safe calls with plain numbers. Whoever forked us and died before this line is
     // found out by the parent's id.
     unsafe {

@@ -89,8 +89,8 @@ impl PidNamespace {
     }
 
     /// From now on what is in there lives without us.
-    pub fn release(mut self) -> Result<()> {
-        self.line
+    pub fn release(&self) -> Result<()> {
+        (&self.line)
             .write_all(&[RELEASED])
             .context("telling the init of a pid namespace")
     }

@@ -11,6 +11,7 @@
 
 mod inet;
 pub mod keeper;
+pub mod makers;
 mod netlink;
 mod options;
 mod tcp;
@@ -25,6 +26,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
+use self::makers::Makers;
 use crate::error::Failure;
 use crate::image::sockets::{Socket, SocketState};
 use crate::image::{Bytes, DescriptionId};
@@ -356,13 +358,13 @@ pub struct Restorer {
 pub type FdOf<'a> = dyn Fn(DescriptionId) -> Result<BorrowedFd<'a>> + 'a;
 
 impl Restorer {
-    /// Makes every socket: bound, listening, connected, with empty queues. TCP connections are made in
+    /// Makes every socket: bound, listening, connected, with empty queues. `makers` make unix sockets. TCP connections are made in
     /// repair mode and say nothing yet.
     ///
     /// # Errors
     /// An address in use or not of this host, a missing privilege, an image that contradicts itself; all
     /// that was made is closed.
-    pub fn build(sockets: &[Socket]) -> Result<Self> {
+    pub fn build(sockets: &[Socket], makers: &mut Makers<'_>) -> Result<Self> {
         let mut r = Self {
             sockets: sockets.to_vec(),
             ..Self::default()
@@ -374,7 +376,7 @@ impl Restorer {
             }
             check_image(s).with_context(|| format!("socket {i} of the image"))?;
         }
-        unix::build(&mut r)?;
+        unix::build(&mut r, makers)?;
         for i in 0..sockets.len() {
             let Some(s) = r.sockets.get(i).cloned() else {
                 break;
@@ -402,8 +404,8 @@ impl Restorer {
     ///
     /// # Errors
     /// A description in flight that `fd_of` does not know, or a send that failed.
-    pub fn fill(&mut self, fd_of: &FdOf<'_>) -> Result<()> {
-        unix::fill(self, fd_of)?;
+    pub fn fill(&mut self, fd_of: &FdOf<'_>, makers: &mut Makers<'_>) -> Result<()> {
+        unix::fill(self, fd_of, makers)?;
         for i in 0..self.sockets.len() {
             let Some(s) = self.sockets.get(i) else { break };
             if let (SocketState::Inet(inet), Some(Some(fd))) = (&s.state, self.fds.get(i)) {

@@ -4,6 +4,7 @@ mod bulk;
 mod creds;
 pub mod files;
 mod guest;
+mod ids;
 mod layout;
 mod lazy;
 mod memory;

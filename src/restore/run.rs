@@ -1,6 +1,6 @@
 //! The order of a restore. Everything half-built dies with us until the last line.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
@@ -10,6 +10,7 @@ use indicatif::ProgressBar;
 
 use super::bulk::Bulk;
 use super::files::{self, Built, Surroundings};
+use super::ids::Ids;
 use super::lazy::Filler;
 use super::open::Opened;
 use super::shared::SharedObjects;
@@ -18,16 +19,15 @@ use super::{
     Guest, Options, Outcome, Replaced, Report, creds, layout, memory, process, resume, signals,
     threads,
 };
-use crate::error::Failure;
 use crate::image::process::{Creds, Process, State};
 use crate::image::store::Image;
 use crate::image::{DescriptionId, Manifest, Origin};
-use crate::kernel::pid_ns::PidNamespace;
 use crate::kernel::remote::{AREA, Remote};
 use crate::kernel::time_ns::{self, Offsets};
 use crate::kernel::undertaker::Undertaker;
 use crate::kernel::{body, caps};
 use crate::net::Restorer;
+use crate::net::makers::Makers;
 
 /// What all processes of an image are rebuilt from.
 struct Site<'a> {
@@ -35,17 +35,8 @@ struct Site<'a> {
     opened: &'a Opened,
     built: &'a Built,
     bulk: &'a Bulk,
-    same_ids: bool,
+    ids: &'a Ids,
     ours: Creds,
-}
-
-/// The ids that processes and threads get.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Ids {
-    Same,
-    New,
-    /// The same, where they do not collide.
-    InNamespace,
 }
 
 /// A process that stands before its next instruction, and its threads but the leader (which may have ended).
@@ -94,8 +85,7 @@ fn restore(opts: &Options, mut guest: Option<&mut dyn Guest>, started: Instant) 
         processes: processes.len(),
         ..Report::default()
     };
-    let ids = can_have_ids(processes, opts, guest.is_some(), &mut report)?;
-    let same_ids = ids != Ids::New;
+    let mut ids = Ids::choose(processes, opts, guest.is_some(), &mut report)?;
     let same_clocks = set_clocks(&manifest.origin, guest.is_some(), &mut report)?;
     let mut replaced = match &mut guest {
         Some(guest) => guest.replaced()?,
@@ -103,26 +93,33 @@ fn restore(opts: &Options, mut guest: Option<&mut dyn Guest>, started: Instant) 
     };
     let floor = floor(manifest);
     let mut shared = SharedObjects::new(&image, floor)?;
-    let mut sockets = Restorer::build(&manifest.sockets)?;
-    let namespace = match ids {
-        Ids::InNamespace => Some(own_namespace(processes, &mut report)?),
-        Ids::Same | Ids::New => None,
+    let mut makers = match &guest {
+        // What we make names us, who are the program.
+        Some(_) => Makers::default(),
+        None => Makers::new(manifest, ids.are_same(), ids.namespace()),
     };
+    let mut sockets = Restorer::build(&manifest.sockets, &mut makers)?;
     let surroundings = Surroundings {
         floor,
         detached: opts.detach,
         same_clocks,
-        namespace: namespace.as_ref(),
+        namespace: ids.namespace(),
     };
     let instead = std::mem::take(&mut replaced.descriptions);
     let mut built = descriptors(manifest, surroundings, instead, &shared, &sockets)?;
-    sockets.fill(&|id| {
-        let fd = built
-            .fds
-            .get(&id)
-            .with_context(|| format!("description {id} is not there"))?;
+    let fd_of = |id| {
+        let fd = built.fds.get(&id);
+        let fd = fd.with_context(|| format!("description {id} is not there"))?;
         Ok(fd.as_fd())
-    })?;
+    };
+    sockets.fill(&fd_of, &mut makers)?;
+    let chosen = processes.first().and_then(|p| makers.chosen(p.pid));
+    report.warnings.append(&mut makers.warnings);
+    // Their ids are wanted now.
+    drop(makers);
+    if let Ids::New { first } = &mut ids {
+        *first = chosen;
+    }
     let opened = Opened::new(&image, std::mem::take(&mut replaced.files), floor)?;
     let area = layout::area(processes)?;
     let mut bulk = Bulk::new(Arc::clone(&image), !opts.lazy);
@@ -141,15 +138,7 @@ fn restore(opts: &Options, mut guest: Option<&mut dyn Guest>, started: Instant) 
         };
         known.know(pid)
     };
-    let mut bodies = Bodies::create(
-        processes,
-        area,
-        same_ids,
-        namespace.as_ref(),
-        root,
-        &mut born,
-        &mut bulk,
-    )?;
+    let mut bodies = Bodies::create(processes, area, &ids, root, &mut born, &mut bulk)?;
     let mut undertaker = undertaker.context("the image holds no process")?;
     report.bytes_memory += bulk.bytes();
     bodies.bury(processes)?;
@@ -164,7 +153,7 @@ fn restore(opts: &Options, mut guest: Option<&mut dyn Guest>, started: Instant) 
         opened: &opened,
         built: &built,
         bulk: &bulk,
-        same_ids,
+        ids: &ids,
         ours,
     };
     let mut ready = Vec::new();
@@ -208,9 +197,7 @@ fn restore(opts: &Options, mut guest: Option<&mut dyn Guest>, started: Instant) 
     for r in &ready {
         release(r, opts)?;
     }
-    if let Some(n) = namespace {
-        n.release()?;
-    }
+    ids.released()?;
     let filling = match filler {
         Some(f) => Some(f.released(undertaker)?),
         None => {
@@ -275,7 +262,7 @@ fn rebuild<'a>(
     }
     process::descriptors(&mut body, p, site.built)?;
     signals::actions(&mut body, p)?;
-    let mut others = threads::make(&mut body, p, site.same_ids)?;
+    let mut others = threads::make(&mut body, p, site.ids)?;
     let mut ids = bodies.ids.clone();
     ids.extend(
         p.others()
@@ -380,71 +367,6 @@ fn floor(m: &Manifest) -> i32 {
         .max()
         .unwrap_or(2);
     top.saturating_add(1).max(64)
-}
-
-/// Whether all processes and threads can have the ids they had; programs keep them in memory.
-/// `here`: the first process has one already.
-fn can_have_ids(
-    processes: &[Process],
-    opts: &Options,
-    here: bool,
-    report: &mut Report,
-) -> Result<Ids> {
-    let has = processes.first().filter(|_| here).map(|p| p.pid);
-    let taken: BTreeSet<i32> = ids(processes)
-        .filter(|id| Some(*id) != has && !body::is_free(*id))
-        .collect();
-    if taken.is_empty() {
-        return Ok(Ids::Same);
-    }
-    let taken: Vec<String> = taken.iter().map(i32::to_string).collect();
-    let taken = taken.join(", ");
-    if here && processes.len() > 1 {
-        return Err(Failure::Restore.because(format!(
-            "the ids {taken} of the program's child processes are taken here; end those processes, or restore it on another host"
-        )));
-    }
-    if opts.same_pid {
-        return Err(Failure::Restore.because(format!(
-            "the ids {taken} are taken here; end those processes, or restore without --same-pid"
-        )));
-    }
-    if processes.len() > 1 {
-        report.warnings.push(format!(
-            "the ids {taken} are taken here: the processes run in a pid namespace of their own, where they \
-             have their old ids"
-        ));
-        return Ok(Ids::InNamespace);
-    }
-    report.warnings.push(format!(
-        "the ids {taken} are taken here: the program gets new ones (one that keeps its own pid in memory \
-         will be confused)"
-    ));
-    Ok(Ids::New)
-}
-
-/// Of all processes and threads.
-fn ids(processes: &[Process]) -> impl Iterator<Item = i32> {
-    processes
-        .iter()
-        .flat_map(|p| std::iter::once(p.pid).chain(p.threads.iter().map(|t| t.tid)))
-}
-
-/// A pid namespace in which all ids are free.
-fn own_namespace(processes: &[Process], report: &mut Report) -> Result<PidNamespace> {
-    let refuse = |why: String| {
-        Failure::Restore.because(format!(
-            "ids of the image are taken here, and it cannot have a pid namespace of its own: {why}; run \
-             mistctl as root, or end the processes that have them (`mistctl show` names them)"
-        ))
-    };
-    let first = processes.first().map_or(0, |p| p.pid);
-    let highest = ids(processes).max().unwrap_or(first);
-    if ids(processes).any(|id| id == 1) {
-        return Err(refuse("it holds an init (pid 1)".to_owned()));
-    }
-    report.pid_namespace = true;
-    PidNamespace::start(first, highest).map_err(|e| refuse(format!("{e:#}")))
 }
 
 fn descriptors(

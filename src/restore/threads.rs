@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use super::ids::Ids;
 use super::signals;
 use crate::image::process::{Creds, EndedLeader, Process};
 use crate::image::threads::Thread;
@@ -17,7 +18,7 @@ const SYSCALL: [u8; 2] = [0x0f, 0x05];
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Makes every thread but the leader, in order; they stand still.
-pub fn make(leader: &mut Remote, p: &Process, same_ids: bool) -> Result<Vec<Remote>> {
+pub fn make(leader: &mut Remote, p: &Process, ids: &Ids) -> Result<Vec<Remote>> {
     let flags = libc::CLONE_VM
         | libc::CLONE_FS
         | libc::CLONE_FILES
@@ -28,7 +29,7 @@ pub fn make(leader: &mut Remote, p: &Process, same_ids: bool) -> Result<Vec<Remo
     for t in p.others() {
         // struct clone_args: flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls,
         // set_tid, set_tid_size, cgroup. The id stands behind it.
-        let wanted = same_ids.then_some(t.tid);
+        let wanted = ids.wanted(t.tid);
         let made = leader
             .clone_thread(flags as u64, wanted)
             .map_err(|e| match (wanted, e.downcast::<std::io::Error>()) {

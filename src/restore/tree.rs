@@ -7,9 +7,9 @@ use std::os::fd::AsRawFd;
 use anyhow::{Context, Result, bail};
 
 use super::bulk::Bulk;
+use super::ids::Ids;
 use crate::image::process::{Process, State};
 use crate::kernel::body;
-use crate::kernel::pid_ns::PidNamespace;
 use crate::kernel::remote::{Made, Remote};
 use crate::kernel::tracee::Stop;
 
@@ -23,23 +23,20 @@ pub enum Root {
 }
 
 /// Bodies by the pid in the image; their ids as they see them, by the one in the image.
-pub struct Bodies {
+pub struct Bodies<'a> {
     pub remotes: BTreeMap<i32, Remote>,
     pub ids: BTreeMap<i32, i32>,
     pub warnings: Vec<String>,
-    same_ids: bool,
-    in_namespace: bool,
+    wanted: &'a Ids,
 }
 
-impl Bodies {
-    /// Forks every process of the image: the first from us, the others from their parents. With
-    /// `same_ids` each gets the id it had, in `namespace` if there is one. The first fills `bulk` by itself before we
-    /// take it in hand.
+impl<'a> Bodies<'a> {
+    /// Forks every process of the image: the first from us, the others from their parents. The first fills
+    /// `bulk` by itself before we take it in hand.
     pub fn create(
         processes: &[Process],
         area: u64,
-        same_ids: bool,
-        namespace: Option<&PidNamespace>,
+        wanted: &'a Ids,
         root_in: Root,
         born: &mut dyn FnMut(i32) -> Result<()>,
         bulk: &mut Bulk,
@@ -48,12 +45,12 @@ impl Bodies {
             bail!("the image holds no process")
         };
         let mut pipe = bulk.pipe()?;
-        let wanted = same_ids.then_some(root.pid);
+        let id = wanted.wanted_first(root.pid);
         let mut fork = |us| {
-            body::fork_idle(wanted, us, &mut || bulk.fill(&mut pipe))
-                .map_err(|e| body::explain_set_tid(root.pid, e))
+            body::fork_idle(id, us, &mut || bulk.fill(&mut pipe))
+                .map_err(|e| body::explain_set_tid(id.unwrap_or(root.pid), e))
         };
-        let (pid, tie) = match (root_in, namespace) {
+        let (pid, tie) = match (root_in, wanted.namespace()) {
             (Root::Here, _) => {
                 let (pid, tie) = body::step_aside(&mut || bulk.fill(&mut pipe))?;
                 (pid, Some(tie))
@@ -67,7 +64,7 @@ impl Bodies {
         // It dies with us from here on.
         drop(tie);
         let detach = root_in == Root::Fork { detach: true };
-        if let Some(n) = namespace {
+        if let Some(n) = wanted.namespace() {
             remote.must(
                 "entering the mounts of its pid namespace",
                 libc::SYS_setns,
@@ -79,8 +76,7 @@ impl Bodies {
             ids: BTreeMap::from([(root.pid, remote.inside)]),
             remotes: BTreeMap::from([(root.pid, remote)]),
             warnings: Vec::new(),
-            same_ids,
-            in_namespace: namespace.is_some(),
+            wanted,
         };
         let inside: BTreeSet<i32> = processes.iter().map(|p| p.pid).collect();
         // The first process stands in our session, unless it led one, or is to live without us.
@@ -148,7 +144,7 @@ impl Bodies {
         session: i32,
         born: &mut dyn FnMut(i32) -> Result<()>,
     ) -> Result<()> {
-        let wanted = self.same_ids.then_some(c.pid);
+        let wanted = self.wanted.wanted(c.pid);
         let from = self.remote(parent)?;
         let made = from.fork(c.exit_signal.max(0), wanted).map_err(|e| {
             match e.downcast::<std::io::Error>() {
@@ -239,10 +235,7 @@ impl Bodies {
 
     /// A child of `p`'s body that leads the group `p` was in.
     fn stand_in(&mut self, p: &Process) -> Result<Made> {
-        let wanted = self
-            .same_ids
-            .then_some(p.pgid)
-            .filter(|g| self.in_namespace || body::is_free(*g));
+        let wanted = self.wanted.wanted_if_free(p.pgid);
         let parent = self.remote(p.pid)?;
         let made = parent.fork(0, wanted)?;
         let mut leader = Remote::adopt(made, self.remote(p.pid)?)?;

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use super::{ESTABLISHED, LISTEN, display, is_path, name, strip};
 use crate::error::Failure;
 use crate::image::Bytes;
-use crate::image::sockets::{Unix, UnixFile, UnixMessage};
+use crate::image::sockets::{PeerCreds, Unix, UnixFile, UnixMessage};
 use crate::kernel::guardian::{Guardian, Undo};
 use crate::kernel::sock_diag::UnixDiag;
 use crate::kernel::socket::{self, Received};
@@ -226,6 +226,7 @@ pub(crate) fn read(
         name: Bytes(strip(&x.name)),
         shutdown: x.shutdown & 3,
         queue,
+        peer_creds: peer_creds(&met.fd),
         ..Unix::default()
     };
     if x.state == LISTEN {
@@ -315,17 +316,26 @@ fn read_dgram_peer(d: &SocketDumper, met: &Met, x: &UnixDiag, u: &mut Unix) -> R
     Ok(())
 }
 
+/// What the socket tells of whoever made it.
+fn peer_creds(fd: &OwnedFd) -> Option<PeerCreds> {
+    let len = size_of::<libc::ucred>();
+    let bytes = sockopt::get(fd, libc::SOL_SOCKET, libc::SO_PEERCRED, len).ok()?;
+    let word = |i: usize| bytes.get(4 * i..4 * i + 4)?.try_into().ok();
+    let creds = PeerCreds {
+        pid: i32::from_ne_bytes(word(0)?),
+        uid: u32::from_ne_bytes(word(1)?),
+        gid: u32::from_ne_bytes(word(2)?),
+    };
+    // 0: none, or one of a pid namespace that we do not see.
+    (creds.pid > 0).then_some(creds)
+}
+
 /// The peer lives outside the dump: a place-holder where that is allowed.
 fn outside(d: &SocketDumper, met: &Met, u: &mut Unix, peer_name: &[u8]) -> Result<()> {
-    let who = sockopt::get(
-        &met.fd,
-        libc::SOL_SOCKET,
-        libc::SO_PEERCRED,
-        size_of::<libc::ucred>(),
-    )
-    .ok()
-    .and_then(|c| Some(i32::from_ne_bytes(c.get(..4)?.try_into().ok()?)))
-    .filter(|pid| *pid > 0 && met.kind != libc::SOCK_DGRAM);
+    let who = u
+        .peer_creds
+        .map(|c| c.pid)
+        .filter(|_| met.kind != libc::SOCK_DGRAM);
     let mut what = "unix socket".to_owned();
     if !peer_name.is_empty() {
         what += &format!(" to {}", display(peer_name));

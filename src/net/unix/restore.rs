@@ -5,13 +5,15 @@ use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
 use super::{address, display, is_path};
-use crate::image::sockets::{Socket, SocketState, Unix, UnixMessage};
+use crate::image::sockets::{PeerCreds, Socket, SocketState, Unix, UnixMessage};
 use crate::kernel::socket::{self, Extra};
+use crate::net::makers::Makers;
 use crate::net::options::{self, Phase};
 use crate::net::{FdOf, Restorer};
 
@@ -135,41 +137,91 @@ fn enter_unseen(name: &[u8], base: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Makes `client` the client of a connection to a socket named `name`, and returns the accepted end.
+fn pair(s: &Socket, who: Option<PeerCreds>, makers: &mut Makers<'_>) -> Result<(OwnedFd, OwnedFd)> {
+    match makers.get(who) {
+        Some(m) => m.pair(s.family, s.kind, s.protocol),
+        None => socket::pair(s.family, s.kind, s.protocol),
+    }
+    .context("socketpair")
+}
+
+fn listen(
+    fd: &OwnedFd,
+    backlog: u32,
+    who: Option<PeerCreds>,
+    makers: &mut Makers<'_>,
+) -> Result<()> {
+    match makers.get(who) {
+        Some(m) => m.listen(fd, backlog),
+        None => socket::listen(fd, backlog),
+    }
+    .context("listen")
+}
+
+fn connect(
+    fd: &OwnedFd,
+    addr: &[u8],
+    who: Option<PeerCreds>,
+    makers: &mut Makers<'_>,
+) -> Result<()> {
+    match makers.get(who) {
+        Some(m) => m.connect(fd, addr),
+        None => socket::connect(fd, addr),
+    }
+    .context("connect")
+}
+
+/// Connects `client` to a listening socket of the image, and returns the accepted end.
+fn connect_to(
+    listener: &OwnedFd,
+    client: &OwnedFd,
+    (name, base): (&[u8], &[u8]),
+    who: Option<PeerCreds>,
+    makers: &mut Makers<'_>,
+) -> Result<OwnedFd> {
+    let (_directory, to) = reach(name, base)?;
+    connect(client, &to, who, makers)?;
+    Ok(socket::accept(listener)?)
+}
+
+/// Makes `client` the client of a connection to a socket named `name` that is there for the moment only, and
+/// returns the accepted end. `whos`: who listened, and who connected.
 fn connect_through(
     client: &OwnedFd,
     kind: i32,
-    name: &[u8],
-    listener: Option<&OwnedFd>,
-    base: &[u8],
+    (name, base): (&[u8], &[u8]),
+    whos: (Option<PeerCreds>, Option<PeerCreds>),
+    makers: &mut Makers<'_>,
 ) -> Result<OwnedFd> {
-    let addr = address(name);
-    if let Some(l) = listener {
-        let (_directory, to) = reach(name, base)?;
-        socket::connect(client, &to)?;
-        return Ok(socket::accept(l)?);
-    }
-    let through = || {
-        let l = socket::socket(libc::AF_UNIX, kind, 0)?;
-        socket::bind(&l, &addr)?;
-        socket::listen(&l, 1)?;
-        socket::connect(client, &addr)?;
-        Ok(socket::accept(&l)?)
-    };
-    if is_path(name) {
-        aside(|| {
+    let l = socket::socket(libc::AF_UNIX, kind, 0)?;
+    // Other processes reach a file that only a thread of ours sees through a descriptor of it.
+    let (_file, to) = if is_path(name) {
+        let file = aside(|| {
             enter_unseen(name, base)?;
-            through()
-        })
+            socket::bind(&l, &address(name))?;
+            let file = std::fs::OpenOptions::new()
+                .read(true)
+                .custom_flags(libc::O_PATH | libc::O_NOFOLLOW)
+                .open(path(name))
+                .context("opening a socket's file")?;
+            let _ = std::fs::remove_file(path(name));
+            Ok(file)
+        })?;
+        let to = format!("/proc/self/fd/{}", file.as_raw_fd());
+        (Some(file), address(to.as_bytes()))
     } else {
-        through()
-    }
+        socket::bind(&l, &address(name))?;
+        (None, address(name))
+    };
+    listen(&l, 1, whos.0, makers)?;
+    connect(client, &to, whos.1, makers)?;
+    Ok(socket::accept(&l)?)
 }
 
 /// Backlog of listening sockets while connections are rebuilt.
 const ROOMY: u32 = 4096;
 
-pub(crate) fn build(r: &mut Restorer) -> Result<()> {
+pub(crate) fn build(r: &mut Restorer, makers: &mut Makers<'_>) -> Result<()> {
     let sockets = r.sockets.clone();
     let unix: Vec<(usize, &Socket, &Unix)> = sockets
         .iter()
@@ -184,12 +236,12 @@ pub(crate) fn build(r: &mut Restorer) -> Result<()> {
             continue;
         }
         if s.kind == libc::SOCK_DGRAM {
-            build_dgram(r, &unix, i, s, u).with_context(|| at(i, u))?;
+            build_dgram(r, &unix, i, s, u, makers).with_context(|| at(i, u))?;
             continue;
         }
         let fd = alone(s, u, &mut r.warnings).with_context(|| at(i, u))?;
         if u.backlog.is_some() {
-            socket::listen(&fd, ROOMY).with_context(|| at(i, u))?;
+            listen(&fd, ROOMY, u.peer_creds, makers).with_context(|| at(i, u))?;
         }
         r.put(i, fd);
     }
@@ -201,7 +253,7 @@ pub(crate) fn build(r: &mut Restorer) -> Result<()> {
     // 2. Connections.
     for &(i, s, u) in &unix {
         if s.kind != libc::SOCK_DGRAM && r.fds.get(i).is_some_and(Option::is_none) {
-            build_connection(r, &unix, i, s, u).with_context(|| at(i, u))?;
+            build_connection(r, &unix, i, s, u, makers).with_context(|| at(i, u))?;
         }
     }
     // 3. Connections that were not accepted yet, first come first.
@@ -223,13 +275,13 @@ pub(crate) fn build(r: &mut Restorer) -> Result<()> {
             socket::set_nonblocking(&fd, true)?;
             let base = base_of(u);
             let (_directory, to) = reach(&u.name, &base)?;
-            socket::connect(&fd, &to)
+            connect(&fd, &to, makers.holder(c), makers)
                 .with_context(|| format!("{}: connect to {}", at(c, cu), display(&u.name)))?;
             socket::set_nonblocking(&fd, false)?;
             r.put(c, fd);
         }
         if let (Some(backlog), Some(Some(fd))) = (u.backlog, r.fds.get(i)) {
-            socket::listen(fd, backlog).with_context(|| at(i, u))?;
+            listen(fd, backlog, u.peer_creds, makers).with_context(|| at(i, u))?;
         }
     }
     Ok(())
@@ -254,6 +306,7 @@ fn build_dgram(
     i: usize,
     s: &Socket,
     u: &Unix,
+    makers: &mut Makers<'_>,
 ) -> Result<()> {
     let unnamed_peer = |u: &Unix| {
         let ino = u.peer?;
@@ -274,7 +327,7 @@ fn build_dgram(
         && ps.kind == s.kind
         && r.fds.get(j).is_some_and(Option::is_none)
     {
-        let (a, b) = socket::pair(s.family, s.kind, s.protocol).context("socketpair")?;
+        let (a, b) = pair(s, u.peer_creds.or(pu.peer_creds), makers)?;
         bind(&a, u)?;
         bind(&b, pu)?;
         for (own, other, fd) in [(u, ps.ino, &a), (pu, s.ino, &b)] {
@@ -285,7 +338,7 @@ fn build_dgram(
         r.put(i, a);
         r.put(j, b);
     } else if u.peer_closed {
-        let (a, b) = socket::pair(s.family, s.kind, s.protocol).context("socketpair")?;
+        let (a, b) = pair(s, u.peer_creds, makers)?;
         bind(&a, u)?;
         r.put(i, a);
         r.partners.insert(i, b);
@@ -337,6 +390,7 @@ fn build_connection(
     i: usize,
     s: &Socket,
     u: &Unix,
+    makers: &mut Makers<'_>,
 ) -> Result<()> {
     if is_client(unix, s.ino) {
         return Ok(()); // with its listener, later
@@ -364,7 +418,7 @@ fn build_connection(
     };
     let (mine, theirs) = match server {
         None => {
-            let (a, b) = socket::pair(s.family, s.kind, s.protocol).context("socketpair")?;
+            let (a, b) = pair(s, u.peer_creds.or(ou.peer_creds), makers)?;
             bind(&a, u)?;
             bind(&b, ou)?;
             (a, b)
@@ -383,7 +437,15 @@ fn build_connection(
                 .filter(|_| !unlinked)
                 .and_then(|(l, _, _)| r.fds.get(*l))
                 .and_then(Option::as_ref);
-            match connect_through(&client, s.kind, &su.name, fd, &base) {
+            let place = (&su.name[..], &base[..]);
+            let connected = match fd {
+                Some(l) => connect_to(l, &client, place, su.peer_creds, makers),
+                None => {
+                    let whos = (cu.peer_creds, su.peer_creds);
+                    connect_through(&client, s.kind, place, whos, makers)
+                }
+            };
+            match connected {
                 Ok(accepted) if std::ptr::eq(su, u) => (accepted, client),
                 Ok(accepted) => (client, accepted),
                 Err(e) => {
@@ -392,7 +454,7 @@ fn build_connection(
                         "a connection of unix socket {} comes back without its name: {e:#}",
                         display(&su.name)
                     ));
-                    socket::pair(s.family, s.kind, s.protocol).context("socketpair")?
+                    pair(s, u.peer_creds.or(ou.peer_creds), makers)?
                 }
             }
         }
@@ -408,14 +470,30 @@ fn build_connection(
 }
 
 /// Fills the queues, then sets shutdown states, options and the connections that wait for that.
-pub(crate) fn fill(r: &mut Restorer, fd_of: &FdOf<'_>) -> Result<()> {
+pub(crate) fn fill(r: &mut Restorer, fd_of: &FdOf<'_>, makers: &mut Makers<'_>) -> Result<()> {
     let sockets = std::mem::take(&mut r.sockets);
-    let result = fill_all(r, &sockets, fd_of);
+    let result = fill_all(r, &sockets, fd_of, makers);
     r.sockets = sockets;
     result
 }
 
-fn fill_all(r: &mut Restorer, sockets: &[Socket], fd_of: &FdOf<'_>) -> Result<()> {
+fn fill_all(
+    r: &mut Restorer,
+    sockets: &[Socket],
+    fd_of: &FdOf<'_>,
+    makers: &mut Makers<'_>,
+) -> Result<()> {
+    let mut sending = Sending {
+        fd_of,
+        pids: HashMap::new(),
+    };
+    // A sender has to be there to be named.
+    let queues = sockets.iter().filter_map(of).flat_map(|u| &u.queue);
+    for (pid, uid, gid) in queues.filter_map(|m| m.credentials).filter(|c| c.0 > 0) {
+        if let Some(there) = makers.sender(PeerCreds { pid, uid, gid }) {
+            sending.pids.insert(pid, there);
+        }
+    }
     let mut sizes = HashMap::new();
     for (i, s) in sockets.iter().enumerate() {
         let Some(u) = of(s).filter(|u| u.outside.is_none()) else {
@@ -444,10 +522,10 @@ fn fill_all(r: &mut Restorer, sockets: &[Socket], fd_of: &FdOf<'_>) -> Result<()
         };
         for m in &u.queue {
             if s.kind == libc::SOCK_DGRAM {
-                fill_dgram(r, sockets, (i, u, fd), sender, m, fd_of).with_context(context)?;
+                fill_dgram(r, sockets, (i, u, fd), sender, m, &sending).with_context(context)?;
             } else if let Some(sender) = sender {
                 options::enlarge_buffers(sender, total);
-                send_all(sender, None, m, fd_of).with_context(context)?;
+                send_all(sender, None, m, &sending).with_context(context)?;
             } else {
                 bail!("the image is damaged: {} with nobody to send", context());
             }
@@ -505,17 +583,32 @@ fn fill_all(r: &mut Restorer, sockets: &[Socket], fd_of: &FdOf<'_>) -> Result<()
     Ok(())
 }
 
+/// What messages are sent with.
+struct Sending<'a, 'b> {
+    fd_of: &'a FdOf<'b>,
+    /// Ids of processes that stand for the senders, by the senders'.
+    pids: HashMap<i32, i32>,
+}
+
 /// Sends one stored message from `from`, in one piece if it can be.
-fn send_all(from: impl AsFd, to: Option<&[u8]>, m: &UnixMessage, fd_of: &FdOf<'_>) -> Result<()> {
+fn send_all(
+    from: impl AsFd,
+    to: Option<&[u8]>,
+    m: &UnixMessage,
+    sending: &Sending<'_, '_>,
+) -> Result<()> {
     let from = from.as_fd();
     let mut fds = Vec::new();
     for d in &m.descriptions {
-        fds.push(fd_of(*d).with_context(|| format!("description {d}, in flight"))?);
+        fds.push((sending.fd_of)(*d).with_context(|| format!("description {d}, in flight"))?);
     }
     let mut extra = Extra {
         to,
         fds: &fds,
-        credentials: m.credentials.filter(|c| c.0 > 0),
+        credentials: m.credentials.filter(|c| c.0 > 0).map(|(pid, uid, gid)| {
+            let pid = sending.pids.get(&pid).copied().unwrap_or(pid);
+            (pid, uid, gid)
+        }),
     };
     let mut rest: &[u8] = &m.data;
     loop {
@@ -550,14 +643,14 @@ fn fill_dgram(
     (i, u, _fd): (usize, &Unix, &OwnedFd),
     peer: Option<&OwnedFd>,
     m: &UnixMessage,
-    fd_of: &FdOf<'_>,
+    sending: &Sending<'_, '_>,
 ) -> Result<()> {
     let from = m.from.as_deref().unwrap_or_default();
     let size = m.data.len() + 1024;
     let send_from = |sender: &OwnedFd, to: Option<&[u8]>| {
         let sizes = options::buffer_sizes(sender);
         options::enlarge_buffers(sender, size);
-        let sent = send_all(sender, to, m, fd_of);
+        let sent = send_all(sender, to, m, sending);
         options::restore_buffers(sender, &sizes);
         sent
     };

@@ -1,0 +1,173 @@
+//! A process with a chosen id and chosen credentials that makes unix sockets for us.
+//!
+//! The kernel notes who made a pair, who connected and who listened, and tells their peers (SO_PEERCRED,
+//! unix(7)); nobody can change that afterwards. A maker shares our descriptor table, so what it makes is ours.
+//! When it has ended its id is free for the program it was borrowed from, and the sockets keep naming it.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+
+use anyhow::{Context, Result};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::pid_ns::PidNamespace;
+use super::{body, socket};
+
+/// Who a maker is.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Identity {
+    /// The id it is to have; None: any.
+    pub pid: Option<i32>,
+    /// Effective ids.
+    pub uid: u32,
+    pub gid: u32,
+    pub groups: Vec<u32>,
+}
+
+/// It ends with this value, and with us.
+#[derive(Debug)]
+pub struct Maker {
+    pid: i32,
+    line: UnixStream,
+    /// Open as long as the maker uses it: its descriptors are ours.
+    _theirs: UnixStream,
+}
+
+/// What it is asked for: an operation, three numbers, and an address of so many bytes.
+const REQUEST: usize = 20;
+const PAIR: i32 = 1;
+const LISTEN: i32 = 2;
+const CONNECT: i32 = 3;
+/// What it answers: an errno or 0, and two descriptors.
+const ANSWER: usize = 12;
+
+impl Maker {
+    /// Starts it, in `namespace` if there is one. Call it from a single-threaded program.
+    ///
+    /// # Errors
+    /// The id is taken, or choosing one needs CAP_CHECKPOINT_RESTORE.
+    pub fn start(who: &Identity, namespace: Option<&PidNamespace>) -> Result<Self> {
+        let (line, theirs) = UnixStream::pair().context("making a pair of sockets")?;
+        let fork = |parent: i32| {
+            let flags = libc::CLONE_FILES as u64;
+            body::fork_with(flags, who.pid, &mut || serve(&theirs, who, parent))
+                .map_err(|e| body::explain_set_tid(who.pid.unwrap_or(0), e))
+        };
+        let pid = match namespace {
+            // Whose parent is outside, as it sees it.
+            Some(n) => n.born_inside(|| fork(0))?,
+            None => fork(std::process::id() as i32)?,
+        };
+        Ok(Self {
+            pid,
+            line,
+            _theirs: theirs,
+        })
+    }
+
+    /// As we see it.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// socketpair(2), close-on-exec.
+    pub fn pair(&self, family: i32, kind: i32, protocol: i32) -> io::Result<(OwnedFd, OwnedFd)> {
+        let (a, b) = self.ask([PAIR, family, kind, protocol], &[])?;
+        // SAFETY: the maker has made them in our table and forgotten them.
+        unsafe { Ok((OwnedFd::from_raw_fd(a), OwnedFd::from_raw_fd(b))) }
+    }
+
+    /// listen(2).
+    pub fn listen(&self, fd: &OwnedFd, backlog: u32) -> io::Result<()> {
+        let backlog = backlog.min(i32::MAX as u32) as i32;
+        self.ask([LISTEN, fd.as_raw_fd(), backlog, 0], &[])
+            .map(drop)
+    }
+
+    /// connect(2) to a struct sockaddr.
+    pub fn connect(&self, fd: &OwnedFd, addr: &[u8]) -> io::Result<()> {
+        self.ask([CONNECT, fd.as_raw_fd(), 0, 0], addr).map(drop)
+    }
+
+    fn ask(&self, what: [i32; 4], addr: &[u8]) -> io::Result<(RawFd, RawFd)> {
+        let mut request: Vec<u8> = what.iter().flat_map(|w| w.to_ne_bytes()).collect();
+        request.extend((addr.len() as i32).to_ne_bytes());
+        request.extend(addr);
+        (&self.line).write_all(&request)?;
+        let mut answer = [0; ANSWER];
+        (&self.line).read_exact(&mut answer)?;
+        match word(&answer, 0) {
+            0 => Ok((word(&answer, 1), word(&answer, 2))),
+            errno => Err(io::Error::from_raw_os_error(errno)),
+        }
+    }
+}
+
+impl Drop for Maker {
+    fn drop(&mut self) {
+        let pid = Pid::from_raw(self.pid);
+        let _ = kill(pid, Signal::SIGKILL);
+        // Its id is free only then.
+        let _ = nix::sys::wait::waitpid(pid, None);
+    }
+}
+
+fn word(bytes: &[u8], i: usize) -> i32 {
+    bytes
+        .get(4 * i..4 * i + 4)
+        .and_then(|b| b.try_into().ok())
+        .map_or(0, i32::from_ne_bytes)
+}
+
+/// The life of a maker. It ends by a signal only: an end of file is not to be seen where descriptors are shared.
+fn serve(line: &UnixStream, who: &Identity, parent: i32) {
+    become_them(who);
+    body::die_with(parent);
+    let mut line = line;
+    let mut request = [0; REQUEST];
+    while line.read_exact(&mut request).is_ok() {
+        let mut addr = vec![0; word(&request, 4).max(0) as usize];
+        if line.read_exact(&mut addr).is_err() {
+            return;
+        }
+        let [a, b, c] = [1, 2, 3].map(|i| word(&request, i));
+        let made = match word(&request, 0) {
+            PAIR => socket::pair(a, b, c).map(|(x, y)| (x.into_raw_fd(), y.into_raw_fd())),
+            LISTEN => socket::listen(borrowed(a), b as u32).map(|()| (0, 0)),
+            _ => socket::connect(borrowed(a), &addr).map(|()| (0, 0)),
+        };
+        let (errno, a, b) = match made {
+            Ok((a, b)) => (0, a, b),
+            Err(e) => (e.raw_os_error().unwrap_or(libc::EIO), 0, 0),
+        };
+        let answer: Vec<u8> = [errno, a, b].iter().flat_map(|w| w.to_ne_bytes()).collect();
+        if line.write_all(&answer).is_err() {
+            return;
+        }
+    }
+}
+
+/// A descriptor that the asker holds open until he is answered.
+fn borrowed<'a>(fd: RawFd) -> BorrowedFd<'a> {
+    // SAFETY: see above; it is used for one call.
+    unsafe { BorrowedFd::borrow_raw(fd) }
+}
+
+/// Takes on credentials as far as we may, and keeps what we may do: whoever made the sockets could.
+fn become_them(who: &Identity) {
+    // linux/securebits.h: changing ids does not clear capabilities.
+    const SECBIT_NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
+    let (uid, gid) = (who.uid, who.gid);
+    // SAFETY: plain numbers, and a list with its length; this process has one thread.
+    unsafe {
+        if libc::geteuid() == uid && libc::getegid() == gid {
+            return;
+        }
+        libc::prctl(libc::PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP);
+        libc::syscall(libc::SYS_setgroups, who.groups.len(), who.groups.as_ptr());
+        libc::syscall(libc::SYS_setresgid, gid, gid, gid);
+        libc::syscall(libc::SYS_setresuid, uid, uid, uid);
+    }
+}

@@ -1,0 +1,134 @@
+//! Which ids processes and threads of an image get: programs keep them in memory.
+
+use std::collections::BTreeSet;
+
+use anyhow::Result;
+
+use super::{Options, Report};
+use crate::error::Failure;
+use crate::image::process::Process;
+use crate::kernel::body;
+use crate::kernel::pid_ns::PidNamespace;
+
+/// The ids that processes and threads get.
+#[derive(Debug)]
+pub enum Ids {
+    /// Those they had.
+    Same,
+    /// Any; the first process gets this one, if somebody knows it already.
+    New { first: Option<i32> },
+    /// Those they had, where they are free.
+    Inside(PidNamespace),
+}
+
+impl Ids {
+    /// Looks whether they are free here, and makes a pid namespace when that is called for. Call it from a
+    /// single-threaded program. `here`: the first process has one already.
+    ///
+    /// # Errors
+    /// Ids are taken, and that cannot be helped.
+    pub fn choose(
+        processes: &[Process],
+        opts: &Options,
+        here: bool,
+        report: &mut Report,
+    ) -> Result<Self> {
+        let has = processes.first().filter(|_| here).map(|p| p.pid);
+        let taken: BTreeSet<i32> = all(processes)
+            .filter(|id| Some(*id) != has && !body::is_free(*id))
+            .collect();
+        if taken.is_empty() {
+            return Ok(Self::Same);
+        }
+        let taken: Vec<String> = taken.iter().map(i32::to_string).collect();
+        let taken = taken.join(", ");
+        if here && processes.len() > 1 {
+            return Err(Failure::Restore.because(format!(
+                "the ids {taken} of the program's child processes are taken here; end those processes, or restore it on another host"
+            )));
+        }
+        if opts.same_pid {
+            return Err(Failure::Restore.because(format!(
+                "the ids {taken} are taken here; end those processes, or restore without --same-pid"
+            )));
+        }
+        if processes.len() > 1 {
+            let namespace = own_namespace(processes, &taken)?;
+            report.pid_namespace = true;
+            report.warnings.push(format!(
+                "the ids {taken} are taken here: the processes run in a pid namespace of their own, where \
+                 they have their old ids"
+            ));
+            return Ok(Self::Inside(namespace));
+        }
+        report.warnings.push(format!(
+            "the ids {taken} are taken here: the program gets new ones (one that keeps its own pid in memory \
+             will be confused)"
+        ));
+        Ok(Self::New { first: None })
+    }
+
+    /// Whether everybody has the id that he had, as he sees it.
+    pub fn are_same(&self) -> bool {
+        !matches!(self, Self::New { .. })
+    }
+
+    /// The id to ask for, for somebody who had this one.
+    pub fn wanted(&self, id: i32) -> Option<i32> {
+        self.are_same().then_some(id)
+    }
+
+    /// The same for the first process.
+    pub fn wanted_first(&self, id: i32) -> Option<i32> {
+        match self {
+            Self::New { first } => *first,
+            Self::Same | Self::Inside(_) => Some(id),
+        }
+    }
+
+    /// As [`Ids::wanted`], for somebody who may be left out.
+    pub fn wanted_if_free(&self, id: i32) -> Option<i32> {
+        match self {
+            Self::New { .. } => None,
+            Self::Same => Some(id).filter(|id| body::is_free(*id)),
+            Self::Inside(_) => Some(id),
+        }
+    }
+
+    pub fn namespace(&self) -> Option<&PidNamespace> {
+        match self {
+            Self::Inside(n) => Some(n),
+            Self::Same | Self::New { .. } => None,
+        }
+    }
+
+    /// All processes run.
+    pub fn released(&self) -> Result<()> {
+        match self {
+            Self::Inside(n) => n.release(),
+            Self::Same | Self::New { .. } => Ok(()),
+        }
+    }
+}
+
+/// Of all processes and threads.
+fn all(processes: &[Process]) -> impl Iterator<Item = i32> {
+    processes
+        .iter()
+        .flat_map(|p| std::iter::once(p.pid).chain(p.threads.iter().map(|t| t.tid)))
+}
+
+fn own_namespace(processes: &[Process], taken: &str) -> Result<PidNamespace> {
+    let refuse = |why: String| {
+        Failure::Restore.because(format!(
+            "the ids {taken} are taken here, and the image cannot have a pid namespace of its own: {why}; run \
+             mistctl as root, or end the processes that have them"
+        ))
+    };
+    if all(processes).any(|id| id == 1) {
+        return Err(refuse("it holds an init (pid 1)".to_owned()));
+    }
+    let first = processes.first().map_or(0, |p| p.pid);
+    let highest = all(processes).max().unwrap_or(first);
+    PidNamespace::start(first, highest).map_err(|e| refuse(format!("{e:#}")))
+}
