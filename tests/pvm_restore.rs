@@ -6,7 +6,6 @@ mod stage;
 mod testhosts;
 
 use std::fs;
-use std::os::fd::AsFd;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -15,12 +14,6 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use common::wait_for;
 use libtest_mimic::{Arguments, Completion, Trial};
-use mistctl::dump::{self, After, Session};
-use mistctl::image::files::Kind;
-use mistctl::image::memory::Backing;
-use mistctl::image::pvm::{PvmTask, Unread};
-use mistctl::image::{Bytes, Compress, ImageWriter};
-use mistctl::kernel::pidfd;
 use mistctl::pvm::block::TaskBlock;
 use stage::{Actor, Stage};
 use testhosts::{Hosts, Installed};
@@ -30,18 +23,6 @@ const LIMIT: Duration = Duration::from_secs(30);
 type Test = fn(&Scene) -> Result<()>;
 
 fn main() -> ExitCode {
-    let words: Vec<String> = std::env::args().collect();
-    if let [_, capture, pid, image, host] = words.as_slice()
-        && capture == "--capture"
-    {
-        return match capture_task(pid, Path::new(image), host) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(e) => {
-                eprintln!("{e:#}");
-                ExitCode::FAILURE
-            }
-        };
-    }
     let mut args = Arguments::from_args();
     args.test_threads = Some(1);
     let tests: [(&str, Test); 1] = [("a_task_comes_back_and_its_partners_go_on", comes_back)];
@@ -140,13 +121,11 @@ impl Scene {
     /// Saves a task of a host and ends it.
     fn capture(&self, host: &str, pid: i32, name: &str) -> Result<PathBuf> {
         let image = self.path(name);
-        let me = std::env::current_exe()?;
-        self.hosts.root(
+        self.hosts.exec(
             host,
             &format!(
-                "{} --capture {pid} {} {host} && chown -R mist {}",
-                me.display(),
-                image.display(),
+                "{} dump --kill {pid} -o {}",
+                self.mistctl.path(),
                 image.display()
             ),
         )?;
@@ -181,89 +160,6 @@ fn spawned(answer: &str) -> Result<u32> {
         .strip_prefix("1: ")
         .with_context(|| format!("spawn: {answer}"))?;
     Ok(u32::from_str_radix(tid.trim(), 16)?)
-}
-
-/// A dump of a task that waits outside libpvm or in pvm_recv, as root on its host.
-fn capture_task(pid: &str, image: &Path, host: &str) -> Result<()> {
-    let pid: i32 = pid.parse()?;
-    let block = TaskBlock::find(pid)?.context("no shim")?;
-    let opts = |pvmd| dump::Options {
-        pid,
-        image: image.to_owned(),
-        store: None,
-        tree: false,
-        after: After::Kill,
-        compress: Compress::None,
-        tcp_established: false,
-        progress: false,
-        pvmd: Some(pvmd),
-    };
-    let (fd, inode) = (0..64)
-        .find_map(|fd| {
-            let link = fs::read_link(format!("/proc/{pid}/fd/{fd}")).ok()?;
-            let inode = link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?;
-            Some((fd, inode.parse::<u64>().ok()?))
-        })
-        .context("the task has no socket")?;
-    let writer = ImageWriter::create(image, None, Compress::None)?;
-    let mut session = Session::stop(&opts(inode))?;
-    let process = pidfd::open(pid)?;
-    let socket = pidfd::get_fd(process.as_fd(), fd)?;
-    let mut unread = vec![0; 1 << 20];
-    let flags = nix::sys::socket::MsgFlags::MSG_PEEK | nix::sys::socket::MsgFlags::MSG_DONTWAIT;
-    let raw = std::os::fd::AsRawFd::as_raw_fd(&socket);
-    let len = nix::sys::socket::recv(raw, &mut unread, flags).unwrap_or(0);
-    unread.truncate(len);
-    session.look(&writer)?;
-    session.memory(&writer, &indicatif::ProgressBar::hidden())?;
-    let mut manifest = session.manifest()?;
-    let first = manifest.processes.first().context("no process")?;
-    let connection = first
-        .fds
-        .iter()
-        .find(|f| f.fd == fd)
-        .context("no connection")?;
-    let outputs = first.fds.iter().filter(|f| {
-        let d = manifest.descriptions.get(f.description as usize);
-        (1..=2).contains(&f.fd) && d.is_some_and(|d| matches!(d.kind, Kind::External(_)))
-    });
-    let table = block.table()?;
-    ensure!(
-        first
-            .vmas
-            .iter()
-            .any(|v| v.start == table && matches!(v.backing, Backing::File { .. }))
-    );
-    manifest.pvm = Some(PvmTask {
-        v: block.v()?,
-        r: block.r()?,
-        program: String::new(),
-        host: host.to_owned(),
-        connection: connection.description,
-        output: outputs.map(|f| f.description).collect(),
-        unread: Unread {
-            inline: Bytes(unread),
-            object: None,
-        },
-        output_to: sink(pid, &block)?,
-        trace_to: (0, 0, 0),
-        mailbox: Vec::new(),
-        block: block.address(),
-        table: (table, block.table_len()?),
-    });
-    writer.finish(&manifest)?;
-    session.end(After::Kill)?;
-    Ok(())
-}
-
-/// Where its output goes, as libpvm has it.
-fn sink(pid: i32, block: &TaskBlock) -> Result<(u32, u32, i32)> {
-    let at = block.globals()?.get(13).copied().context("no pvmtrc")?;
-    let mut bytes = [0; 24];
-    let memory = fs::File::open(format!("/proc/{pid}/mem"))?;
-    std::os::unix::fs::FileExt::read_exact_at(&memory, &mut bytes, at)?;
-    let word = |i: usize| u32::from_le_bytes([0, 1, 2, 3].map(|b| bytes[4 * i + b]));
-    Ok((word(3), word(4), word(5) as i32))
 }
 
 fn comes_back(scene: &Scene) -> Result<()> {

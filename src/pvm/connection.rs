@@ -123,6 +123,11 @@ impl Daemons {
 }
 
 impl Connection {
+    /// The pvmd's end.
+    pub fn into_pvmd_end(self) -> OwnedFd {
+        self.pvmd_end
+    }
+
     /// What the pvmd has written and the task has not read; nothing is consumed.
     ///
     /// # Errors

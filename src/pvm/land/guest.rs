@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 use pvm_abi::place;
 
 use super::Agent;
+use super::arrival::Arrived;
 use super::commit::Waiting;
 use super::environment;
 use super::identity::{self, Incarnation};
@@ -30,20 +31,22 @@ pub struct Task<'a> {
     table: PathBuf,
     task: PvmTask,
     image: Image,
+    /// Taken away, if it is ours, when the task runs; what is still to be filled has its pages open.
+    arrived: Option<Arrived>,
     commit: Commit,
     agent: Option<&'a mut Agent>,
+    warnings: Vec<String>,
     bridge: Bridge,
     /// The incarnation that this is.
     r: u32,
     pid: i32,
     fragment: u32,
     scheduler: u32,
-    /// Whom pvmd was when it forked us.
-    parent: i32,
-    connection: Option<OwnedFd>,
+    /// Until right before it runs.
+    ends: Option<(OwnedFd, FarEnd)>,
     /// Put into the connection first.
     unread: Vec<u8>,
-    /// Its own end is closed with this, right before the task runs.
+    /// Since when it may run.
     committed: Option<Instant>,
 }
 
@@ -53,20 +56,22 @@ impl<'a> Task<'a> {
         pvmd: Pvmd,
         mut client: Client,
         task: PvmTask,
-        image: PathBuf,
+        arrived: Arrived,
         commit: Commit,
         agent: Option<&'a mut Agent>,
+        warnings: Vec<String>,
     ) -> Result<Self> {
         if let Commit::WhenEnded { r1, .. } = commit {
             client.notify_unseen(Tid(r1))?;
         }
-        let image = Image::open(&image)?;
+        let image = Image::open(&arrived.path())?;
         let mut unread = unread_of(&image, &task)?;
         let (r, fragment, scheduler) = (
             client.tid().0,
             client.fragment() as u32,
             client.scheduler().0,
         );
+        let far = FarEnd::find()?;
         let connection = client.into_connection()?;
         unread.extend(connection.read);
         Ok(Self {
@@ -74,15 +79,16 @@ impl<'a> Task<'a> {
             pvmd,
             task,
             image,
+            arrived: Some(arrived),
             commit,
             agent,
+            warnings,
             bridge: Bridge::new()?,
             r,
             pid: std::process::id() as i32,
             fragment,
             scheduler,
-            parent: nix::unistd::getppid().as_raw(),
-            connection: Some(connection.socket),
+            ends: Some((connection.socket, far)),
             unread,
             committed: None,
         })
@@ -93,6 +99,7 @@ impl<'a> Task<'a> {
     /// # Errors
     /// When the agent cannot be told: it will ask pvmd.
     pub fn runs(&mut self) -> Result<()> {
+        self.arrived = None;
         let since = self
             .committed
             .map_or(0, |at| at.elapsed().as_micros() as u64);
@@ -106,7 +113,7 @@ impl<'a> Task<'a> {
 
 impl Guest for Task<'_> {
     fn replaced(&mut self) -> Result<Replaced> {
-        let connection = self.connection.as_ref().context("no connection")?;
+        let (connection, _) = self.ends.as_ref().context("no connection")?;
         let mut descriptions =
             BTreeMap::from([(self.task.connection, connection.try_clone().context("dup")?)]);
         for id in &self.task.output {
@@ -148,13 +155,13 @@ impl Guest for Task<'_> {
     }
 
     fn may_run(&mut self, warnings: &[String]) -> Result<()> {
-        let connection = self.connection.take().context("no connection")?;
-        FarEnd::of(connection.as_fd(), self.parent)?
-            .put(&self.unread)
+        let (connection, far) = self.ends.take().context("no connection")?;
+        far.put(&self.unread)
             .context("what the task had not read")?;
+        drop(far);
         if let Some(agent) = &mut self.agent {
             agent.say(&ToAgent::Parked {
-                warnings: warnings.to_vec(),
+                warnings: [&self.warnings, warnings].concat(),
             })?;
         }
         let waiting = Waiting {

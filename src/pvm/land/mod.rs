@@ -3,6 +3,7 @@
 //! It enrols in the place of the task that pvmd believes to have started (R2), takes its orders ([`protocol`]),
 //! and rebuilds itself from an image: [`crate::restore::here`]. Its tracer is what goes on as mistctl.
 
+mod arrival;
 mod commit;
 mod environment;
 mod guest;
@@ -26,8 +27,9 @@ use crate::kernel::caps;
 use crate::pvm::client::{Client, Pvmd};
 use crate::pvm::table::TidTable;
 use crate::restore::{self, Options, Outcome};
+use arrival::{Arrived, Door};
 use guest::Task;
-use protocol::{Commit, Order, Source, ToAgent, ToLander, hear, say};
+use protocol::{Commit, Order, ToAgent, ToLander, hear, say};
 
 /// Who gives the orders.
 #[derive(Debug, Clone)]
@@ -85,30 +87,26 @@ pub fn run(orders: &Orders, started: Instant) -> Result<Outcome> {
 fn land(orders: &Orders, agent: &mut Option<Agent>, started: Instant) -> Result<Outcome> {
     let pvmd = Pvmd::find()?.context("no pvmd runs here (PVMSOCK, PVM_TMP, PVM_VMID)")?;
     let mut client = Client::enrol(&pvmd, cookie())?;
-    let order = match (orders, &mut *agent) {
+    let (arrived, lazy, order) = match (orders, &mut *agent) {
+        (Orders::Image { path, lazy }, _) => (Arrived::There(path.clone()), *lazy, None),
+        (Orders::Agent { .. }, None) => anyhow::bail!("there is no agent"),
         (Orders::Agent { id, .. }, Some(agent)) => {
+            let door = Door::open()?;
             agent.say(&ToAgent::Hello {
                 id: id.clone(),
                 r: client.tid().0,
                 pid: std::process::id() as i32,
-                port: 0,
+                port: door.port,
             })?;
-            match agent.hear()? {
-                Some(ToLander::Order(order)) => Some(order),
+            let order = match agent.hear()? {
+                Some(ToLander::Order(order)) => order,
                 Some(ToLander::Run) => anyhow::bail!("the agent says `run` before its order"),
                 Some(ToLander::Abandon) | None => anyhow::bail!("the agent has called it off"),
-            }
+            };
+            (door.receive(&order.source, id)?, order.lazy, Some(order))
         }
-        _ => None,
     };
-    let (path, lazy) = match (&order, orders) {
-        (Some(order), _) => match &order.source {
-            Source::Image { path } => (path.clone(), order.lazy),
-            Source::Stream { .. } => anyhow::bail!("this lander takes no streams"),
-        },
-        (None, Orders::Image { path, lazy }) => (path.clone(), *lazy),
-        (None, Orders::Agent { .. }) => anyhow::bail!("no order"),
-    };
+    let path = arrived.path();
     let task = task_of(&path, order.as_ref())?;
     if order.is_none() {
         publish(&pvmd, &task, client.tid().0)?;
@@ -116,7 +114,20 @@ fn land(orders: &Orders, agent: &mut Option<Agent>, started: Instant) -> Result<
     let announce = order.as_ref().is_none_or(|order| order.announce);
     sinks::set(&mut client, &pvmd, &task, announce)?;
     let commit = order.map_or(Commit::WhenTold, |order| order.commit);
-    let mut guest = Task::new(pvmd, client, task, path.clone(), commit, agent.as_mut())?;
+    let warnings = match commit {
+        Commit::WhenTold => mailbox(&mut client, &task),
+        // The mover hands them over.
+        Commit::WhenEnded { .. } => Vec::new(),
+    };
+    let mut guest = Task::new(
+        pvmd,
+        client,
+        task,
+        arrived,
+        commit,
+        agent.as_mut(),
+        warnings,
+    )?;
     let options = Options {
         image: path,
         detach: false,
@@ -160,6 +171,20 @@ fn task_of(path: &Path, order: Option<&Order>) -> Result<PvmTask> {
         );
     }
     Ok(task)
+}
+
+/// Puts the entries of the mailbox again that went with the old incarnation. What cannot be put, for people.
+fn mailbox(client: &mut Client, task: &PvmTask) -> Vec<String> {
+    let own = client.tid();
+    task.mailbox
+        .iter()
+        .filter_map(|e| {
+            client
+                .mailbox_put(own, &e.class, e.index, e.flags, &e.message.0)
+                .err()
+                .map(|e| format!("{e:#}"))
+        })
+        .collect()
 }
 
 /// What agents do on every host, on this one.

@@ -1,14 +1,13 @@
 //! What was on its way to the task: put into the new connection, in front of all that its pvmd will send.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, send};
 
-use crate::kernel::sock_diag::SockDiag;
-use crate::kernel::{pidfd, sockopt};
+use crate::kernel::sockopt;
+use crate::pvm::connection::Daemons;
 
 /// Most bytes that a socket's buffer is raised for.
 const MOST: usize = 256 << 20;
@@ -17,34 +16,16 @@ const MOST: usize = 256 << 20;
 pub struct FarEnd(OwnedFd);
 
 impl FarEnd {
-    /// Finds the other end of `socket`: in the process `first`, if it is there, else in any.
+    /// That of this process's own connection.
     ///
     /// # Errors
-    /// When nobody has it, or we may not look.
-    pub fn of(socket: BorrowedFd<'_>, first: i32) -> Result<Self> {
-        let own = nix::sys::stat::fstat(socket).context("fstat")?.st_ino;
-        let all = SockDiag::open()
-            .and_then(|diag| diag.unix())
-            .context("sock_diag: list of unix sockets")?;
-        let peer = all
-            .iter()
-            .find(|s| u64::from(s.ino) == own)
-            .and_then(|s| s.peer)
-            .context("the connection to the pvmd is no Unix socket, or has ended")?;
-        let others = std::fs::read_dir("/proc")
-            .context("/proc")?
-            .flatten()
-            .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
-            .filter(|pid| *pid != first);
-        for pid in std::iter::once(first).chain(others) {
-            if let Some(fd) = holder(pid, u64::from(peer)) {
-                let process = pidfd::open(pid)?;
-                let end = pidfd::get_fd(process.as_fd(), fd)
-                    .with_context(|| format!("taking descriptor {fd} of the pvmd (pid {pid})"))?;
-                return Ok(Self(end));
-            }
-        }
-        bail!("no process is found that has the pvmd's end of the connection")
+    /// When no pvmd is found at the other end, or we may not look.
+    pub fn find() -> Result<Self> {
+        let pid = std::process::id() as i32;
+        Daemons::look()?
+            .connection(pid)?
+            .map(|c| Self(c.into_pvmd_end()))
+            .context("no process is found that has the pvmd's end of the connection")
     }
 
     /// Sends bytes through it.
@@ -93,16 +74,4 @@ impl FarEnd {
         }
         result
     }
-}
-
-/// The descriptor of process `pid` that is the socket with this inode.
-fn holder(pid: i32, inode: u64) -> Option<i32> {
-    let wanted = format!("socket:[{inode}]");
-    let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
-    fds.flatten().find_map(|entry| {
-        let link = std::fs::read_link(entry.path()).ok()?;
-        (link == Path::new(&wanted))
-            .then(|| entry.file_name().to_str()?.parse().ok())
-            .flatten()
-    })
 }
