@@ -63,6 +63,20 @@ impl Failure {
         }
     }
 
+    /// The class of this name; [`Failure::Failed`] for an unknown one.
+    pub fn named(name: &str) -> Failure {
+        let all = [
+            Failure::Usage,
+            Failure::NoSuchProcess,
+            Failure::Busy,
+            Failure::Refused,
+            Failure::Damaged,
+            Failure::Restore,
+        ];
+        let found = all.into_iter().find(|failure| failure.name() == name);
+        found.unwrap_or(Failure::Failed)
+    }
+
     /// An error of this class with this message.
     pub fn because(
         self,

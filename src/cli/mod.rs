@@ -1,6 +1,7 @@
 //! The command line: one file per command. What it prints, and with which code it ends, is decided here;
 //! the library below knows nothing of it.
 
+mod agent;
 mod check;
 mod completions;
 mod dump;
@@ -8,6 +9,8 @@ mod exec;
 mod foreground;
 mod land;
 mod man;
+mod migrate;
+mod mover;
 mod out;
 mod ps;
 mod pvm;
@@ -51,6 +54,10 @@ enum Command {
     Check(check::Args),
     Pvm(pvm::Args),
     Ps(ps::Args),
+    Migrate(migrate::Args),
+    Agent(agent::Args),
+    #[command(hide = true)]
+    Mover(mover::Args),
     Exec(exec::Args),
     Shim(shim::Args),
     #[command(hide = true)]
@@ -116,11 +123,15 @@ impl Command {
             Command::Check(a) => a.json,
             Command::Pvm(a) => a.json(),
             Command::Ps(a) => a.json,
+            Command::Migrate(a) => a.json,
             Command::Exec(a) => a.json,
             Command::Shim(a) => a.json,
-            Command::Land(_) | Command::Verify(_) | Command::Completions(_) | Command::Man(_) => {
-                false
-            }
+            Command::Agent(_)
+            | Command::Mover(_)
+            | Command::Land(_)
+            | Command::Verify(_)
+            | Command::Completions(_)
+            | Command::Man(_) => false,
         }
     }
 
@@ -133,6 +144,9 @@ impl Command {
             Command::Check(a) => check::run(&a),
             Command::Pvm(a) => pvm::run(&a),
             Command::Ps(a) => ps::run(&a),
+            Command::Migrate(a) => migrate::run(&a),
+            Command::Agent(a) => agent::run(&a),
+            Command::Mover(a) => mover::run(&a),
             Command::Exec(a) => exec::run(&a),
             Command::Shim(a) => shim::run(&a),
             Command::Land(a) => land::run(&a, started),

@@ -72,18 +72,13 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
 }
 
 fn list() -> anyhow::Result<Listing> {
-    let Some(pvmd) = Pvmd::find()? else {
-        return Err(Failure::NoSuchProcess.because(format!(
-            "no virtual machine is running here: {} is missing; `mistctl pvm start` starts one",
-            place::own_address_file().display()
-        )));
-    };
-    let mut client = Client::enrol(&pvmd, 0)?;
+    let (pvmd, mut client) = enrol()?;
     let own = client.tid();
     let hosts = client.hosts()?;
     let mut tasks = client.tasks(Tid::NONE)?;
     client.exit()?;
-    tasks.retain(|task| task.tid != own);
+    // One that is just enrolling has no tid yet.
+    tasks.retain(|task| task.tid.is_task() && task.tid != own);
     let table = table_of(&pvmd)?;
     let mut rows = Vec::new();
     for task in &tasks {
@@ -93,8 +88,20 @@ fn list() -> anyhow::Result<Listing> {
     Ok(Listing { hosts, tasks: rows })
 }
 
+/// Joins the virtual machine that runs here.
+pub fn enrol() -> anyhow::Result<(Pvmd, Client)> {
+    let Some(pvmd) = Pvmd::find()? else {
+        return Err(Failure::NoSuchProcess.because(format!(
+            "no virtual machine is running here: {} is missing; `mistctl pvm start` starts one",
+            place::own_address_file().display()
+        )));
+    };
+    let client = Client::enrol(&pvmd, 0)?;
+    Ok((pvmd, client))
+}
+
 /// The tid table, to be looked at only; none while no task with the shim has made it.
-fn table_of(pvmd: &Pvmd) -> anyhow::Result<Option<Mapped>> {
+pub fn table_of(pvmd: &Pvmd) -> anyhow::Result<Option<Mapped>> {
     let path = pvmd.table_path()?;
     if !path.exists() {
         return Ok(None);

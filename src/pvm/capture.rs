@@ -194,7 +194,14 @@ impl Task {
         })
     }
 
-    /// Where its output and traces go, as libpvm knows.
+    /// The name it was spawned under; empty for one that was started by hand.
+    ///
+    /// # Errors
+    /// When its pvmd does not know it any more.
+    pub fn program(&self, client: &mut Client) -> Result<String> {
+        self.name_and_host(client).map(|(program, _)| program)
+    }
+
     #[expect(clippy::type_complexity, reason = "as the image has it")]
     fn sinks(&self, mem: &Mem) -> Result<((u32, u32, i32), (u32, u32, i32))> {
         let globals = self.block.globals()?;

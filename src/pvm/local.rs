@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
 use pvm_abi::block::{flag, state, wait};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::error::Failure;
 use crate::pvm::block::TaskBlock;
@@ -16,7 +16,7 @@ use crate::pvm::tid::Tid;
 const ROUTE_DIRECT: i32 = 3;
 
 /// Whether a task runs under the shim.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Shim {
     /// It does: it can be moved.
@@ -30,7 +30,7 @@ pub enum Shim {
 }
 
 /// What a task is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Doing {
     /// On a processor, or waiting for one.

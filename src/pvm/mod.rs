@@ -1,5 +1,6 @@
 //! PVM: the task-pvmd protocol, the tid table of a host, and what tasks under the shim publish.
 
+pub mod agent;
 pub mod block;
 pub mod capture;
 pub mod client;
@@ -10,6 +11,7 @@ pub mod flush;
 pub mod land;
 pub mod local;
 pub mod mailbox;
+pub mod mover;
 pub mod quiet;
 pub mod shimabi;
 pub mod spawn;

@@ -9,6 +9,8 @@ use anyhow::{Context, Result, anyhow, bail};
 use pvm_abi::table::{Entry, Full, Mapped, State, lease_clock};
 use pvm_abi::{is_task, place};
 
+use crate::error::{Classify, Failure};
+
 /// The tid table of one pvmd, open for changes by this process alone.
 pub struct TidTable {
     path: PathBuf,
@@ -35,7 +37,7 @@ impl TidTable {
     /// pvmd is gone are taken away.
     ///
     /// # Errors
-    /// When the file cannot be opened or is not this user's alone, or another process changes it.
+    /// When the file cannot be opened or is not this user's alone; `Busy` when another process changes it.
     pub fn open(path: &Path) -> Result<TidTable> {
         place::sweep(path);
         let file = place::open(path)
@@ -48,13 +50,15 @@ impl TidTable {
             l_len: 0,
             l_pid: 0,
         };
-        nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_SETLK(&lock)).with_context(|| {
-            format!(
-                "another process changes the tid table {} (fcntl F_OFD_SETLK on fd {}); only one agent may",
-                path.display(),
-                file.as_raw_fd()
-            )
-        })?;
+        nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_SETLK(&lock))
+            .or_failure(Failure::Busy)
+            .with_context(|| {
+                format!(
+                    "another process changes the tid table {} (fcntl F_OFD_SETLK on fd {}); only one agent may",
+                    path.display(),
+                    file.as_raw_fd()
+                )
+            })?;
         let map = Mapped::new(&file)
             .with_context(|| format!("cannot map the tid table {} (mmap)", path.display()))?;
         Ok(TidTable {
@@ -74,6 +78,11 @@ impl TidTable {
         let mut list: Vec<Entry> = self.map.entries().collect();
         list.sort_by_key(|entry| entry.v);
         list
+    }
+
+    /// All incarnations there ever were: R and its V.
+    pub fn incarnations(&self) -> Vec<(u32, u32)> {
+        self.map.incarnations().collect()
     }
 
     /// The entry of `v`; a task that never moved has none.

@@ -66,6 +66,7 @@ impl<'a> Task<'a> {
         }
         let image = Image::open(&arrived.path())?;
         let mut unread = unread_of(&image, &task)?;
+        readdress(&mut unread, client.tid());
         let (r, fragment, scheduler) = (
             client.tid().0,
             client.fragment() as u32,
@@ -189,6 +190,27 @@ fn let_go_of_streams() -> Result<()> {
     Ok(())
 }
 
+/// Makes fragments that were for another incarnation this one's, as if pvmd had sent them here.
+fn readdress(unread: &mut [u8], r: Tid) {
+    let mut rest = unread;
+    while let Some((head, behind)) = std::mem::take(&mut rest).split_first_chunk_mut::<16>() {
+        let word = |at: usize| -> [u8; 4] {
+            let word = head.get(at..at + 4).and_then(|w| w.try_into().ok());
+            word.unwrap_or_default()
+        };
+        let (dst, len) = (
+            Tid(u32::from_be_bytes(word(0))),
+            u32::from_be_bytes(word(8)),
+        );
+        if dst.is_task()
+            && let Some(field) = head.first_chunk_mut()
+        {
+            *field = r.0.to_be_bytes();
+        }
+        rest = behind.get_mut(len as usize..).unwrap_or_default();
+    }
+}
+
 fn unread_of(image: &Image, task: &PvmTask) -> Result<Vec<u8>> {
     use std::io::Read;
     let Some(object) = &task.unread.object else {
@@ -200,4 +222,30 @@ fn unread_of(image: &Image, task: &PvmTask) -> Result<Vec<u8>> {
         .read_to_end(&mut bytes)
         .context("what the task had not read")?;
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pvm::wire::{Message, XDR};
+
+    #[test]
+    fn what_was_for_the_old_incarnation_is_for_the_new_one() {
+        let message = |dst: u32| Message {
+            src: Tid(0x40001),
+            dst: Tid(dst),
+            tag: 1,
+            ctx: 0,
+            wait: 0,
+            encoding: XDR,
+            body: vec![7; 300],
+        };
+        // Two fragments, and one of a multicast.
+        let all = |r: u32| [message(r).encode(200), message(0x4004_0001).encode(4080)].concat();
+        let mut bytes = all(0x80001);
+        readdress(&mut bytes, Tid(0xc0002));
+        assert_eq!(bytes, all(0xc0002));
+        readdress(&mut [0; 7], Tid(1));
+        readdress(&mut [0xff; 40], Tid(1));
+    }
 }

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::frames::{Frame, LONGEST, Stream, Totals};
+use crate::dump::Sink;
 use crate::image::pages::PagesWriter;
 use crate::image::store::ImageWriter;
 use crate::image::{Compress, Manifest, SpaceId};
@@ -120,6 +121,16 @@ impl ImageSender {
     /// What was sent so far.
     pub fn totals(&self) -> Totals {
         self.stream().totals()
+    }
+}
+
+impl Sink for ImageSender {
+    fn put(&self, space: SpaceId, addr: u64, data: &[u8]) -> Result<()> {
+        ImageSender::put(self, space, addr, data)
+    }
+
+    fn object(&self, file: &File) -> Result<String> {
+        ImageSender::object(self, file)
     }
 }
 

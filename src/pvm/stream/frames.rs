@@ -527,7 +527,8 @@ mod tests {
         let fine = through(|_, message| message);
         let kinds: Vec<_> = fine.into_iter().map(Result::unwrap).collect();
         assert_eq!(kinds, [Some(1), Some(2), Some(3), None]);
-        let ways: [(&str, fn(usize, Vec<u8>) -> Vec<u8>); 5] = [
+        type Change = fn(usize, Vec<u8>) -> Vec<u8>;
+        let ways: [(&str, Change); 5] = [
             ("changed", |n, mut message| {
                 if n == 4 {
                     message[50] ^= 1;

@@ -1,0 +1,106 @@
+//! `mistctl migrate`: a task goes to another host.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::bail;
+use mistctl::error::Failure;
+use mistctl::pvm::agent::control::{Answer, Moved, Request};
+use mistctl::pvm::agent::{Caller, ensure};
+use mistctl::pvm::tid::Tid;
+
+use super::{out, ps};
+
+/// How long a move may take, however large the task and slow the link.
+const LIMIT: Duration = Duration::from_secs(24 * 3600);
+
+/// Move a running PVM task to another host
+///
+/// The task goes on there, and neither it nor its partners notice. Its memory is sent while it runs, then it stands
+/// still for a moment. If anything fails the task goes on where it was.
+///
+/// The task has to run under the shim (`mistctl ps` says so). Files that it has open must be there on the other host
+/// under the same names with the same content. The first time on a host mistctl starts its agent there.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The task, as PVM writes it: t40002; its virtual tid or the one it has now
+    #[arg(value_name = "TID")]
+    tid: Tid,
+
+    /// Name of the host, as `mistctl ps` and PVM's console show it
+    host: String,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let (pvmd, mut client) = ps::enrol()?;
+    let hosts = client.hosts()?;
+    if !hosts.iter().any(|host| host.name == args.host) {
+        let names: Vec<&str> = hosts.iter().map(|host| host.name.as_str()).collect();
+        return Err(Failure::Refused.because(format!(
+            "there is no host {} in the virtual machine; there are {}",
+            args.host,
+            names.join(", ")
+        )));
+    }
+    let agents = ensure(&mut client)?;
+    let table = ps::table_of(&pvmd)?;
+    let now = table
+        .and_then(|table| {
+            let v = table.v_of(args.tid.0).unwrap_or(args.tid.0);
+            table.entry(v).map(|entry| Tid(entry.r))
+        })
+        .unwrap_or(args.tid);
+    let Some(agent) = agents.iter().find(|agent| agent.host == now.host().0) else {
+        return Err(Failure::NoSuchProcess.because(format!(
+            "there is no task {} in the virtual machine",
+            args.tid
+        )));
+    };
+    let request = Request::Migrate {
+        tid: args.tid.0,
+        to: args.host.clone(),
+        agents: agents.clone(),
+    };
+    let answer = Caller::new(&mut client).ask(Tid(agent.tid), request, LIMIT)?;
+    let Answer::Moved(moved) = answer else {
+        bail!("the agent of {} answers {answer:?}", agent.name);
+    };
+    client.exit()?;
+    print(args, &moved)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print(args: &Args, moved: &Moved) -> anyhow::Result<()> {
+    if args.json {
+        return out::object(&serde_json::json!({
+            "virtual_tid": Tid(moved.v),
+            "from": Tid(moved.from),
+            "tid": Tid(moved.to),
+            "host": args.host,
+            "bytes": moved.bytes,
+            "bytes_wire": moved.bytes_wire,
+            "rounds": moved.rounds,
+            "total_us": moved.total_us,
+            "blackout_us": moved.blackout_us,
+            "warnings": moved.warnings,
+        }));
+    }
+    for warning in &moved.warnings {
+        out::note(&format!("mistctl: {warning}"));
+    }
+    out::print(&format!(
+        "{} is on {} as {}: {} in {} rounds, {} on the wire, {}, stopped for {}",
+        Tid(moved.v),
+        args.host,
+        Tid(moved.to),
+        out::bytes(moved.bytes),
+        moved.rounds,
+        out::bytes(moved.bytes_wire),
+        out::micros(moved.total_us),
+        out::micros(moved.blackout_us),
+    ))
+}

@@ -1,0 +1,188 @@
+//! Those who ask agents: commands, over a PVM connection of their own.
+
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+
+use super::control::{Answer, Envelope, Peer, Request, TAG, VERSION, What};
+use crate::pvm::client::Client;
+use crate::pvm::spawn::{Sink, Spawn};
+use crate::pvm::tid::Tid;
+use crate::pvm::virtual_machine::{Host, Notify, noticed};
+use crate::pvm::wire::Body;
+
+/// Tag of pvmd's notice that an agent has ended.
+const ENDED: i32 = TAG + 1;
+/// How long an agent may take to say that it is there.
+const STARTING: Duration = Duration::from_secs(20);
+
+/// Asks agents.
+pub struct Caller<'c> {
+    client: &'c mut Client,
+    next: u64,
+}
+
+impl<'c> Caller<'c> {
+    /// Asks in the name of `client`.
+    pub fn new(client: &'c mut Client) -> Caller<'c> {
+        Caller { client, next: 1 }
+    }
+
+    /// Asks an agent and waits for the answer.
+    ///
+    /// # Errors
+    /// Those of the agent, or that it ended, or did not answer in time.
+    pub fn ask(&mut self, agent: Tid, request: Request, limit: Duration) -> Result<Answer> {
+        let id = self.next;
+        self.next += 1;
+        let envelope = Envelope {
+            version: VERSION,
+            id,
+            what: What::Request(request),
+        };
+        let body = serde_json::to_vec(&envelope).context("JSON")?;
+        self.client.notify(Notify::TaskExit, ENDED, &[agent])?;
+        self.client.send(agent, TAG, Body::new().bytes(&body))?;
+        let until = Instant::now() + limit;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let Some(message) = self.client.recv(Some(left))? else {
+                bail!("{agent} did not answer within {} s", limit.as_secs());
+            };
+            if message.ctx != 0 {
+                continue;
+            }
+            if message.tag == ENDED as u32 && noticed(&message).contains(&agent) {
+                return Err(anyhow!(Gone(agent)));
+            }
+            if message.tag != TAG as u32 || message.src != agent {
+                continue;
+            }
+            match serde_json::from_slice::<Envelope>(&message.body) {
+                Ok(answer) if answer.id == id => match answer.what {
+                    What::Answer(answer) => return Ok(answer),
+                    What::Failed(failed) => return Err(failed.into_error()),
+                    What::Request(_) => {}
+                },
+                _ => {}
+            }
+        }
+    }
+}
+
+/// The task that was asked has ended.
+#[derive(Debug)]
+struct Gone(Tid);
+
+impl std::fmt::Display for Gone {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "the agent {} has ended", self.0)
+    }
+}
+
+impl std::error::Error for Gone {}
+
+/// The agents of all hosts: found, or started where there is none. All know each other, and what any of them knows
+/// of tasks that moved.
+///
+/// # Errors
+/// When there is no agent on some host and none can be started.
+pub fn ensure(client: &mut Client) -> Result<Vec<Peer>> {
+    let mut agents = Vec::new();
+    let mut started = false;
+    for host in client.hosts()? {
+        let (tid, new) = on_host(client, &host)?;
+        started |= new;
+        agents.push(Peer {
+            host: host.tid.host().0,
+            name: host.name,
+            tid: tid.0,
+        });
+    }
+    if started {
+        introduce(client, &agents)?;
+    }
+    Ok(agents)
+}
+
+/// Finds the agent of a host, or starts one; true when it is new.
+fn on_host(client: &mut Client, host: &Host) -> Result<(Tid, bool)> {
+    let program = program()?;
+    let until = Instant::now() + STARTING;
+    let mut new = false;
+    loop {
+        let tasks = client.tasks(host.tid)?;
+        for task in &tasks {
+            let name = task.program.as_bytes();
+            if name != program.as_os_str().as_bytes() {
+                continue;
+            }
+            match Caller::new(client).ask(task.tid, Request::Hello, STARTING) {
+                Ok(Answer::Hello { .. }) => return Ok((task.tid, new)),
+                Ok(other) => bail!("the agent of {} answers {other:?}", host.name),
+                // Another was there before it.
+                Err(e) if e.downcast_ref::<Gone>().is_some() => {}
+                Err(e) => return Err(e),
+            }
+        }
+        if Instant::now() > until {
+            bail!(
+                "no agent stays on {}; see the pvmd's log there, and whether {} is installed",
+                host.name,
+                program.display()
+            );
+        }
+        client
+            .spawn(&Spawn {
+                file: program.as_os_str().as_bytes(),
+                args: &["agent"],
+                host: &host.name,
+                environment: &[],
+                output: Sink::default(),
+                trace: Sink::default(),
+            })
+            .with_context(|| {
+                format!(
+                    "cannot start the agent of {}; mistctl has to be installed there as it is here",
+                    host.name
+                )
+            })?;
+        new = true;
+    }
+}
+
+/// mistctl's own path, by which tasks that are agents are known, too.
+fn program() -> Result<PathBuf> {
+    std::env::current_exe().context("cannot tell where mistctl is")
+}
+
+/// Tells all agents of each other, and the new ones what the others know.
+fn introduce(client: &mut Client, agents: &[Peer]) -> Result<()> {
+    const LIMIT: Duration = Duration::from_secs(30);
+    let tids: Vec<u32> = agents.iter().map(|agent| agent.tid).collect();
+    let mut tables = Vec::new();
+    for agent in agents {
+        let mut caller = Caller::new(client);
+        let hide = Request::Hide { tids: tids.clone() };
+        caller.ask(Tid(agent.tid), hide, LIMIT)?;
+        if let Answer::Table {
+            entries,
+            incarnations,
+        } = caller.ask(Tid(agent.tid), Request::Table, LIMIT)?
+        {
+            tables.push((entries, incarnations));
+        }
+    }
+    for (entries, incarnations) in tables.into_iter().filter(|(_, i)| !i.is_empty()) {
+        for agent in agents {
+            let learn = Request::Learn {
+                entries: entries.clone(),
+                incarnations: incarnations.clone(),
+            };
+            Caller::new(client).ask(Tid(agent.tid), learn, LIMIT)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,216 @@
+//! What agents are asked, and what they answer: JSON in a PVM message, or in a line between an agent and its own
+//! movers. Nothing in it is secret; all of it is checked.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Failure;
+use crate::pvm::local::{Doing, Shim};
+
+/// Tag of control messages: "MIST".
+pub const TAG: i32 = 0x4d49_5354;
+/// Version of what is in them. Agents of another version refuse.
+pub const VERSION: u32 = 1;
+/// Longest message that is taken.
+pub const LONGEST: usize = 4 << 20;
+
+/// A control message.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Envelope {
+    /// [`VERSION`]
+    pub version: u32,
+    /// Number of the request, chosen by who asks; its answer bears the same.
+    pub id: u64,
+    pub what: What,
+}
+
+/// A request or the answer to one.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum What {
+    Request(Request),
+    Answer(Answer),
+    Failed(Failed),
+}
+
+/// Why a request came to nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failed {
+    /// Name of its class.
+    pub failure: String,
+    pub why: String,
+}
+
+impl Failed {
+    /// What an error says.
+    pub fn of(error: &anyhow::Error) -> Failed {
+        Failed {
+            failure: Failure::of(error).name().to_owned(),
+            why: format!("{error:#}"),
+        }
+    }
+
+    /// As the error that it was.
+    pub fn into_error(self) -> anyhow::Error {
+        Failure::named(&self.failure).because(self.why)
+    }
+}
+
+/// What an agent is asked for.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "ask", rename_all = "snake_case")]
+pub enum Request {
+    /// Are you an agent? And: what everybody sent to this host by way of my pvmd before is here.
+    Hello,
+    /// Hide these tasks (agents) from pvm_tasks on your host.
+    Hide { tids: Vec<u32> },
+    /// All that your table knows.
+    Table,
+    /// What another agent's table knows: what yours lacks is added.
+    Learn {
+        entries: Vec<Known>,
+        incarnations: Vec<(u32, u32)>,
+    },
+    /// See [`crate::pvm::table::TidTable`].
+    AddIncarnation { r: u32, v: u32 },
+    /// Close the gate, and answer when nobody on your host is inside a send to `v` and what was sent before has
+    /// been read by your pvmd. When the lease ends, ask pvmd who lives and open it yourself.
+    CloseGate { v: u32, next: u32, lease_ms: u64 },
+    /// Open the gate: `r` is the present incarnation. Tasks that may wait for it are nudged.
+    OpenGate { v: u32, r: u32 },
+    /// Send marker `number` to the incarnation `r`, behind all that came before on its way there.
+    Marker { r: u32, number: u32 },
+    /// Which of these files are missing on your host, or different?
+    Compare { files: Vec<FileLook> },
+    /// Start a lander on your host and give it its order.
+    Land { order: Landing },
+    /// Answer when the lander stands parked.
+    Parked { id: String },
+    /// Answer when it runs.
+    Running { id: String },
+    /// It was told to wait for this.
+    Run { id: String },
+    /// Call it off.
+    Abandon { id: String },
+    /// What can be seen of the tasks on your host.
+    Status,
+    /// Move a task of your host: `tid` is virtual or real; the other agents by host.
+    Migrate {
+        tid: u32,
+        to: String,
+        agents: Vec<Peer>,
+    },
+}
+
+/// An agent: the host's tid and name, and its own tid.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Peer {
+    pub host: u32,
+    pub name: String,
+    pub tid: u32,
+}
+
+/// An entry of a tid table that is not on the move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Known {
+    pub v: u32,
+    pub r: u32,
+    pub hidden: bool,
+}
+
+/// What one host knows of a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileLook {
+    pub path: PathBuf,
+    /// Bytes; none for what is no regular file.
+    pub size: Option<u64>,
+    /// BLAKE3 of the content, in hexadecimal, of regular files.
+    pub hash: Option<String>,
+    /// The device, for device nodes.
+    pub rdev: Option<u64>,
+}
+
+/// What to land.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Landing {
+    /// Names the move; on no host twice.
+    pub id: String,
+    pub v: u32,
+    /// What `ps -a` of PVM's console is to show.
+    pub program: String,
+    /// Moves: the incarnation whose end is the commit, and the lease; none: an image is restored.
+    pub moves: Option<(u32, u64)>,
+    /// Restores: the image, and whether memory is filled behind its back.
+    pub image: Option<(PathBuf, bool)>,
+    /// Restores: whoever collects its output has seen its end.
+    #[serde(default)]
+    pub announce: bool,
+}
+
+/// What an agent answers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "snake_case")]
+pub enum Answer {
+    Done,
+    /// The process of the agent.
+    Hello {
+        pid: i32,
+    },
+    Table {
+        entries: Vec<Known>,
+        incarnations: Vec<(u32, u32)>,
+    },
+    /// Of what was to be compared, and why each is not the same.
+    Compared {
+        different: Vec<(PathBuf, String)>,
+    },
+    /// The lander has enrolled as `r`, and waits for a stream at this port, if it is to have one.
+    Landed {
+        r: u32,
+        port: u16,
+    },
+    Parked {
+        warnings: Vec<String>,
+    },
+    Running {
+        resume_us: u64,
+    },
+    Status {
+        tasks: Vec<LocalTask>,
+    },
+    Moved(Moved),
+}
+
+/// What `mistctl ps` shows of a task.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LocalTask {
+    pub tid: u32,
+    pub virtual_tid: Option<u32>,
+    pub program: Option<String>,
+    pub memory: u64,
+    pub shim: Shim,
+    pub state: Doing,
+    /// Seconds since 1970.
+    pub since: u64,
+    pub direct_route: bool,
+    pub direct_allowed: bool,
+}
+
+/// What a move did.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Moved {
+    /// Virtual tid, the one it had, the one it has.
+    pub v: u32,
+    pub from: u32,
+    pub to: u32,
+    /// Bytes of memory and files that were sent, and what went over the wire for them.
+    pub bytes: u64,
+    pub bytes_wire: u64,
+    /// Times that memory was gone through, the last one under the stop.
+    pub rounds: u32,
+    pub total_us: u64,
+    /// From the task's stop to its first step on the other host.
+    pub blackout_us: u64,
+    pub warnings: Vec<String>,
+}

@@ -1,0 +1,318 @@
+//! Landers of this host: starting them, giving them their order, and telling others what they say.
+
+use std::collections::HashMap;
+use std::fs::{self, DirBuilder};
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, symlink};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::poll::{PollFd, PollFlags};
+
+use super::control::{Answer, Failed, Landing};
+use super::lines::Lines;
+use super::{Agent, ENDED, Ticket};
+use crate::error::Failure;
+use crate::pvm::land::protocol::{Commit, Order, Source, ToAgent, ToLander};
+use crate::pvm::spawn::{Sink, Spawn};
+use crate::pvm::stream::Key;
+use crate::pvm::tid::Tid;
+use crate::pvm::virtual_machine::Notify;
+
+/// How far a lander has come.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Stage {
+    Started,
+    Ordered,
+    Parked(Vec<String>),
+    Running(u64),
+    Failed(Failed),
+}
+
+struct Lander {
+    r: Tid,
+    order: Landing,
+    stage: Stage,
+    line: Option<Lines>,
+    /// Who waits to be told of: its enrolment, that it is parked, that it runs.
+    landed: Option<Ticket>,
+    parked: Option<Ticket>,
+    running: Option<Ticket>,
+}
+
+/// All of them.
+pub struct Landings {
+    dir: PathBuf,
+    socket: PathBuf,
+    landers: HashMap<String, Lander>,
+    /// Connections that have not said who they are.
+    strangers: Vec<Lines>,
+    pub(super) answers: Vec<(Ticket, Result<Answer>)>,
+}
+
+/// Most connections that have not said who they are.
+const MOST_STRANGERS: usize = 64;
+
+impl Landings {
+    pub fn new(dir: PathBuf, socket: PathBuf) -> Landings {
+        Landings {
+            dir,
+            socket,
+            landers: HashMap::new(),
+            strangers: Vec::new(),
+            answers: Vec::new(),
+        }
+    }
+
+    pub fn connected(&mut self, stream: UnixStream) {
+        if self.strangers.len() < MOST_STRANGERS
+            && let Ok(lines) = Lines::new(stream)
+        {
+            self.strangers.push(lines);
+        }
+    }
+
+    pub fn poll<'a>(&'a self, fds: &mut Vec<PollFd<'a>>) {
+        let known = self.landers.values().filter_map(|l| l.line.as_ref());
+        for line in known.chain(&self.strangers) {
+            let mut flags = PollFlags::POLLIN;
+            flags.set(PollFlags::POLLOUT, line.is_full());
+            if !line.has_ended() {
+                fds.push(PollFd::new(line.as_fd(), flags));
+            }
+        }
+    }
+
+    pub fn parked(&mut self, ticket: Ticket, id: &str) -> Result<Option<Answer>> {
+        let lander = self.get(id)?;
+        match &lander.stage {
+            Stage::Parked(warnings) => Ok(Some(Answer::Parked {
+                warnings: warnings.clone(),
+            })),
+            Stage::Running(_) => Ok(Some(Answer::Parked {
+                warnings: Vec::new(),
+            })),
+            Stage::Failed(failed) => Err(failed.clone().into_error()),
+            _ => {
+                lander.parked = Some(ticket);
+                Ok(None)
+            }
+        }
+    }
+
+    pub fn running(&mut self, ticket: Ticket, id: &str) -> Result<Option<Answer>> {
+        let lander = self.get(id)?;
+        match &lander.stage {
+            Stage::Running(resume_us) => Ok(Some(Answer::Running {
+                resume_us: *resume_us,
+            })),
+            Stage::Failed(failed) => Err(failed.clone().into_error()),
+            _ => {
+                lander.running = Some(ticket);
+                Ok(None)
+            }
+        }
+    }
+
+    pub fn tell_run(&mut self, id: &str) -> Result<()> {
+        let lander = self.get(id)?;
+        match &mut lander.line {
+            Some(line) => line.say(&ToLander::Run),
+            None => bail!("the lander of {id} is not there"),
+        }
+    }
+
+    /// Whatever it is at: it exits, unless it runs.
+    pub fn abandon(&mut self, id: &str) {
+        if let Some(mut lander) = self.landers.remove(id)
+            && let Some(line) = &mut lander.line
+        {
+            // If it does not hear it, it has ended; parked, it finds out by itself.
+            let _ = line.say(&ToLander::Abandon);
+        }
+        let _ = fs::remove_dir_all(self.dir.join(id));
+    }
+
+    fn get(&mut self, id: &str) -> Result<&mut Lander> {
+        let found = self.landers.get_mut(id);
+        found.with_context(|| format!("there is no lander of a move {id}"))
+    }
+
+    /// A link to mistctl that bears the program's name.
+    fn link(&self, id: &str, program: &str) -> Result<PathBuf> {
+        let name = Path::new(program).file_name().unwrap_or("task".as_ref());
+        let dir = self.dir.join(id);
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&dir)
+            .with_context(|| format!("cannot make {}", dir.display()))?;
+        let link = dir.join(name);
+        let own = std::env::current_exe().context("cannot tell where mistctl is")?;
+        symlink(own, &link).with_context(|| format!("cannot make {}", link.display()))?;
+        Ok(link)
+    }
+
+    /// Hears what landers say.
+    fn hear(&mut self) -> Result<()> {
+        for mut line in std::mem::take(&mut self.strangers) {
+            match line.fill().and_then(|()| line.hear::<ToAgent>()) {
+                Ok(Some(ToAgent::Hello { id, r, port, .. })) => self.greet(line, &id, r, port),
+                Ok(None) if !line.has_ended() => self.strangers.push(line),
+                // It says something else, or has gone.
+                _ => {}
+            }
+        }
+        for (id, lander) in &mut self.landers {
+            lander.listen(id, &mut self.answers);
+        }
+        Ok(())
+    }
+
+    fn greet(&mut self, line: Lines, id: &str, r: u32, port: u16) {
+        let Some(lander) = self.landers.get_mut(id).filter(|l| l.r == Tid(r)) else {
+            return;
+        };
+        if lander.stage != Stage::Started {
+            return;
+        }
+        lander.line = Some(line);
+        let done = lander.give_order(id);
+        match done {
+            Ok(()) => {
+                lander.stage = Stage::Ordered;
+                let answer = Ok(Answer::Landed { r, port });
+                self.answers
+                    .extend(lander.landed.take().map(|t| (t, answer)));
+            }
+            Err(e) => lander.failed(Failed::of(&e), &mut self.answers),
+        }
+    }
+}
+
+impl Lander {
+    fn give_order(&mut self, id: &str) -> Result<()> {
+        let commit = match self.order.moves {
+            Some((r1, lease_ms)) => Commit::WhenEnded { r1, lease_ms },
+            None => Commit::WhenTold,
+        };
+        let (source, lazy) = match &self.order.image {
+            Some((path, lazy)) => (Source::Image { path: path.clone() }, *lazy),
+            None => {
+                let key = Key::of_user()?.derive(id).to_hex();
+                (Source::Stream { key }, false)
+            }
+        };
+        let order = Order {
+            v: self.order.v,
+            source,
+            lazy,
+            announce: self.order.announce,
+            commit,
+        };
+        match &mut self.line {
+            Some(line) => line.say(&ToLander::Order(order)),
+            None => bail!("the lander has gone"),
+        }
+    }
+
+    fn failed(&mut self, failed: Failed, answers: &mut Vec<(Ticket, Result<Answer>)>) {
+        for ticket in [self.landed.take(), self.parked.take(), self.running.take()] {
+            answers.extend(ticket.map(|t| (t, Err(failed.clone().into_error()))));
+        }
+        self.stage = Stage::Failed(failed);
+    }
+
+    fn listen(&mut self, id: &str, answers: &mut Vec<(Ticket, Result<Answer>)>) {
+        let Some(line) = &mut self.line else {
+            return;
+        };
+        let said: Result<Vec<ToAgent>> = line
+            .flush()
+            .and_then(|()| line.fill())
+            .and_then(|()| std::iter::from_fn(|| line.hear().transpose()).collect());
+        let ended = line.has_ended() || said.is_err();
+        for message in said.into_iter().flatten() {
+            match message {
+                ToAgent::Parked { warnings } => {
+                    self.stage = Stage::Parked(warnings.clone());
+                    let answer = Ok(Answer::Parked { warnings });
+                    answers.extend(self.parked.take().map(|t| (t, answer)));
+                }
+                ToAgent::Running { resume_us } => {
+                    self.stage = Stage::Running(resume_us);
+                    let answer = Ok(Answer::Running { resume_us });
+                    answers.extend(self.running.take().map(|t| (t, answer)));
+                }
+                ToAgent::Failed { why, failure } => {
+                    self.failed(Failed { failure, why }, answers);
+                }
+                ToAgent::Hello { .. } => {}
+            }
+        }
+        if ended {
+            self.line = None;
+            if !matches!(self.stage, Stage::Running(_) | Stage::Failed(_)) {
+                let error = anyhow!("the lander of {id} ({}) has ended", self.r);
+                self.failed(Failed::of(&error), answers);
+            }
+        }
+    }
+}
+
+impl Agent {
+    pub(super) fn land(&mut self, ticket: Ticket, order: Landing) -> Result<()> {
+        let id = order.id.clone();
+        let plain = |c: char| c.is_ascii_alphanumeric() || c == '-';
+        if id.is_empty() || id.len() > 64 || !id.chars().all(plain) {
+            return Err(Failure::Usage.because(format!("'{id}' is no name of a move")));
+        }
+        let link = self.landings.link(&id, &order.program)?;
+        let socket = self.landings.socket.to_string_lossy().into_owned();
+        let what = Spawn {
+            file: link.as_os_str().as_bytes(),
+            args: &["land", "--agent", &socket, "--move", &id],
+            host: &self.host,
+            environment: &[],
+            // What it says itself is for the log; the task's it sets when it becomes that.
+            output: Sink::default(),
+            trace: Sink::default(),
+        };
+        let r = self.client.spawn(&what)?;
+        self.client.notify(Notify::TaskExit, ENDED, &[r])?;
+        let lander = Lander {
+            r,
+            order,
+            stage: Stage::Started,
+            line: None,
+            landed: Some(ticket),
+            parked: None,
+            running: None,
+        };
+        self.landings.landers.insert(id, lander);
+        Ok(())
+    }
+
+    /// Landers that end before they have connected to us are heard of only so.
+    pub(super) fn landers_ended(&mut self, tids: &[Tid]) -> Result<()> {
+        for (id, lander) in &mut self.landings.landers {
+            if tids.contains(&lander.r) && lander.stage == Stage::Started {
+                let error = anyhow!(
+                    "the lander of {id} ({}) ended at once; see the pvmd's log",
+                    lander.r
+                );
+                lander.failed(Failed::of(&error), &mut self.landings.answers);
+            }
+        }
+        self.serve_landers()
+    }
+
+    pub(super) fn serve_landers(&mut self) -> Result<()> {
+        self.landings.hear()?;
+        for (ticket, answer) in std::mem::take(&mut self.landings.answers) {
+            self.answer(ticket, answer)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,444 @@
+//! The agent of a host: a PVM task that changes the host's tid table, drains its tasks, and starts movers and
+//! landers. It is asked by PVM messages ([`control`]), by its movers over sockets, and answers when it can.
+//!
+//! One thread and one loop. What takes long is not waited for: the ticket of the request is kept.
+
+mod call;
+mod compare;
+pub mod control;
+mod gates;
+mod landings;
+pub mod lines;
+mod moves;
+
+pub use call::{Caller, ensure};
+pub use compare::look;
+
+use std::collections::HashMap;
+use std::fs::{self, DirBuilder};
+use std::os::fd::AsFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use pvm_abi::table::State;
+use pvm_abi::{CTX_TC, NOOP_MARKER};
+
+use crate::error::Failure;
+use crate::pvm::client::{Client, Pvmd};
+use crate::pvm::local;
+use crate::pvm::table::TidTable;
+use crate::pvm::tid::Tid;
+use crate::pvm::virtual_machine::{Task, noticed};
+use crate::pvm::wire::{Body, Message, tc};
+use control::{
+    Answer, Envelope, Failed, Known, LONGEST, LocalTask, Peer, Request, TAG, VERSION, What,
+};
+use gates::Closing;
+use landings::Landings;
+use moves::Moves;
+
+/// How long a pvmd may take for an answer: while it does, nobody else is served.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How often a task that is drained is looked at.
+const LOOK: Duration = Duration::from_millis(1);
+/// Tag of pvmd's notices of landers that have ended.
+const ENDED: i32 = TAG + 1;
+/// The pvmd's flag of a task that is connected to it.
+const CONNECTED: i32 = 4;
+
+/// Whose request it is, and its number there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ticket {
+    asker: Asker,
+    id: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Asker {
+    /// A task of the virtual machine.
+    Task(Tid),
+    /// A mover of ours, by its number.
+    Mover(u64),
+    /// Ourselves, after the death of a mover: when the answer is there, task `v` is `r2`.
+    Landed { v: u32, r2: u32 },
+    /// Nobody wants to know.
+    Nobody,
+}
+
+/// Runs until the virtual machine ends.
+///
+/// # Errors
+/// When there is no virtual machine, or what an agent needs cannot be had; `Busy` when this host has an agent.
+pub fn run() -> Result<()> {
+    let pvmd = Pvmd::find()?.context("no virtual machine is running here")?;
+    let mut client = Client::enrol(&pvmd, cookie())?;
+    client.set_patience(PATIENCE);
+    let path = pvmd.table_path()?;
+    let table = match TidTable::open(&path) {
+        Ok(table) => table,
+        Err(e) => {
+            client.exit()?;
+            return Err(e);
+        }
+    };
+    let mut agent = Agent::new(client, table)?;
+    let done = agent.serve();
+    // Its movers notice by themselves; its landers, too.
+    let _ = fs::remove_dir_all(&agent.dir);
+    done
+}
+
+/// PVMEPID: by it pvmd knows whom it has forked. Without it we are a task that nobody spawned.
+fn cookie() -> i32 {
+    std::env::var("PVMEPID")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .filter(|pid| *pid == std::process::id() as i32)
+        .unwrap_or(0)
+}
+
+struct Agent {
+    client: Client,
+    own: Tid,
+    host: String,
+    table: TidTable,
+    /// For our sockets and links; nobody else's business.
+    dir: PathBuf,
+    listener: UnixListener,
+    signals: SignalFd,
+    closing: Vec<Closing>,
+    last_drain: u32,
+    landings: Landings,
+    moves: Moves,
+    /// Requests of movers that went to another agent, by our number.
+    relayed: HashMap<u64, Ticket>,
+    /// Whose gates are to be opened when a task that lost its mover runs.
+    gates_left: HashMap<u32, Vec<Peer>>,
+    next: u64,
+}
+
+impl Agent {
+    fn new(mut client: Client, mut table: TidTable) -> Result<Agent> {
+        let own = client.tid();
+        let mut dir = table.path().as_os_str().to_owned();
+        dir.push(".d");
+        let dir = PathBuf::from(dir);
+        // What an agent that was killed has left: we have its lock.
+        let _ = fs::remove_dir_all(&dir);
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&dir)
+            .with_context(|| format!("cannot make {}", dir.display()))?;
+        let socket = dir.join("agent");
+        let listener = UnixListener::bind(&socket)
+            .with_context(|| format!("cannot listen at {}", socket.display()))?;
+        listener.set_nonblocking(true).context("O_NONBLOCK")?;
+        let mut term = SigSet::empty();
+        term.add(Signal::SIGTERM);
+        term.add(Signal::SIGCHLD);
+        term.thread_block().context("cannot block SIGTERM")?;
+        let signals = SignalFd::with_flags(&term, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
+            .context("signalfd")?;
+        client.spare_from_reset(own)?;
+        table.hide(own.0)?;
+        let hosts = client.hosts()?;
+        let host = hosts.into_iter().find(|h| h.tid.host() == own.host());
+        Ok(Agent {
+            host: host
+                .map(|h| h.name)
+                .context("this host is not in the list")?,
+            client,
+            own,
+            table,
+            listener,
+            signals,
+            closing: Vec::new(),
+            last_drain: 0,
+            landings: Landings::new(dir.clone(), socket),
+            moves: Moves::default(),
+            relayed: HashMap::new(),
+            gates_left: HashMap::new(),
+            next: 1,
+            dir,
+        })
+    }
+
+    fn serve(&mut self) -> Result<()> {
+        loop {
+            // The end of the connection is the end of the virtual machine, or of this host's part of it.
+            while let Some(message) = match self.client.recv(Some(Duration::ZERO)) {
+                Ok(message) => message,
+                Err(_) => return Ok(()),
+            } {
+                self.message(&message)?;
+            }
+            self.look_at_drains()?;
+            self.look_at_leases()?;
+            self.serve_movers()?;
+            self.serve_landers()?;
+            if !self.wait()? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Waits until there is something to do; false when it is time to go.
+    fn wait(&mut self) -> Result<bool> {
+        let limit = if self.closing.is_empty() {
+            self.until_next_lease()
+        } else {
+            Some(LOOK)
+        };
+        let limit = match limit {
+            None => PollTimeout::NONE,
+            Some(limit) => PollTimeout::from(limit.as_millis().clamp(1, 60_000) as u16),
+        };
+        let mut fds = vec![
+            PollFd::new(self.client.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.listener.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+        ];
+        self.landings.poll(&mut fds);
+        self.moves.poll(&mut fds);
+        match poll(&mut fds, limit) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(e) => return Err(e).context("poll"),
+        }
+        while let Some(signal) = self.signals.read_signal().context("signalfd")? {
+            if signal.ssi_signo == Signal::SIGTERM as u32 {
+                return Ok(false);
+            }
+            self.reap();
+        }
+        while let Ok((stream, _)) = self.listener.accept() {
+            self.landings.connected(stream);
+        }
+        Ok(true)
+    }
+
+    /// A message came in. Whatever it is, we go on.
+    fn message(&mut self, message: &Message) -> Result<()> {
+        if message.ctx == 0 && message.tag == ENDED as u32 && message.src.is_pvmd() {
+            return self.landers_ended(&noticed(message));
+        }
+        if message.ctx == CTX_TC as u32 && message.tag == tc::NOOP {
+            return self.marker(message);
+        }
+        if message.ctx != 0 || message.tag != TAG as u32 || message.body.len() > LONGEST {
+            return Ok(());
+        }
+        let Ok(envelope) = serde_json::from_slice::<Envelope>(&message.body) else {
+            return Ok(());
+        };
+        let ticket = Ticket {
+            asker: Asker::Task(message.src),
+            id: envelope.id,
+        };
+        match envelope.what {
+            What::Request(_) if envelope.version != VERSION => {
+                let why = format!(
+                    "the agent of {} speaks version {VERSION}, not {}; install the same mistctl on all hosts, and restart the virtual machine",
+                    self.host, envelope.version
+                );
+                self.answer(ticket, Err(anyhow::Error::msg(why)))
+            }
+            What::Request(request) => self.request(ticket, request),
+            // Only of those who were asked.
+            answer => match self.relayed.remove(&envelope.id) {
+                Some(ticket) => self.pass_on(ticket, answer),
+                None => Ok(()),
+            },
+        }
+    }
+
+    /// Sends a request of a mover on to another agent.
+    fn relay(&mut self, ticket: Ticket, to: Tid, request: Request) -> Result<()> {
+        let id = self.next;
+        self.next += 1;
+        self.relayed.insert(id, ticket);
+        self.post(to, id, What::Request(request))
+    }
+
+    fn post(&mut self, to: Tid, id: u64, what: What) -> Result<()> {
+        let envelope = Envelope {
+            version: VERSION,
+            id,
+            what,
+        };
+        let body = serde_json::to_vec(&envelope).context("JSON")?;
+        self.client.send(to, TAG, Body::new().bytes(&body))
+    }
+
+    fn answer(&mut self, ticket: Ticket, answer: Result<Answer>) -> Result<()> {
+        let what = match answer {
+            Ok(answer) => What::Answer(answer),
+            Err(e) => What::Failed(Failed::of(&e)),
+        };
+        self.pass_on(ticket, what)
+    }
+
+    fn pass_on(&mut self, ticket: Ticket, what: What) -> Result<()> {
+        match ticket.asker {
+            Asker::Task(tid) => self.post(tid, ticket.id, what),
+            Asker::Mover(number) => {
+                self.moves.answer(number, ticket.id, what);
+                Ok(())
+            }
+            Asker::Landed { v, r2 } => match (what, self.gates_left.remove(&v)) {
+                (What::Answer(_), Some(agents)) => {
+                    self.tell_all(&agents, &Request::OpenGate { v, r: r2 })
+                }
+                // Each agent finds out by itself.
+                _ => Ok(()),
+            },
+            Asker::Nobody => Ok(()),
+        }
+    }
+
+    /// Serves a request. Errors of ours are the asker's; only the end of the connection is ours.
+    fn request(&mut self, ticket: Ticket, request: Request) -> Result<()> {
+        match self.serve_request(ticket, request) {
+            Ok(None) => Ok(()),
+            Ok(Some(answer)) => self.answer(ticket, Ok(answer)),
+            Err(e) => self.answer(
+                ticket,
+                Err(e.context(format!("the agent of {}", self.host))),
+            ),
+        }
+    }
+
+    /// The answer; none if it comes later.
+    fn serve_request(&mut self, ticket: Ticket, request: Request) -> Result<Option<Answer>> {
+        match request {
+            Request::Hello => Ok(Some(Answer::Hello {
+                pid: std::process::id() as i32,
+            })),
+            Request::Hide { tids } => {
+                for tid in tids {
+                    self.table.hide(tid)?;
+                }
+                Ok(Some(Answer::Done))
+            }
+            Request::Table => Ok(Some(self.known())),
+            Request::Learn {
+                entries,
+                incarnations,
+            } => self.learn(&entries, &incarnations),
+            Request::AddIncarnation { r, v } => {
+                self.table.add_incarnation(r, v)?;
+                Ok(Some(Answer::Done))
+            }
+            Request::CloseGate { v, next, lease_ms } => {
+                self.close_gate(ticket, v, next, lease_ms).map(|()| None)
+            }
+            Request::OpenGate { v, r } => {
+                self.open_gate(v, r)?;
+                Ok(Some(Answer::Done))
+            }
+            Request::Marker { r, number } => {
+                self.client
+                    .send_noop(Tid(r), NOOP_MARKER, &number.to_be_bytes())?;
+                Ok(Some(Answer::Done))
+            }
+            Request::Compare { files } => Ok(Some(Answer::Compared {
+                different: compare::different(&files),
+            })),
+            Request::Land { order } => self.land(ticket, order).map(|()| None),
+            Request::Parked { id } => self.landings.parked(ticket, &id),
+            Request::Running { id } => self.landings.running(ticket, &id),
+            Request::Run { id } => self.landings.tell_run(&id).map(|()| Some(Answer::Done)),
+            Request::Abandon { id } => {
+                self.landings.abandon(&id);
+                Ok(Some(Answer::Done))
+            }
+            Request::Status => Ok(Some(Answer::Status {
+                tasks: self.status()?,
+            })),
+            Request::Migrate { tid, to, agents } => {
+                self.migrate(ticket, tid, &to, agents).map(|()| None)
+            }
+        }
+    }
+
+    fn known(&self) -> Answer {
+        let settled = self.table.list().into_iter();
+        let settled = settled.filter(|entry| entry.state != State::Moving);
+        Answer::Table {
+            entries: settled
+                .map(|entry| Known {
+                    v: entry.v,
+                    r: entry.r,
+                    hidden: entry.state == State::Hidden,
+                })
+                .collect(),
+            incarnations: self.table.incarnations(),
+        }
+    }
+
+    fn learn(&mut self, entries: &[Known], incarnations: &[(u32, u32)]) -> Result<Option<Answer>> {
+        for (r, v) in incarnations {
+            self.table.add_incarnation(*r, *v)?;
+        }
+        for known in entries {
+            match self.table.entry(known.v) {
+                // What we know ourselves may be newer.
+                Some(entry) if entry.state == State::Moving || entry.r != entry.v => {}
+                _ if known.hidden => self.table.hide(known.v)?,
+                _ if known.r != known.v => self.table.open_gate(known.v, known.r)?,
+                _ => {}
+            }
+        }
+        Ok(Some(Answer::Done))
+    }
+
+    /// The tasks of this host that are not mist's.
+    fn tasks(&mut self) -> Result<Vec<Task>> {
+        let mut tasks = self.client.tasks(self.own.host())?;
+        tasks.retain(|task| task.tid != self.own);
+        Ok(tasks)
+    }
+
+    fn status(&mut self) -> Result<Vec<LocalTask>> {
+        let mut rows = Vec::new();
+        for task in self.tasks()? {
+            let Some(seen) = local::process(task.pid, task.flags & CONNECTED != 0)? else {
+                continue;
+            };
+            let since = seen.since.duration_since(SystemTime::UNIX_EPOCH);
+            rows.push(LocalTask {
+                tid: task.tid.0,
+                virtual_tid: seen.virtual_tid.map(|tid| tid.0),
+                program: seen.program,
+                memory: seen.memory,
+                shim: seen.shim,
+                state: seen.doing,
+                since: since.unwrap_or_default().as_secs(),
+                direct_route: seen.direct_route,
+                direct_allowed: seen.direct_allowed,
+            });
+        }
+        Ok(rows)
+    }
+
+    /// Takes note of children that have ended.
+    fn reap(&mut self) {
+        use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+        while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            match (status, status.pid()) {
+                (WaitStatus::StillAlive, _) | (_, None) => break,
+                (_, Some(pid)) => self.moves.ended(pid.as_raw()),
+            }
+        }
+    }
+}
+
+/// An error of the class of a task that is not here.
+fn no_task(tid: Tid, host: &str) -> anyhow::Error {
+    Failure::NoSuchProcess.because(format!("there is no task {tid} on {host}"))
+}

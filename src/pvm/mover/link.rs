@@ -1,0 +1,138 @@
+//! The mover's line to its agent.
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use super::protocol::{FromMover, Job, ToMover};
+use crate::pvm::agent::control::{Answer, Peer, Request, What};
+
+/// The line.
+pub struct Link {
+    reader: BufReader<UnixStream>,
+    next: u64,
+    /// Answers that nobody has asked for yet.
+    kept: HashMap<u64, What>,
+}
+
+impl Link {
+    /// Takes up the line over `stream`, and the job that the agent gives.
+    ///
+    /// # Errors
+    /// When the agent is gone, or gives none.
+    pub fn new(stream: UnixStream) -> Result<(Link, Job)> {
+        let mut link = Link {
+            reader: BufReader::new(stream),
+            next: 1,
+            kept: HashMap::new(),
+        };
+        match link.hear(Instant::now() + Duration::from_secs(10))? {
+            ToMover::Job(job) => Ok((link, job)),
+            _ => bail!("the agent gives no job"),
+        }
+    }
+
+    /// Asks an agent.
+    ///
+    /// # Errors
+    /// Those of the agent, or that it does not answer in time.
+    pub fn ask(&mut self, to: &Peer, request: Request, limit: Duration) -> Result<Answer> {
+        let id = self.begin(to, request)?;
+        self.end(to, id, limit)
+    }
+
+    /// Asks something of several agents at once.
+    ///
+    /// # Errors
+    /// The first of any of them, when all have answered.
+    pub fn ask_all(&mut self, to: &[Peer], request: &Request, limit: Duration) -> Result<()> {
+        let ids: Vec<u64> = to
+            .iter()
+            .map(|agent| self.begin(agent, request.clone()))
+            .collect::<Result<_>>()?;
+        let mut first = Ok(());
+        for (agent, id) in to.iter().zip(ids) {
+            first = first.and(self.end(agent, id, limit).map(drop));
+        }
+        first
+    }
+
+    /// Tells the agent the decision; returns when it has taken note.
+    ///
+    /// # Errors
+    /// When it is gone: then nothing is decided.
+    pub fn commit(&mut self, r2: u32) -> Result<()> {
+        self.say(&FromMover::Commit { r2 })?;
+        let until = Instant::now() + Duration::from_secs(5);
+        loop {
+            match self.hear(until)? {
+                ToMover::GoOn => return Ok(()),
+                ToMover::Answer { id, what } => drop(self.kept.insert(id, what)),
+                ToMover::Job(_) => {}
+            }
+        }
+    }
+
+    /// Says something that is not answered.
+    ///
+    /// # Errors
+    /// When the agent is gone.
+    pub fn say(&mut self, what: &FromMover) -> Result<()> {
+        let mut line = serde_json::to_vec(what).context("JSON")?;
+        line.push(b'\n');
+        self.reader
+            .get_mut()
+            .write_all(&line)
+            .context("the agent of this host is gone")
+    }
+
+    fn begin(&mut self, to: &Peer, request: Request) -> Result<u64> {
+        let id = self.next;
+        self.next += 1;
+        self.say(&FromMover::Ask {
+            id,
+            to: to.tid,
+            request,
+        })?;
+        Ok(id)
+    }
+
+    fn end(&mut self, to: &Peer, wanted: u64, limit: Duration) -> Result<Answer> {
+        let until = Instant::now() + limit;
+        let what = loop {
+            if let Some(what) = self.kept.remove(&wanted) {
+                break what;
+            }
+            let heard = self
+                .hear(until)
+                .with_context(|| format!("waiting for the agent of {}", to.name))?;
+            if let ToMover::Answer { id, what } = heard {
+                self.kept.insert(id, what);
+            }
+        };
+        match what {
+            What::Answer(answer) => Ok(answer),
+            What::Failed(failed) => Err(failed.into_error()),
+            What::Request(_) => bail!("the agent of {} asks instead of answering", to.name),
+        }
+    }
+
+    fn hear(&mut self, until: Instant) -> Result<ToMover> {
+        let left = until.saturating_duration_since(Instant::now());
+        self.reader
+            .get_ref()
+            .set_read_timeout(Some(left.max(Duration::from_millis(1))))
+            .context("SO_RCVTIMEO")?;
+        let mut line = Vec::new();
+        self.reader
+            .read_until(b'\n', &mut line)
+            .context("no answer in time")?;
+        if line.is_empty() {
+            bail!("the agent of this host is gone");
+        }
+        serde_json::from_slice(&line).context("the agent says what makes no sense")
+    }
+}

@@ -1,0 +1,318 @@
+//! The mover: takes one task from this host to another. A process of its own, so that whatever becomes of it is
+//! this move's end and no more.
+//!
+//! Until [`Link::commit`] has returned, every way out leaves the task running here, its gates open and the lander
+//! gone; from then on the task goes, and what the mover does not do its agent does.
+
+mod files;
+mod link;
+pub mod protocol;
+
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use indicatif::ProgressBar;
+
+use crate::dump::{After, Options, Session};
+use crate::error::Failure;
+use crate::image::Compress;
+use crate::image::pvm::MailboxEntry;
+use crate::pvm::agent::control::{Answer, Failed, Landing, Moved, Peer, Request};
+use crate::pvm::capture::Task;
+use crate::pvm::client::Client;
+use crate::pvm::connection::Raised;
+use crate::pvm::flush;
+use crate::pvm::quiet;
+use crate::pvm::shimabi::NOOP_MARKER;
+use crate::pvm::stream::{ImageSender, Key, Stream};
+use crate::pvm::tid::Tid;
+use link::Link;
+use protocol::{FromMover, Job};
+
+/// How long agents may take for an answer.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// When gates find out by themselves, ms.
+const GATE_LEASE: u64 = 90_000;
+/// How long a lander waits for the end of the old incarnation before it asks, ms.
+const LANDER_LEASE: u64 = 60_000;
+/// Later than this after the stop nothing is decided any more: well inside the lander's lease.
+const DECIDE: Duration = Duration::from_secs(30);
+
+/// Moves the task that the agent at the other end of `stream` names, and tells it what came of it.
+///
+/// # Errors
+/// When there is nobody to tell.
+pub fn run(stream: UnixStream) -> Result<()> {
+    let (mut link, job) = Link::new(stream)?;
+    let done = match Mover::new(&job).and_then(|mut mover| mover.run(&mut link)) {
+        Ok(moved) => FromMover::Done(moved),
+        Err(e) => FromMover::Failed(Failed::of(&e)),
+    };
+    link.say(&done)
+}
+
+struct Mover<'j> {
+    job: &'j Job,
+    started: Instant,
+    task: Task,
+    client: Client,
+    /// The lander's incarnation.
+    r2: u32,
+    closed: bool,
+    landed: bool,
+    /// Entries of the mailbox that are the new incarnation's already.
+    given: Vec<MailboxEntry>,
+    moved: Moved,
+}
+
+impl<'j> Mover<'j> {
+    fn new(job: &'j Job) -> Result<Mover<'j>> {
+        let started = Instant::now();
+        let v = Tid(job.v);
+        let gone = || {
+            Failure::NoSuchProcess.because(format!(
+                "task {v} (process {}) has left the virtual machine",
+                job.pid
+            ))
+        };
+        let task = Task::find(job.pid)?.ok_or_else(gone)?;
+        if task.v != v || task.r.0 != job.r1 {
+            return Err(gone());
+        }
+        let client = task.client()?;
+        Ok(Mover {
+            job,
+            started,
+            task,
+            client,
+            r2: 0,
+            closed: false,
+            landed: false,
+            given: Vec::new(),
+            moved: Moved {
+                v: job.v,
+                from: job.r1,
+                ..Moved::default()
+            },
+        })
+    }
+
+    fn run(&mut self, link: &mut Link) -> Result<Moved> {
+        let done = self.bring(link);
+        if let Err(e) = done {
+            let undone = self.undo(link);
+            return Err(match undone {
+                Ok(()) => e.context(format!("task {} was not moved, and runs on", Tid(self.job.v))),
+                Err(also) => e.context(format!(
+                    "task {} was not moved, and runs on; but its gates open only in a while: {also:#}",
+                    Tid(self.job.v)
+                )),
+            });
+        }
+        self.client.set_patience(Duration::from_secs(1));
+        self.moved.total_us = self.started.elapsed().as_micros() as u64;
+        Ok(std::mem::take(&mut self.moved))
+    }
+
+    /// All of it.
+    fn bring(&mut self, link: &mut Link) -> Result<()> {
+        files::compare(self.job, link)?;
+        let sender = self.land(link)?;
+        self.close_gates(link)?;
+        let mut session = self.stop()?;
+        let stopped = session.stopped();
+        // Its buffers stay large until it has ended.
+        let _raised = self.flush(link, &session)?;
+        self.send(&mut session, &sender)?;
+        let parked = link.ask(
+            &self.job.to,
+            Request::Parked {
+                id: self.job.id.clone(),
+            },
+            DECIDE.saturating_sub(stopped.elapsed()),
+        )?;
+        if let Answer::Parked { warnings } = parked {
+            self.moved.warnings = warnings;
+        }
+        self.give_mailbox()?;
+        if stopped.elapsed() > DECIDE {
+            bail!(
+                "it took longer than {} s with the task stopped",
+                DECIDE.as_secs()
+            );
+        }
+        link.commit(self.r2)?;
+        // Decided. What fails from here on is not undone: the agent and the lander see to it.
+        self.finish(link, session, stopped);
+        let totals = sender.totals();
+        (self.moved.bytes, self.moved.bytes_wire) = (totals.raw, totals.wire);
+        self.moved.to = self.r2;
+        Ok(())
+    }
+
+    /// Has the lander started, makes it known everywhere, and connects to it.
+    fn land(&mut self, link: &mut Link) -> Result<ImageSender> {
+        let job = self.job;
+        let order = Landing {
+            id: job.id.clone(),
+            v: job.v,
+            program: self.task.program(&mut self.client)?,
+            moves: Some((job.r1, LANDER_LEASE)),
+            image: None,
+            announce: false,
+        };
+        self.landed = true;
+        let landed = link.ask(&job.to, Request::Land { order }, PATIENCE)?;
+        let Answer::Landed { r, port } = landed else {
+            bail!("the agent of {} answers {landed:?}", job.to.name);
+        };
+        self.r2 = r;
+        let known = Request::AddIncarnation { r, v: job.v };
+        link.ask_all(&job.agents, &known, PATIENCE)?;
+        let key = Key::of_user()?.derive(&job.id);
+        let stream = Stream::connect(address(&job.to, port)?, &key, &job.id, PATIENCE)
+            .with_context(|| format!("the lander on {}", job.to.name))?;
+        Ok(ImageSender::new(stream))
+    }
+
+    fn close_gates(&mut self, link: &mut Link) -> Result<()> {
+        self.closed = true;
+        let close = Request::CloseGate {
+            v: self.job.v,
+            next: self.r2,
+            lease_ms: GATE_LEASE,
+        };
+        link.ask_all(&self.job.agents, &close, PATIENCE)
+    }
+
+    fn stop(&mut self) -> Result<Session> {
+        let opts = Options {
+            pid: self.job.pid,
+            image: Default::default(),
+            store: None,
+            tree: false,
+            after: After::Kill,
+            compress: Compress::None,
+            tcp_established: false,
+            progress: false,
+            pvmd: Some(self.task.connection.ino),
+        };
+        Session::stop_with(&opts, &mut |_| quiet::stop(&self.task, quiet::PATIENCE))
+    }
+
+    /// Waits until nothing is on its way to the task, nor from it in this host's pvmd.
+    fn flush(&mut self, link: &mut Link, session: &Session) -> Result<Raised> {
+        let marker = Request::Marker {
+            r: self.job.r1,
+            number: self.job.number,
+        };
+        link.ask_all(&self.job.agents, &marker, PATIENCE)?;
+        let agents: Vec<Tid> = self.job.agents.iter().map(|a| Tid(a.tid)).collect();
+        let raised = flush::arrived(
+            &self.task,
+            session.guardian(),
+            (NOOP_MARKER, self.job.number),
+            &agents,
+            PATIENCE,
+        )?;
+        // What the old pvmd has for other hosts is there when this, which comes behind it, is.
+        let others: Vec<Peer> = self.others().cloned().collect();
+        link.ask_all(&others, &Request::Hello, PATIENCE)?;
+        Ok(raised)
+    }
+
+    fn others(&self) -> impl Iterator<Item = &Peer> {
+        let here = self.task.r.host().0;
+        self.job.agents.iter().filter(move |a| a.host != here)
+    }
+
+    fn send(&mut self, session: &mut Session, sender: &ImageSender) -> Result<()> {
+        session.look(sender)?;
+        let captured = self.task.capture(session, &mut self.client, sender)?;
+        self.given.clone_from(&captured.mailbox);
+        session.set_pvm(captured);
+        session.memory(sender, &ProgressBar::hidden())?;
+        self.moved.rounds = 1;
+        let manifest = session.manifest()?;
+        sender.finish(&manifest)
+    }
+
+    /// Entries of the mailbox that would vanish with the old incarnation become the new one's.
+    fn give_mailbox(&mut self) -> Result<()> {
+        let (r1, r2) = (Tid(self.job.r1), Tid(self.r2));
+        for entry in std::mem::take(&mut self.given) {
+            hand_over(&mut self.client, &entry, r1, r2)?;
+            self.given.push(entry);
+        }
+        Ok(())
+    }
+
+    /// Behind the decision.
+    fn finish(&mut self, link: &mut Link, session: Session, stopped: Instant) {
+        let mut warn = |what: &str, e: anyhow::Error| {
+            self.moved.warnings.push(format!("{what}: {e:#}"));
+        };
+        if let Err(e) = session.end(After::Kill) {
+            warn("ending the task here", e);
+        }
+        let id = self.job.id.clone();
+        let running = link.ask(&self.job.to, Request::Running { id }, PATIENCE);
+        self.moved.blackout_us = stopped.elapsed().as_micros() as u64;
+        if let Err(e) = running {
+            warn("waiting for it to run", e);
+        }
+        let open = Request::OpenGate {
+            v: self.job.v,
+            r: self.r2,
+        };
+        if let Err(e) = link.ask_all(&self.job.agents, &open, PATIENCE) {
+            warn("opening the gates, which will open later by themselves", e);
+        }
+    }
+
+    /// Everything as it was before. The task runs already.
+    fn undo(&mut self, link: &mut Link) -> Result<()> {
+        let (r1, r2) = (Tid(self.job.r1), Tid(self.r2));
+        let mut first = Ok(());
+        for entry in std::mem::take(&mut self.given) {
+            let owned = self.r2 != 0;
+            if owned {
+                first = first.and(hand_over(&mut self.client, &entry, r2, r1));
+            }
+        }
+        if self.landed {
+            let id = self.job.id.clone();
+            let done = link.ask(&self.job.to, Request::Abandon { id }, PATIENCE);
+            first = first.and(done.map(drop));
+        }
+        if self.closed {
+            let open = Request::OpenGate {
+                v: self.job.v,
+                r: self.job.r1,
+            };
+            first = first.and(link.ask_all(&self.job.agents, &open, PATIENCE));
+        }
+        first
+    }
+}
+
+/// Takes an entry of one owner and puts it back as another's. One that is not there has been taken away.
+fn hand_over(client: &mut Client, entry: &MailboxEntry, from: Tid, to: Tid) -> Result<()> {
+    if client.mailbox_remove(from, &entry.class, entry.index)? {
+        client.mailbox_put(to, &entry.class, entry.index, entry.flags, &entry.message.0)?;
+    }
+    Ok(())
+}
+
+/// Where the lander listens.
+fn address(host: &Peer, port: u16) -> Result<SocketAddr> {
+    let name = &host.name;
+    let mut found = (name.as_str(), port)
+        .to_socket_addrs()
+        .with_context(|| format!("cannot look up the address of host {name}"))?;
+    found
+        .find(SocketAddr::is_ipv4)
+        .ok_or_else(|| anyhow!("host {name} has no address"))
+}

@@ -1,0 +1,45 @@
+//! What an agent and its mover say to each other: one JSON object a line, over the mover's standard input.
+
+use serde::{Deserialize, Serialize};
+
+use crate::pvm::agent::control::{Failed, Moved, Peer, Request, What};
+
+/// What is to be moved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Job {
+    /// Names the move.
+    pub id: String,
+    /// Of this move's markers.
+    pub number: u32,
+    pub v: u32,
+    /// The incarnation that is here, and its process.
+    pub r1: u32,
+    pub pid: i32,
+    /// The agent of the host it goes to.
+    pub to: Peer,
+    /// The agents of all hosts, this one's too.
+    pub agents: Vec<Peer>,
+}
+
+/// What a mover says.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "say", rename_all = "snake_case")]
+pub enum FromMover {
+    /// Ask an agent; `id` is the answer's.
+    Ask { id: u64, to: u32, request: Request },
+    /// The lander is parked: from [`ToMover::GoOn`] on the task ends here, whatever becomes of the mover.
+    Commit { r2: u32 },
+    /// It is done.
+    Done(Moved),
+    /// It came to nothing: the task runs here as before.
+    Failed(Failed),
+}
+
+/// What an agent says.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "say", rename_all = "snake_case")]
+pub enum ToMover {
+    Job(Job),
+    Answer { id: u64, what: What },
+    GoOn,
+}
