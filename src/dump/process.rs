@@ -24,6 +24,13 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<()> {
                 .with_context(|| format!("there is no process {pid}"));
         }
     };
+    if status.tgid == 0 {
+        // Its parent has just taken it: nothing names it any more.
+        return match asked_for {
+            true => Err(Failure::NoSuchProcess.because(format!("process {pid} has ended"))),
+            false => Ok(()),
+        };
+    }
     if status.tgid != pid {
         return refuse(format!(
             "{pid} is a thread of process {}; dump that process",
