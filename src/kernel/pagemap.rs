@@ -7,11 +7,16 @@ use std::os::fd::AsRawFd;
 use anyhow::{Context, Result};
 
 // PAGE_IS_* categories.
+const WRITTEN: u64 = 1 << 1;
 const FILE: u64 = 1 << 2;
 const PRESENT: u64 = 1 << 3;
 const SWAPPED: u64 = 1 << 4;
 const PFNZERO: u64 = 1 << 5;
 const GUARD: u64 = 1 << 8;
+
+// PM_SCAN_*: protect what matches again; fail where a mapping is not tracked.
+const WP_MATCHING: u64 = 1 << 0;
+const CHECK_WPASYNC: u64 = 1 << 1;
 
 /// struct pm_scan_arg
 #[repr(C)]
@@ -45,6 +50,31 @@ const BATCH: u64 = 1 << 14;
 
 nix::ioctl_readwrite!(pagemap_scan, b'f', 16, ScanArg);
 
+/// Which pages a scan tells of.
+#[derive(Debug, Clone, Copy, Default)]
+struct Wanted {
+    flags: u64,
+    /// Categories that are meant the other way round.
+    inverted: u64,
+    /// All of these, and one of those.
+    all: u64,
+    any: u64,
+}
+
+impl Wanted {
+    const POPULATED: Self = Self {
+        flags: 0,
+        inverted: 0,
+        all: 0,
+        any: PRESENT | SWAPPED,
+    };
+    const GUARDS: Self = Self {
+        all: GUARD,
+        any: 0,
+        ..Self::POPULATED
+    };
+}
+
 /// /proc/PID/pagemap of one process.
 pub struct Pagemap {
     pid: i32,
@@ -62,7 +92,7 @@ impl Pagemap {
             knows_guards: true,
         };
         // An empty range: nothing but the categories is looked at.
-        me.knows_guards = me.scan_once(0, 0, 0, GUARD, 0, &mut [], 0).is_ok();
+        me.knows_guards = me.scan_once(0, 0, Wanted::GUARDS, &mut [], 0).is_ok();
         Ok(me)
     }
 
@@ -74,27 +104,53 @@ impl Pagemap {
         end: u64,
         each: &mut dyn FnMut(u64, u64) -> Result<()>,
     ) -> Result<()> {
-        let not = self.not_private();
-        self.scan(start, end, not, not, PRESENT | SWAPPED, each)
+        self.scan(start, end, self.own(), each)
     }
 
     /// Address of the first page that [`Pagemap::private`] would give.
     pub fn first_private(&self, start: u64, end: u64) -> Result<Option<u64>> {
         // Told to stop at one page: the region of a large mapping is found by walking all of its tables.
         let mut first = [Region::default()];
-        let not = self.not_private();
         let (n, _) = self
-            .scan_once(start, end, not, not, PRESENT | SWAPPED, &mut first, 1)
+            .scan_once(start, end, self.own(), &mut first, 1)
             .with_context(|| {
                 format!("scanning pages {start:#x}-{end:#x} of process {}", self.pid)
             })?;
         Ok((n > 0).then_some(first[0].start))
     }
 
-    /// Categories of pages that are not a process's own, or hold nothing.
-    fn not_private(&self) -> u64 {
+    /// Pages that are a process's own and hold something.
+    fn own(&self) -> Wanted {
         // Guard pages look like swapped ones; kernels that have none do not know the category.
-        FILE | PFNZERO | if self.knows_guards { GUARD } else { 0 }
+        let not = FILE | PFNZERO | if self.knows_guards { GUARD } else { 0 };
+        Wanted {
+            inverted: not,
+            all: not,
+            ..Wanted::POPULATED
+        }
+    }
+
+    /// Whether pages in `start..end` were written to since they were protected (userfaultfd, WP_ASYNC). With
+    /// `protect` they are protected again.
+    ///
+    /// # Errors
+    /// EPERM where `protect` meets a mapping that is not tracked.
+    pub fn written(&self, start: u64, end: u64, protect: bool) -> Result<bool> {
+        let wanted = Wanted {
+            flags: if protect {
+                WP_MATCHING | CHECK_WPASYNC
+            } else {
+                0
+            },
+            any: WRITTEN,
+            ..Wanted::default()
+        };
+        let mut any = false;
+        self.scan(start, end, wanted, &mut |_, _| {
+            any = true;
+            Ok(())
+        })?;
+        Ok(any)
     }
 
     /// Pages in `start..end` that are there at all.
@@ -104,7 +160,7 @@ impl Pagemap {
         end: u64,
         each: &mut dyn FnMut(u64, u64) -> Result<()>,
     ) -> Result<()> {
-        self.scan(start, end, 0, 0, PRESENT | SWAPPED, each)
+        self.scan(start, end, Wanted::POPULATED, each)
     }
 
     /// Guard pages (MADV_GUARD_INSTALL) in `start..end`.
@@ -117,23 +173,21 @@ impl Pagemap {
         if !self.knows_guards {
             return Ok(());
         }
-        self.scan(start, end, 0, GUARD, 0, each)
+        self.scan(start, end, Wanted::GUARDS, each)
     }
 
     fn scan(
         &self,
         start: u64,
         end: u64,
-        inverted: u64,
-        mask: u64,
-        any_of: u64,
+        wanted: Wanted,
         each: &mut dyn FnMut(u64, u64) -> Result<()>,
     ) -> Result<()> {
         let mut regions = [Region::default(); 512];
         let mut at = start;
         while at < end {
             let (n, walk_end) = self
-                .scan_once(at, end, inverted, mask, any_of, &mut regions, BATCH)
+                .scan_once(at, end, wanted, &mut regions, BATCH)
                 .with_context(|| {
                     format!("scanning pages {at:#x}-{end:#x} of process {}", self.pid)
                 })?;
@@ -149,17 +203,11 @@ impl Pagemap {
     }
 
     /// One ioctl, ended after `max` pages when that is not 0: regions found, and how far it came.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the fields of the kernel's structure"
-    )]
     fn scan_once(
         &self,
         start: u64,
         end: u64,
-        inverted: u64,
-        mask: u64,
-        any_of: u64,
+        wanted: Wanted,
         regions: &mut [Region],
         max: u64,
     ) -> nix::Result<(usize, u64)> {
@@ -170,14 +218,11 @@ impl Pagemap {
             vec: regions.as_mut_ptr() as u64,
             vec_len: regions.len() as u64,
             max_pages: max,
-            category_inverted: inverted,
-            category_mask: mask,
-            category_anyof_mask: any_of,
-            return_mask: if mask & GUARD != 0 {
-                PRESENT | SWAPPED | GUARD
-            } else {
-                PRESENT | SWAPPED
-            },
+            flags: wanted.flags,
+            category_inverted: wanted.inverted,
+            category_mask: wanted.all,
+            category_anyof_mask: wanted.any,
+            return_mask: wanted.any | PRESENT | SWAPPED | wanted.all & GUARD,
             ..ScanArg::default()
         };
         // SAFETY: `arg` is a live pm_scan_arg and `vec` points to `vec_len` writable regions.

@@ -35,7 +35,11 @@ struct Site<'a> {
     opened: &'a Opened,
     built: &'a Built,
     bulk: &'a Bulk,
+    shared: &'a SharedObjects,
     ids: &'a Ids,
+    /// Of all processes, as they see them, by the one in the image.
+    pids: &'a BTreeMap<i32, i32>,
+    filler: Option<&'a Filler>,
     ours: Creds,
 }
 
@@ -44,6 +48,8 @@ struct Ready<'a> {
     process: &'a Process,
     leader: Remote,
     others: Vec<Remote>,
+    /// Of memory that it has got.
+    bytes: u64,
     /// The vDSO that works here.
     vdso: (u64, u64),
 }
@@ -148,32 +154,34 @@ fn restore(opts: &Options, mut guest: Option<&mut dyn Guest>, started: Instant) 
         .then(|| Filler::start(Arc::clone(&image)))
         .transpose()?;
     report.bytes_memory += shared.bytes;
+    let mut remotes = std::mem::take(&mut bodies.remotes);
     let site = Site {
         image: &image,
         opened: &opened,
         built: &built,
         bulk: &bulk,
+        shared: &shared,
         ids: &ids,
+        pids: &bodies.ids,
+        filler: filler.as_ref(),
         ours,
     };
     let mut ready = Vec::new();
     for p in processes {
-        if let Some(body) = bodies.remotes.remove(&p.pid) {
-            ready.push(rebuild(
-                body,
-                p,
-                &site,
-                &shared,
-                &bodies,
-                filler.as_ref(),
-                &mut undertaker,
-                match &mut guest {
-                    Some(guest) if ready.is_empty() => Some(&mut **guest),
-                    _ => None,
-                },
-                &mut report,
-            )?);
+        let Some(body) = remotes.remove(&p.pid) else {
+            continue;
+        };
+        let mut r = match &mut guest {
+            Some(guest) if ready.is_empty() => {
+                site.rebuild(body, p, Some(&mut **guest), &mut undertaker)?
+            }
+            _ => site.rebuild(body, p, None, &mut undertaker)?,
+        };
+        report.bytes_memory += r.bytes;
+        for r in std::iter::once(&mut r.leader).chain(&mut r.others) {
+            report.warnings.append(&mut r.warnings);
         }
+        ready.push(r);
     }
     shared.keep()?;
     built.release()?;
@@ -219,87 +227,89 @@ fn restore(opts: &Options, mut guest: Option<&mut dyn Guest>, started: Instant) 
     })
 }
 
-/// One body becomes one process.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "the one place where everything meets"
-)]
-fn rebuild<'a>(
-    mut body: Remote,
-    p: &'a Process,
-    site: &Site,
-    shared: &SharedObjects,
-    bodies: &Bodies,
-    filler: Option<&Filler>,
-    undertaker: &mut Undertaker,
-    guest: Option<&mut dyn Guest>,
-    report: &mut Report,
-) -> Result<Ready<'a>> {
-    let pages = site.image.pages();
-    process::surroundings(&mut body, p, &site.image.manifest)?;
-    let stripped = layout::strip(&mut body, p, pages, site.bulk)?;
-    layout::map(
-        &mut body,
-        p,
-        site.opened,
-        shared,
-        site.bulk,
-        !stripped.redirect.is_empty(),
-    )?;
-    let uffd = memory::attach(&mut body)?;
-    if let Some(filler) = filler {
-        report.bytes_memory += memory::write_copies(body.mem(), p, pages)?;
+impl Site<'_> {
+    /// One body becomes one process.
+    fn rebuild<'p>(
+        &self,
+        mut body: Remote,
+        p: &'p Process,
+        guest: Option<&mut dyn Guest>,
+        undertaker: &mut Undertaker,
+    ) -> Result<Ready<'p>> {
+        process::surroundings(&mut body, p, &self.image.manifest)?;
+        let stripped = layout::strip(&mut body, p, self.image.pages(), self.bulk)?;
+        let redirected = !stripped.redirect.is_empty();
+        layout::map(
+            &mut body,
+            p,
+            self.opened,
+            self.shared,
+            self.bulk,
+            redirected,
+        )?;
+        let bytes = self.fill(&mut body, p, undertaker)?;
+        layout::poke(body.mem(), &stripped.redirect)?;
+        let exe = self.opened.executable(p.exe);
+        layout::set_mm(&mut body, p, exe, stripped.vdso.0)?;
+        if let Some(guest) = guest {
+            guest.furnish(&mut body, p)?;
+        }
+        process::descriptors(&mut body, p, self.built)?;
+        signals::actions(&mut body, p)?;
+        let others = self.furnish(&mut body, p)?;
+        let unmapped = body.by_step(stripped.vdso.0, libc::SYS_munmap, &[body.area(), AREA])?;
+        body::check("unmapping the restorer", unmapped)?;
+        if let Some(ended) = &p.ended_leader {
+            // Here, before its children are told of what to die by: a parent's thread that ends sends it.
+            threads::end(&body, ended, stripped.vdso.0)?;
+        }
+        Ok(Ready {
+            process: p,
+            leader: body,
+            others,
+            bytes,
+            vdso: stripped.vdso,
+        })
+    }
+
+    /// Memory, or the promise of it. Bytes that are there now.
+    fn fill(&self, body: &mut Remote, p: &Process, undertaker: &mut Undertaker) -> Result<u64> {
+        let pages = self.image.pages();
+        let uffd = memory::attach(body)?;
+        let Some(filler) = self.filler else {
+            let bar = ProgressBar::hidden();
+            return memory::fill(&uffd, body.mem(), p, pages, self.bulk, &bar);
+        };
+        let bytes = memory::write_copies(body.mem(), p, pages)?;
         undertaker.keep_open(&uffd.0)?;
         filler.serve(uffd, p)?;
-    } else {
-        let bar = ProgressBar::hidden();
-        report.bytes_memory += memory::fill(&uffd, body.mem(), p, pages, site.bulk, &bar)?;
+        Ok(bytes)
     }
-    layout::poke(body.mem(), &stripped.redirect)?;
-    layout::set_mm(&mut body, p, site.opened.executable(p.exe), stripped.vdso.0)?;
-    if let Some(guest) = guest {
-        guest.furnish(&mut body, p)?;
+
+    /// Threads but the leader, which are returned, and what threads and process have besides memory and
+    /// descriptors.
+    fn furnish(&self, body: &mut Remote, p: &Process) -> Result<Vec<Remote>> {
+        let mut others = threads::make(body, p, self.ids)?;
+        let mut ids = self.pids.clone();
+        let tids = p.others().iter().zip(&others);
+        ids.extend(tids.map(|(t, r)| (t.tid, r.inside)));
+        let id_of = |old: i32| ids.get(&old).copied().unwrap_or(old);
+        process::in_body(body, p, self.built, &id_of)?;
+        signals::pending(body, &p.pending, None)?;
+        layout::advise(body, p)?;
+        process::limits(body, p)?;
+        for (r, t) in others.iter_mut().zip(p.others()) {
+            threads::furnish(r, t, &self.ours)?;
+        }
+        match (&p.ended_leader, p.leader()) {
+            (Some(ended), _) => threads::furnish_ended(body, p, ended, &self.ours)?,
+            (None, Some(leader)) => threads::furnish(body, leader, &self.ours)?,
+            (None, None) => bail!("process {} has no threads", p.pid),
+        }
+        process::marks(body, p)?;
+        signals::timers(body, p, &id_of)?;
+        Ok(others)
     }
-    process::descriptors(&mut body, p, site.built)?;
-    signals::actions(&mut body, p)?;
-    let mut others = threads::make(&mut body, p, site.ids)?;
-    let mut ids = bodies.ids.clone();
-    ids.extend(
-        p.others()
-            .iter()
-            .zip(&others)
-            .map(|(t, r)| (t.tid, r.inside)),
-    );
-    let id_of = |old: i32| ids.get(&old).copied().unwrap_or(old);
-    process::in_body(&mut body, p, site.built, &id_of)?;
-    signals::pending(&mut body, &p.pending, None)?;
-    layout::advise(&mut body, p)?;
-    process::limits(&mut body, p)?;
-    for (r, t) in others.iter_mut().zip(p.others()) {
-        threads::furnish(r, t, &site.ours)?;
-    }
-    match (&p.ended_leader, p.leader()) {
-        (Some(ended), _) => threads::furnish_ended(&mut body, p, ended, &site.ours)?,
-        (None, Some(leader)) => threads::furnish(&mut body, leader, &site.ours)?,
-        (None, None) => bail!("process {} has no threads", p.pid),
-    }
-    process::marks(&mut body, p)?;
-    signals::timers(&mut body, p, &id_of)?;
-    let unmapped = body.by_step(stripped.vdso.0, libc::SYS_munmap, &[body.area(), AREA])?;
-    body::check("unmapping the restorer", unmapped)?;
-    for r in std::iter::once(&mut body).chain(&mut others) {
-        report.warnings.append(&mut r.warnings);
-    }
-    if let Some(ended) = &p.ended_leader {
-        // Here, before its children are told of what to die by: a parent's thread that ends sends it.
-        threads::end(&body, ended, stripped.vdso.0)?;
-    }
-    Ok(Ready {
-        process: p,
-        leader: body,
-        others,
-        vdso: stripped.vdso,
-    })
 }
 
 /// Lets a process go.
