@@ -203,6 +203,17 @@ pub struct Pty {
     pub file: Option<PtyFile>,
     /// Bytes that stood in the pair towards this end.
     pub queued: crate::image::Bytes,
+    /// Of a slave: how many bytes at the end of `queued` had not been through the terminal's modes; and the ends of
+    /// file (^D) in those that had, each by the number of bytes before it.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub unseen: u32,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ends: Vec<u32>,
+    /// Of a master: whether the slave's output was stopped, and what packet mode had to tell (TIOCPKT_*).
+    #[serde(default, skip_serializing_if = "Stopped::is_no")]
+    pub stopped: Stopped,
+    #[serde(default, skip_serializing_if = "is_zero_u8")]
+    pub status: u8,
     /// Session and foreground process group it controls; 0 is none.
     pub session: i32,
     pub foreground: i32,
@@ -213,4 +224,30 @@ pub struct PtyFile {
     pub mode: u32,
     pub uid: u32,
     pub gid: u32,
+}
+
+/// What has stopped a terminal's output.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stopped {
+    #[default]
+    No,
+    /// tcflow(3).
+    Program,
+    /// The character for it (^S).
+    Typed,
+}
+
+impl Stopped {
+    fn is_no(&self) -> bool {
+        *self == Self::No
+    }
+}
+
+fn is_zero(n: &u32) -> bool {
+    *n == 0
+}
+
+fn is_zero_u8(n: &u8) -> bool {
+    *n == 0
 }

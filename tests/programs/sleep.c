@@ -3,7 +3,7 @@
 // The main thread makes the event happen after `go`; the variants that end in _timeout end by
 // their time-out, those that end in _event have a time-out that does not come.
 // mist: cflags -pthread -lrt
-// mist: variants read_pipe read_eventfd read_inotify read_tty write_pipe send_unix send_tcp sendmsg_dgram
+// mist: variants read_pipe read_eventfd read_inotify read_tty write_pipe write_tty send_unix send_tcp sendmsg_dgram
 // mist: variants recv_unix recv_waitall_unix recv_waitall_tcp recv_rcvtimeo_timeout recv_rcvtimeo_event send_sndtimeo_timeout
 // mist: variants accept_unix accept_tcp accept_rcvtimeo_timeout connect_unix connect_sndtimeo_timeout
 // mist: variants poll poll_event poll_timeout ppoll_event ppoll_timeout select select_event select_timeout

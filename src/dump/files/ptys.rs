@@ -13,9 +13,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::{FileDumper, Place, Seen};
 use crate::dump::tables::Tables;
 use crate::image::Bytes;
-use crate::image::files::{External, Kind, Pty, PtyFile};
+use crate::image::files::{External, Kind, Pty, PtyFile, Stopped};
+use crate::kernel::tty;
 use crate::kernel::tty::Waiting;
-use crate::kernel::{fds, tty};
 
 /// One side of a pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,16 +105,20 @@ impl FileDumper {
                     continue;
                 };
                 // Once a pair, with the first descriptor of the side it goes to.
-                let queued = if side.master {
-                    std::mem::take(&mut waiting.to_master)
-                } else {
-                    std::mem::take(&mut waiting.to_slave)
-                };
-                open.description.kind = Kind::Pty(Pty {
+                let mut carried = Pty {
                     master: side.master,
-                    queued: Bytes(queued),
                     ..pty.clone()
-                });
+                };
+                if side.master {
+                    carried.queued = Bytes(std::mem::take(&mut waiting.to_master));
+                    carried.stopped = std::mem::take(&mut waiting.stopped);
+                    carried.status = std::mem::take(&mut waiting.status);
+                } else {
+                    carried.queued = Bytes(std::mem::take(&mut waiting.to_slave));
+                    carried.unseen = std::mem::take(&mut waiting.unseen) as u32;
+                    carried.ends = std::mem::take(&mut waiting.ends);
+                }
+                open.description.kind = Kind::Pty(carried);
             }
         }
         Ok(())
@@ -123,21 +127,12 @@ impl FileDumper {
 
 /// What stands in a pair; what cannot be had is left behind with a warning.
 fn waiting(master: &File, pty: &Pty, place: &Place, tables: &mut Tables) -> Waiting {
-    // In packet mode reads bring more than what was written.
-    let why = if pty.packet {
-        "it is in packet mode".to_owned()
-    } else {
-        let termios = pty.termios[..].try_into().map_err(anyhow::Error::from);
-        match termios.and_then(|t| tty::peek(master.as_fd(), &t)) {
-            Ok(waiting) => return waiting,
-            Err(e) => format!("{e:#}"),
-        }
-    };
-    let bytes = fds::readable(master.as_fd()).unwrap_or(0);
-    if bytes > 0 || !pty.packet {
-        tables.warn(format!(
-            "{place}: bytes in it that have not been read stay behind: {why}"
-        ));
+    let termios = pty.termios[..].try_into().map_err(anyhow::Error::from);
+    match termios.and_then(|t| tty::peek(master.as_fd(), &t)) {
+        Ok(waiting) => return waiting,
+        Err(e) => tables.warn(format!(
+            "{place}: bytes in it that have not been read stay behind: {e:#}"
+        )),
     }
     Waiting::default()
 }
@@ -172,6 +167,10 @@ fn pair(master: &File, index: u32) -> Result<Pty> {
                 gid: m.gid(),
             }),
         queued: Bytes::default(),
+        unseen: 0,
+        ends: Vec::new(),
+        stopped: Stopped::default(),
+        status: 0,
         session: none(tty::session(fd)).context("TIOCGSID")?,
         foreground: none(tty::foreground(fd)).context("TIOCGPGRP")?,
     })

@@ -9,9 +9,12 @@ use anyhow::{Context, Result};
 use super::in_body::Terminal;
 use super::{Builder, status_flags};
 use crate::error::Failure;
-use crate::image::files::{DescriptionId, Kind, Pty};
+use crate::image::files::{DescriptionId, Kind, Pty, Stopped};
+use crate::kernel::tty::Waiting;
 use crate::kernel::{fds, tty};
 
+/// What surely finds room in a new pair, bytes in each direction.
+const ROOM: usize = 16 * 1024;
 /// How many numbers to pass over for the sake of an old one.
 const SKIP_MAX: u32 = 4096;
 
@@ -62,9 +65,11 @@ impl Builder<'_> {
         let termios: tty::Termios2 = pty.termios[..]
             .try_into()
             .map_err(|_| Failure::Damaged.because("its settings have a wrong length"))?;
-        self.queued(&master, slave.as_ref(), sides)?;
-        tty::set_termios(master.as_fd(), &termios).context("TCSETS2")?;
         tty::set_winsize(master.as_fd(), pty.winsize).context("TIOCSWINSZ")?;
+        tty::set_termios(master.as_fd(), &termios).context("TCSETS2")?;
+        if let Some(slave) = &slave {
+            self.queued(&master, slave, &termios, sides)?;
+        }
         tty::set_packet_mode(master.as_fd(), pty.packet).context("TIOCPKT")?;
 
         for &(id, side) in sides {
@@ -97,34 +102,46 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// Puts back what stood in the pair, with settings under which nothing is echoed or changed on the way.
+    /// Puts back what stood in the pair.
     fn queued(
         &mut self,
         master: &OwnedFd,
-        slave: Option<&OwnedFd>,
+        slave: &OwnedFd,
+        termios: &tty::Termios2,
         sides: &[(DescriptionId, &Pty)],
     ) -> Result<()> {
-        let Some(slave) = slave else { return Ok(()) };
-        for (_, side) in sides.iter().filter(|(_, p)| !p.queued.is_empty()) {
-            let termios: tty::Termios2 = side.termios[..]
-                .try_into()
-                .map_err(|_| Failure::Damaged.because("its settings have a wrong length"))?;
-            tty::set_termios(master.as_fd(), &tty::transparent(&termios)).context("TCSETS2")?;
-            let (from, to) = if side.master {
-                (slave, master)
-            } else {
-                (master, slave)
-            };
-            fds::set_flags(from.as_fd(), libc::O_NONBLOCK).context("F_SETFL")?;
-            let n = nix::unistd::write(from, &side.queued).context("write of what stood in it")?;
-            tty::settle(to.as_fd());
-            if n < side.queued.len() {
-                self.built.warnings.push(format!(
-                    "{} of {} bytes that stood in a terminal were lost",
-                    side.queued.len() - n,
-                    side.queued.len()
-                ));
+        let mut waiting = Waiting::default();
+        let mut packet = false;
+        for (_, side) in sides {
+            if side.master {
+                packet |= side.packet;
+                waiting.to_master.extend_from_slice(&side.queued);
+                waiting.status |= side.status;
+                if waiting.stopped == Stopped::No {
+                    waiting.stopped = side.stopped;
+                }
+            } else if !side.queued.is_empty() || !side.ends.is_empty() {
+                waiting.to_slave = side.queued.to_vec();
+                waiting.unseen = side.unseen as usize;
+                waiting.ends = side.ends.clone();
             }
+        }
+        if waiting == Waiting::default() {
+            return Ok(());
+        }
+        // Until the descriptions get their own flags.
+        fds::set_flags(master.as_fd(), libc::O_NONBLOCK).context("F_SETFL")?;
+        fds::set_flags(slave.as_fd(), libc::O_NONBLOCK).context("F_SETFL")?;
+        if waiting.to_slave.len().max(waiting.to_master.len()) > ROOM {
+            tty::make_room(master.as_fd(), slave.as_fd(), termios).context("emptying it")?;
+        }
+        let lost = tty::put(master.as_fd(), slave.as_fd(), termios, packet, &waiting)
+            .context("putting back what stood in it")?;
+        if lost > 0 {
+            self.built.warnings.push(format!(
+                "{lost} of {} bytes that stood in a terminal found no room and are lost",
+                waiting.to_slave.len() + waiting.to_master.len()
+            ));
         }
         Ok(())
     }
