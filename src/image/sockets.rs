@@ -81,9 +81,13 @@ pub struct Unix {
     /// What this socket has received and not read, a message each (streams: runs of bytes).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub queue: Vec<UnixMessage>,
-    /// Connections not accepted yet (listening sockets): each is the client's inode.
+    /// Connections not accepted yet (listening sockets), first come first: each is the client's inode, 0 of one that
+    /// was closed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pending: Vec<u64>,
+    /// What is in each of them; none where nothing is in any.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pending_queues: Vec<Vec<UnixMessage>>,
     /// What SO_PEERCRED tells: who made the pair, connected, or listened.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peer_creds: Option<PeerCreds>,
@@ -168,9 +172,13 @@ pub struct Tcp {
     /// It ended with a reset that the program was not told of yet.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub reset: bool,
-    /// Connections not accepted yet, of clients in the dump: their inodes.
+    /// Connections not accepted yet, of clients in the dump, first come first: their inodes, 0 of one that was
+    /// closed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pending: Vec<u64>,
+    /// What is in each of them, or still on its way; and its client's struct sockaddr.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pending_data: Vec<(Bytes, Bytes)>,
 }
 
 /// What TCP_REPAIR gives (net/ipv4/tcp.c, do_tcp_getsockopt).

@@ -9,6 +9,7 @@ pub mod epoll;
 pub mod fds;
 pub mod guardian;
 pub mod kcmp;
+pub mod kmem;
 pub mod maker;
 pub mod mem;
 pub mod pagemap;

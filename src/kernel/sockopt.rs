@@ -56,6 +56,15 @@ pub fn get_int(fd: impl AsFd, level: i32, name: i32) -> io::Result<i32> {
     Ok(i32::from_ne_bytes(bytes))
 }
 
+/// Memory that what a socket has queued to send is charged with, bytes (SO_MEMINFO, SK_MEMINFO_WMEM_QUEUED).
+pub fn queued_memory(fd: impl AsFd) -> io::Result<i32> {
+    const SO_MEMINFO: i32 = 55;
+    const WMEM_QUEUED: usize = 5;
+    let all = get(fd, libc::SOL_SOCKET, SO_MEMINFO, 36)?;
+    let word = all.get(4 * WMEM_QUEUED..).and_then(|w| w.first_chunk());
+    Ok(word.copied().map_or(0, i32::from_ne_bytes))
+}
+
 /// Sets a socket option to raw bytes.
 ///
 /// # Errors

@@ -15,11 +15,13 @@ pub mod makers;
 mod netlink;
 mod options;
 mod tcp;
+mod unaccepted;
 mod unix;
 
 pub use inet::host;
 pub use unix::peek_bytes;
 
+use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -90,6 +92,8 @@ pub struct SocketDumper {
     /// What could not be carried and does not matter much, for people.
     pub warnings: Vec<String>,
     pub(crate) held: tcp::Held,
+    /// Made when it is needed; or why it cannot be had.
+    unaccepted: OnceCell<Result<unaccepted::Reader, String>>,
 }
 
 impl Drop for SocketDumper {
@@ -131,7 +135,17 @@ impl SocketDumper {
             outside: HashMap::new(),
             warnings: Vec::new(),
             held: tcp::Held::default(),
+            unaccepted: OnceCell::new(),
         }
+    }
+
+    /// What reads connections that were not accepted yet, and why there is none.
+    pub(crate) fn unaccepted(&self) -> Result<&unaccepted::Reader, String> {
+        let made = || unaccepted::Reader::new().map_err(|e| format!("{e:#}"));
+        self.unaccepted
+            .get_or_init(made)
+            .as_ref()
+            .map_err(String::clone)
     }
 
     /// Takes a socket of a stopped process: `fd` is a duplicate of its descriptor `number` (-1: found in

@@ -439,6 +439,14 @@ pub(crate) fn restore_buffers(fd: &OwnedFd, sizes: &(Vec<u8>, Vec<u8>)) {
 /// Undoes [`enlarge_buffers`] for a TCP socket whose image does not say otherwise: the kernel tunes them.
 pub(crate) fn restore_default_buffers(fd: &OwnedFd, s: &Socket) {
     if let Ok(fresh) = socket::socket(s.family, s.kind, s.protocol) {
-        restore_buffers(fd, &buffer_sizes(&fresh));
+        let mut sizes = buffer_sizes(&fresh);
+        // With much more queued than it has room for, a socket would not cut what it sends again into pieces
+        // (tcp_fragment), and stand still for ever.
+        let queued = sockopt::queued_memory(fd).unwrap_or(0);
+        let size = <[u8; 4]>::try_from(&sizes.1[..]).map_or(0, i32::from_ne_bytes);
+        if queued > size {
+            sizes.1 = queued.to_ne_bytes().to_vec();
+        }
+        restore_buffers(fd, &sizes);
     }
 }

@@ -76,7 +76,7 @@ int main(int argc, char **argv)
     s = MUST(open(ptsname(m), O_RDWR | O_NOCTTY | O_NONBLOCK));
     MUST(tcgetattr(s, &t));
     size_t to_slave = 0, to_master = 0;
-    int lines = 0, on = 1;
+    int lines = 0, part = 0, on = 1;
     char text[64];
 
     if (IS("raw") || IS("odd") || IS("dense")) {
@@ -108,8 +108,9 @@ int main(int argc, char **argv)
         set(ICANON, ICRNL);
         for (int quiet = 0; quiet < 20; quiet++) {
             sprintf(text, "line %05d\r", lines);
-            if (write(m, text, 11) == 11)
-                lines++, quiet = 0;
+            ssize_t n = write(m, text + part, 11 - part);
+            if (n > 0)
+                part = (part + n) % 11, lines += part == 0, quiet = 0;
             else
                 mist_sleep(1000);
         }
@@ -172,8 +173,11 @@ int main(int argc, char **argv)
         CALL(write(m, "\b\177\n", 3));
         line("half\025\n");
     } else if (IS("lines_full")) {
-        for (int i = 0; i < lines; i++) {
-            sprintf(text, "line %05d\n", i);
+        for (int i = 0; i <= lines; i++) {
+            sprintf(text, "line %05d\r", i);
+            if (i == lines)
+                CALL(write(m, text + part, 11 - part));
+            text[10] = '\n';
             line(text);
         }
         CHECK_ERR("all lines", EAGAIN, read(s, text, sizeof text));

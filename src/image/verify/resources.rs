@@ -160,10 +160,14 @@ fn socket(manifest: &Manifest, s: &Socket, inodes: &HashSet<u64>) -> Result<()> 
             if let Some(peer) = unix.peer {
                 known("its peer", peer)?;
             }
-            for client in &unix.pending {
+            for client in unix.pending.iter().filter(|c| **c != 0) {
                 known("its client", *client)?;
             }
-            for message in &unix.queue {
+            for message in unix
+                .queue
+                .iter()
+                .chain(unix.pending_queues.iter().flatten())
+            {
                 if let Some(from) = &message.from {
                     address(from, SUN_PATH)?;
                 }
@@ -190,6 +194,12 @@ fn socket(manifest: &Manifest, s: &Socket, inodes: &HashSet<u64>) -> Result<()> 
             }
             if let Some(peer) = tcp.peer_ino {
                 known("its peer", peer)?;
+            }
+            for client in tcp.pending.iter().filter(|c| **c != 0) {
+                known("its client", *client)?;
+            }
+            for (_, client) in &tcp.pending_data {
+                address(client, SOCKADDR)?;
             }
             if let Some(c) = &tcp.connection {
                 ensure!(

@@ -238,29 +238,99 @@ fn read_pending(
         x.ino == 0 && is_unaccepted(x.state) && p == port && (any || h == host)
     });
     let mut strangers = 0;
+    let mut found = Vec::new();
     for w in waiting {
-        let client = reversed(&diag_ends(w));
-        let inside = diag.tcp.iter().find(|c| {
-            c.ino != 0 && diag_ends(c) == client && d.index_of(u64::from(c.ino)).is_some()
-        });
-        match inside {
-            Some(_) if w.receive_queue > 0 => {
-                return Err(Failure::Refused.because(format!(
-                    "{}: a connection to port {port} that was not accepted yet holds {} bytes, which nobody can read before it is accepted; try again in a moment",
-                    met.place(),
-                    w.receive_queue
-                )));
+        let ends = diag_ends(w);
+        let client = reversed(&ends);
+        let alive = diag
+            .tcp
+            .iter()
+            .find(|c| c.ino != 0 && diag_ends(c) == client);
+        let local = ends.0 == ends.2 || matches!(ends.2.as_slice(), [127, ..]);
+        match alive {
+            Some(c) if d.index_of(u64::from(c.ino)).is_some() => {
+                found.push((u64::from(c.ino), ends, w.receive_queue));
             }
-            Some(c) => tcp.pending.push(u64::from(c.ino)),
-            None => strangers += 1,
+            None if local && w.state == CLOSE_WAIT => found.push((0, ends, w.receive_queue)),
+            _ => strangers += 1,
         }
     }
-    // What sock_diag lists last came first; the kernel tells no order.
+    if strangers > 0 && !d.options.tcp_established {
+        return Err(Failure::Refused.because(format!(
+            "{}: {strangers} connections from outside to port {port} were not accepted yet, and their clients would not know; let the program accept them first, or leave them out with --tcp-established",
+            met.place()
+        )));
+    }
     if strangers > 0 {
         warnings.push(format!(
-            "{}: {strangers} connections from outside to port {port} that were not accepted yet are not carried",
+            "{}: {strangers} connections from outside to port {port} that were not accepted yet are not carried: nobody can make such a connection again",
             met.place()
         ));
+    }
+    let silent = found.iter().all(|f| f.0 != 0 && f.2 == 0);
+    if found.is_empty() {
+        return Ok(());
+    }
+    if let (false, Err(why)) = (silent, d.unaccepted()) {
+        return Err(Failure::Refused.because(format!(
+            "{}: connections to port {port} that were not accepted yet hold data, which only the kernel's memory shows ({why}); try again in a moment",
+            met.place()
+        )));
+    }
+    // In the order of sock_diag, which tells none, and without what is in them, until [`read_children`].
+    for (client, (_, _, host, port), _) in found {
+        tcp.pending.push(client);
+        let from = inet::make_address(&host, port);
+        tcp.pending_data.push((Bytes::default(), Bytes(from)));
+    }
+    Ok(())
+}
+
+/// What is in the connections that listening sockets have not given out, `unsent` being what their clients still
+/// have of it. The clients' queues were read before: what has moved on since is in both.
+fn read_children(
+    d: &SocketDumper,
+    sockets: &mut [Socket],
+    unsent: &[(u64, TcpConnection)],
+) -> Result<()> {
+    for (s, met) in sockets.iter_mut().zip(&d.met) {
+        let SocketState::Tcp(t) = &mut s.state else {
+            continue;
+        };
+        // Where there is no reader there is nothing in them.
+        let Some(Ok(reader)) = (!t.pending.is_empty()).then(|| d.unaccepted()) else {
+            continue;
+        };
+        let children = reader
+            .tcp(met.fd.as_fd())
+            .with_context(|| format!("{}: its queue", met.place()))?;
+        let known: Vec<_> = t.pending.drain(..).zip(t.pending_data.drain(..)).collect();
+        for mut child in children {
+            let host = inet::unmapped(&child.host);
+            let is_it = |from: &Bytes| {
+                inet::unmapped(inet::host(from)) == host && inet::port(from) == child.port
+            };
+            let Some((client, _)) = known.iter().find(|(_, (_, from))| is_it(from)) else {
+                continue; // from outside
+            };
+            if let Some((_, c)) = unsent.iter().find(|(u, _)| u == client) {
+                let missing = c.send_seq.wrapping_sub(child.next) as usize;
+                // None when it has all, and the end of the connection too.
+                if let Some(rest) = c.send_queue.len().checked_sub(missing) {
+                    let rest = c.send_queue.get(rest..).unwrap_or_default();
+                    child.data.extend_from_slice(rest);
+                }
+            }
+            let from = inet::make_address(&child.host, child.port);
+            t.pending.push(*client);
+            t.pending_data.push((Bytes(child.data), Bytes(from)));
+        }
+        if t.pending.len() != known.len() {
+            return Err(Failure::Refused.because(format!(
+                "{}: connections to it come and go right now; try again in a moment",
+                met.place()
+            )));
+        }
     }
     Ok(())
 }
@@ -275,18 +345,23 @@ pub(crate) fn read_connections(d: &mut SocketDumper, sockets: &mut [Socket]) -> 
         })
         .flatten()
         .collect();
+    let mut unsent = Vec::new();
     for (i, s) in sockets.iter_mut().enumerate() {
         let SocketState::Tcp(t) = &mut s.state else {
             continue;
         };
-        // Who waits to be accepted connects again.
-        if !is_connection(t.state) || waiting.contains(&s.ino) {
+        // Who waits to be accepted connects again, and sends again what the other end has got and what it has not.
+        let waits = waiting.contains(&s.ino);
+        let Some(met) = d.met.get(i) else { continue };
+        let on_the_way = || sockopt::queued(&met.fd, Queue::Out).unwrap_or(0) > 0;
+        if !is_connection(t.state) || waits && !on_the_way() {
             continue;
         }
-        let Some(met) = d.met.get(i) else { continue };
-        let read = read_connection(&d.guardian, met, t, d.options.kill, &mut d.held)
+        let far = t.peer_ino.is_none() && !t.peer_closed && !waits;
+        let read = read_connection(&d.guardian, met, t, (d.options.kill, far), &mut d.held)
             .with_context(|| format!("{}: TCP_REPAIR of its connection", met.place()));
         match read {
+            Ok(c) if waits => unsent.push((s.ino, c)),
             Ok(c) => t.connection = Some(c),
             Err(e) => {
                 release(d);
@@ -294,14 +369,18 @@ pub(crate) fn read_connections(d: &mut SocketDumper, sockets: &mut [Socket]) -> 
             }
         }
     }
-    Ok(())
+    let read = read_children(d, sockets, &unsent);
+    if read.is_err() {
+        release(d);
+    }
+    read
 }
 
 fn read_connection(
     guardian: &Guardian,
     met: &Met,
     t: &Tcp,
-    kill: bool,
+    (kill, far): (bool, bool),
     held: &mut Held,
 ) -> Result<TcpConnection> {
     let fd = met.fd.as_fd();
@@ -324,7 +403,7 @@ fn read_connection(
             option(libc::SO_PEEK_OFF).unwrap_or_else(|_| (-1i32).to_ne_bytes().to_vec()),
         ),
     ];
-    let keep = kill && t.peer_ino.is_none() && !t.peer_closed;
+    let keep = kill && far;
     let filter = keep.then(|| sockopt::filter(fd)).transpose()?;
     let id = guardian
         .protect(

@@ -69,8 +69,14 @@ pub(crate) fn build(r: &mut Restorer) -> Result<()> {
     }
     for s in &sockets {
         let Some(t) = of(s) else { continue };
-        for client in &t.pending {
-            wait_again(r, &sockets, t, *client)?;
+        for (n, client) in t.pending.iter().enumerate() {
+            let held = t.pending_data.get(n);
+            let data = held.map_or(&[][..], |h| &h.0);
+            if *client == 0 {
+                closed_again(t, s, held.map(|h| &h.1[..]), data)?;
+            } else {
+                wait_again(r, &sockets, t, *client, data)?;
+            }
         }
     }
     Ok(())
@@ -192,7 +198,13 @@ fn ended(s: &Socket, t: &Tcp) -> Result<OwnedFd> {
 }
 
 /// A client that waits to be accepted connects again, to the listener that was rebuilt.
-fn wait_again(r: &mut Restorer, sockets: &[Socket], listener: &Tcp, client: u64) -> Result<()> {
+fn wait_again(
+    r: &mut Restorer,
+    sockets: &[Socket],
+    listener: &Tcp,
+    client: u64,
+    data: &[u8],
+) -> Result<()> {
     let Some((i, s, t)) = r
         .by_ino
         .get(&client)
@@ -218,14 +230,46 @@ fn wait_again(r: &mut Restorer, sockets: &[Socket], listener: &Tcp, client: u64)
             names(listener)
         )
     })?;
+    send_waiting(&fd, data).context("sending what it had sent")?;
     if fin_sent(t.state) {
         socket::shutdown(&fd, 2)?;
     }
+    options::restore_default_buffers(&fd, s);
     let reuse = i32::from(wanted_reuse(s));
     sockopt::set_int(&fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, reuse)?;
     options::apply(&fd, s, Phase::Late, &mut r.warnings);
     r.put(i, fd);
     Ok(())
+}
+
+/// Sends to somebody who does not read: what finds no room there stays with the sender.
+fn send_waiting(fd: &OwnedFd, data: &[u8]) -> Result<()> {
+    options::enlarge_buffers(fd, data.len());
+    let before = socket::set_nonblocking(fd, true)?;
+    send_all(fd, data)?;
+    socket::set_nonblocking(fd, before)?;
+    Ok(())
+}
+
+/// A client that was closed before it was accepted connects, sends and closes again.
+fn closed_again(listener: &Tcp, s: &Socket, client: Option<&[u8]>, data: &[u8]) -> Result<()> {
+    let again = || -> Result<()> {
+        let fd = socket::socket(s.family, s.kind, s.protocol).context("socket(SOCK_STREAM)")?;
+        sockopt::set_int(&fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+        if let Some(client) = client {
+            // What is left of the old one may be in the way; then another port has to do.
+            let _ = destroy_orphans(client, listener.local.as_deref());
+            let _ = socket::bind(&fd, client);
+        }
+        let local = listener.local.as_deref().context("it has no address")?;
+        let mut host = inet::host(local).to_vec();
+        if host.iter().all(|b| *b == 0) {
+            host = client.map_or_else(|| inet::loopback(host.len()), |c| inet::host(c).to_vec());
+        }
+        socket::connect(&fd, &inet::make_address(&host, inet::port(local)))?;
+        send_waiting(&fd, data)
+    };
+    again().with_context(|| format!("a client that was closed, of TCP {}", names(listener)))
 }
 
 fn wanted_reuse(s: &Socket) -> bool {

@@ -1,7 +1,7 @@
 //! Unix sockets, state -> image.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 
 use anyhow::{Context, Result, bail};
@@ -231,29 +231,7 @@ pub(crate) fn read(
     };
     if x.state == LISTEN {
         u.backlog = Some(x.send_queue);
-        for client in &x.pending {
-            let ino = u64::from(*client);
-            // sock_diag is silent about the end that was not accepted; the client's end tells how much
-            // memory it has in flight towards it.
-            let in_flight = d
-                .index_of(ino)
-                .map_or(0, |c| sockopt::queued(&c.fd, Queue::Out).unwrap_or(0));
-            if in_flight > 0 {
-                return Err(Failure::Refused.because(format!(
-                    "{}: a connection to {} that was not accepted yet holds data, which nobody can read before it is accepted; try again in a moment",
-                    met.place(),
-                    display(&u.name)
-                )));
-            }
-            if d.index_of(ino).is_some() {
-                u.pending.push(ino);
-            } else {
-                warnings.push(format!(
-                    "{}: a connection from outside that was not accepted yet is not carried",
-                    met.place()
-                ));
-            }
-        }
+        read_pending(d, met, x, &mut u, warnings)?;
     } else if met.kind == libc::SOCK_DGRAM {
         read_dgram_peer(d, met, x, &mut u)?;
     } else if x.state == ESTABLISHED {
@@ -263,6 +241,63 @@ pub(crate) fn read(
         u.file = read_file(met, &u.name, warnings);
     }
     Ok(u)
+}
+
+/// Connections that a listening socket has not given out yet.
+fn read_pending(
+    d: &SocketDumper,
+    met: &Met,
+    x: &UnixDiag,
+    u: &mut Unix,
+    warnings: &mut Vec<String>,
+) -> Result<()> {
+    let refuse = |what: String| {
+        Failure::Refused.because(format!(
+            "{}: a connection to {} that was not accepted yet {what}; try again in a moment",
+            met.place(),
+            display(&u.name)
+        ))
+    };
+    let mut holds_data = false;
+    let mut closed = 0;
+    for client in x.pending.iter().map(|c| u64::from(*c)) {
+        match d.index_of(client) {
+            // sock_diag is silent about the end that was not accepted; the client's end tells how much memory it
+            // has in flight towards it.
+            Some(c) => holds_data |= sockopt::queued(&c.fd, Queue::Out).unwrap_or(0) > 0,
+            None if client == 0 => closed += 1,
+            None => {
+                return Err(refuse(
+                    "is from outside the dump, and its client would not know; dump both together (--tree)"
+                        .to_owned(),
+                ));
+            }
+        }
+    }
+    u.pending = x.pending.iter().map(|c| u64::from(*c)).collect();
+    if !holds_data && closed == 0 {
+        return Ok(());
+    }
+    let read = d
+        .unaccepted()
+        .and_then(|r| r.unix(met.fd.as_fd()).map_err(|e| format!("{e:#}")));
+    match read {
+        Ok(queues) if queues.len() == u.pending.len() => u.pending_queues = queues,
+        Ok(_) => return Err(refuse("came right now".to_owned())),
+        Err(why) if holds_data => {
+            return Err(refuse(format!(
+                "holds data, which only the kernel's memory shows ({why})"
+            )));
+        }
+        Err(why) => {
+            u.pending.retain(|c| *c != 0);
+            warnings.push(format!(
+                "{}: {closed} connections that were closed before they were accepted are not carried ({why})",
+                met.place()
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn read_peer(d: &SocketDumper, met: &Met, diag: &Diag, x: &UnixDiag, u: &mut Unix) -> Result<()> {

@@ -258,31 +258,65 @@ pub(crate) fn build(r: &mut Restorer, makers: &mut Makers<'_>) -> Result<()> {
     }
     // 3. Connections that were not accepted yet, first come first.
     for &(i, _, u) in &unix {
-        for client in &u.pending {
-            let (Some(&c), Some(Some(_))) = (r.by_ino.get(client), r.fds.get(i)) else {
-                bail!(
-                    "the image is damaged: {} awaits an unknown client",
-                    at(i, u)
-                );
-            };
-            let Some(&(_, cs, cu)) = unix.iter().find(|x| x.0 == c) else {
-                bail!(
-                    "the image is damaged: {} awaits an unknown client",
-                    at(i, u)
-                );
-            };
-            let fd = alone(cs, cu, &mut r.warnings).with_context(|| at(c, cu))?;
-            socket::set_nonblocking(&fd, true)?;
-            let base = base_of(u);
-            let (_directory, to) = reach(&u.name, &base)?;
-            connect(&fd, &to, makers.holder(c), makers)
-                .with_context(|| format!("{}: connect to {}", at(c, cu), display(&u.name)))?;
-            socket::set_nonblocking(&fd, false)?;
-            r.put(c, fd);
+        if let (false, Some(s), Some(Some(fd))) =
+            (u.pending.is_empty(), sockets.get(i), r.fds.get(i))
+        {
+            // Connections inherit some.
+            options::apply(fd, s, Phase::Late, &mut r.warnings);
+        }
+        for (n, client) in u.pending.iter().enumerate() {
+            let queue = u.pending_queues.get(n).map_or(&[][..], Vec::as_slice);
+            wait_again(r, &unix, (i, u), *client, queue, makers).with_context(|| at(i, u))?;
         }
         if let (Some(backlog), Some(Some(fd))) = (u.backlog, r.fds.get(i)) {
             listen(fd, backlog, u.peer_creds, makers).with_context(|| at(i, u))?;
         }
+    }
+    Ok(())
+}
+
+/// A client that waits to be accepted connects again, and sends what it had sent; 0 is one that was closed.
+fn wait_again(
+    r: &mut Restorer,
+    unix: &[(usize, &Socket, &Unix)],
+    (l, listener): (usize, &Unix),
+    client: u64,
+    queue: &[UnixMessage],
+    makers: &mut Makers,
+) -> Result<()> {
+    let damaged = "the image is damaged: it awaits an unknown client";
+    let known = r.by_ino.get(&client).copied();
+    let found = unix.iter().find(|x| Some(x.0) == known);
+    let fd = match (found, r.sockets.get(l)) {
+        (Some(&(c, s, u)), Some(_)) if r.fds.get(c).is_some_and(Option::is_none) => {
+            alone(s, u, &mut r.warnings)?
+        }
+        (None, Some(s)) if client == 0 => {
+            socket::socket(s.family, s.kind, s.protocol).context("socket(AF_UNIX)")?
+        }
+        _ => bail!(damaged),
+    };
+    socket::set_nonblocking(&fd, true)?;
+    let (_directory, to) = reach(&listener.name, &base_of(listener))?;
+    let connected = match found {
+        Some(&(c, ..)) => connect(&fd, &to, makers.holder(c), makers),
+        None => Ok(socket::connect(&fd, &to)?),
+    };
+    connected.with_context(|| format!("connect to {}", display(&listener.name)))?;
+    let sizes = options::buffer_sizes(&fd);
+    options::enlarge_buffers(&fd, queue.iter().map(|m| m.data.len() + 1024).sum());
+    let sending = Sending {
+        // Descriptors cannot be in flight here.
+        fd_of: &|_| bail!(damaged),
+        pids: senders(queue.iter(), makers),
+    };
+    for m in queue {
+        send_all(&fd, None, m, &sending).context("sending what it had sent")?;
+    }
+    options::restore_buffers(&fd, &sizes);
+    socket::set_nonblocking(&fd, false)?;
+    if let Some(&(c, ..)) = found {
+        r.put(c, fd);
     }
     Ok(())
 }
@@ -483,17 +517,11 @@ fn fill_all(
     fd_of: &FdOf<'_>,
     makers: &mut Makers<'_>,
 ) -> Result<()> {
-    let mut sending = Sending {
-        fd_of,
-        pids: HashMap::new(),
-    };
-    // A sender has to be there to be named.
     let queues = sockets.iter().filter_map(of).flat_map(|u| &u.queue);
-    for (pid, uid, gid) in queues.filter_map(|m| m.credentials).filter(|c| c.0 > 0) {
-        if let Some(there) = makers.sender(PeerCreds { pid, uid, gid }) {
-            sending.pids.insert(pid, there);
-        }
-    }
+    let sending = Sending {
+        fd_of,
+        pids: senders(queues, makers),
+    };
     let mut sizes = HashMap::new();
     for (i, s) in sockets.iter().enumerate() {
         let Some(u) = of(s).filter(|u| u.outside.is_none()) else {
@@ -588,6 +616,16 @@ struct Sending<'a, 'b> {
     fd_of: &'a FdOf<'b>,
     /// Ids of processes that stand for the senders, by the senders'.
     pids: HashMap<i32, i32>,
+}
+
+/// A sender has to be there to be named.
+fn senders<'m>(
+    messages: impl Iterator<Item = &'m UnixMessage>,
+    makers: &mut Makers<'_>,
+) -> HashMap<i32, i32> {
+    let all = messages.filter_map(|m| m.credentials).filter(|c| c.0 > 0);
+    all.filter_map(|(pid, uid, gid)| Some((pid, makers.sender(PeerCreds { pid, uid, gid })?)))
+        .collect()
 }
 
 /// Sends one stored message from `from`, in one piece if it can be.

@@ -1,0 +1,154 @@
+//! The kernel's own description of its types (Documentation/bpf/btf.rst): where a field of a structure stands.
+
+/// Sections of /sys/kernel/btf/vmlinux, and where each type begins.
+#[derive(Debug)]
+pub struct Btf {
+    bytes: Vec<u8>,
+    strings: usize,
+    /// Offset in `bytes` of type number i + 1.
+    types: Vec<usize>,
+}
+
+const MAGIC: u16 = 0xeb9f;
+/// struct btf_type: u32 name, info, size or type.
+const TYPE: usize = 12;
+const STRUCT: u32 = 4;
+const UNION: u32 = 5;
+/// Anonymous structures in each other.
+const DEEPEST: u32 = 16;
+
+impl Btf {
+    /// None for what is no BTF.
+    pub fn parse(bytes: Vec<u8>) -> Option<Self> {
+        let word = |at: usize| read_u32(&bytes, at);
+        if bytes.get(..2)? != MAGIC.to_ne_bytes() {
+            return None;
+        }
+        let header = word(4)? as usize;
+        let begin = header.checked_add(word(8)? as usize)?;
+        let end = begin.checked_add(word(12)? as usize)?;
+        let strings = header.checked_add(word(16)? as usize)?;
+        let mut types = Vec::new();
+        let mut at = begin;
+        while at < end {
+            types.push(at);
+            let info = word(at + 4)?;
+            at += TYPE + behind(info)?;
+        }
+        Some(Self {
+            bytes,
+            strings,
+            types,
+        })
+    }
+
+    fn word(&self, at: usize) -> Option<u32> {
+        read_u32(&self.bytes, at)
+    }
+
+    fn is_named(&self, name: u32, wanted: &str) -> bool {
+        let at = self.strings.saturating_add(name as usize);
+        let end = at.saturating_add(wanted.len());
+        self.bytes.get(at..end) == Some(wanted.as_bytes()) && self.bytes.get(end) == Some(&0)
+    }
+
+    /// Offset in `bytes` of the structure with this name.
+    fn structure(&self, name: &str) -> Option<usize> {
+        self.types.iter().copied().find(|&at| {
+            let kind = self.word(at + 4).map(|i| i >> 24 & 0x1f);
+            kind == Some(STRUCT) && self.word(at).is_some_and(|n| self.is_named(n, name))
+        })
+    }
+
+    /// Bytes of a structure.
+    pub fn size(&self, structure: &str) -> Option<u64> {
+        self.structure(structure)
+            .and_then(|at| self.word(at + 8))
+            .map(u64::from)
+    }
+
+    /// Bytes from the beginning of a structure to one of its fields; those of its anonymous parts count.
+    pub fn offset(&self, structure: &str, field: &str) -> Option<u64> {
+        self.find(self.structure(structure)?, field, DEEPEST)
+    }
+
+    fn find(&self, at: usize, field: &str, depth: u32) -> Option<u64> {
+        let info = self.word(at + 4)?;
+        if !matches!(info >> 24 & 0x1f, STRUCT | UNION) {
+            return None;
+        }
+        // With kind_flag the upper eight bits are a bit field's size.
+        let mask = if info >> 31 == 1 { 0xff_ffff } else { u32::MAX };
+        for i in 0..(info & 0xffff) as usize {
+            let member = at + TYPE + i * TYPE;
+            let bits = self.word(member + 8)? & mask;
+            let offset = u64::from(bits / 8);
+            let name = self.word(member)?;
+            if self.is_named(name, field) {
+                return Some(offset);
+            }
+            if name == 0 && depth > 0 {
+                let inner = (self.word(member + 4)? as usize).checked_sub(1)?;
+                let inner = *self.types.get(inner)?;
+                if let Some(more) = self.find(inner, field, depth - 1) {
+                    return Some(offset + more);
+                }
+            }
+        }
+        None
+    }
+}
+
+/// Bytes that follow a type of this kind.
+fn behind(info: u32) -> Option<usize> {
+    let n = (info & 0xffff) as usize;
+    Some(match info >> 24 & 0x1f {
+        // Pointers, forward declarations, typedefs, qualifiers, functions, floats, type tags.
+        2 | 7..=12 | 16 | 18 => 0,
+        // Integers, variables, declaration tags.
+        1 | 14 | 17 => 4,
+        // Arrays.
+        3 => 12,
+        // Structures, unions, sections, 64-bit enumerations.
+        STRUCT | UNION | 15 | 19 => n * 12,
+        // Enumerations, prototypes.
+        6 | 13 => n * 8,
+        _ => return None,
+    })
+}
+
+fn read_u32(bytes: &[u8], at: usize) -> Option<u32> {
+    let four = bytes.get(at..at.checked_add(4)?)?;
+    four.try_into().ok().map(u32::from_ne_bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Btf;
+
+    #[test]
+    fn finds_fields_in_anonymous_parts() {
+        let Ok(bytes) = std::fs::read("/sys/kernel/btf/vmlinux") else {
+            eprintln!("SKIPPED: this kernel has no BTF");
+            return;
+        };
+        let btf = Btf::parse(bytes).unwrap();
+        // Its first field, in a structure in a union.
+        assert_eq!(btf.offset("sk_buff", "next"), Some(0));
+        assert!(btf.offset("sk_buff", "len").is_some_and(|o| o > 16));
+        assert_eq!(btf.offset("sk_buff", "no such field"), None);
+        assert_eq!(btf.offset("no such structure", "next"), None);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_are_read_or_refused(mut bytes in proptest::collection::vec(0u8.., 0..400)) {
+            if let Some(magic) = bytes.get_mut(..2) {
+                magic.copy_from_slice(&super::MAGIC.to_ne_bytes());
+            }
+            if let Some(btf) = Btf::parse(bytes) {
+                let _ = btf.offset("a", "b");
+            }
+        }
+    }
+}
