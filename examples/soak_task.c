@@ -212,7 +212,8 @@ static void meet(void)
     check(pvm_precv(left, TAG_SHIFT_RIGHT, &got, 1, PVM_INT, NULL, NULL, NULL), "pvm_precv");
     if (got != (me + n - 1) % n + phase)
         fault("the ring's left neighbour said %d in phase %d", got, phase);
-    check(pvm_packf("%+ %d", PvmDataInPlace, value), "pvm_packf");
+    /* In place means where it stands: given by value it is a copy that is gone when it is sent. */
+    check(pvm_packf("%+ %1d", PvmDataInPlace, &value), "pvm_packf");
     check(pvm_send(left, TAG_SHIFT_LEFT), "pvm_send");
     check(pvm_recv(right, TAG_SHIFT_LEFT), "pvm_recv");
     check(pvm_unpackf("%d", &got), "pvm_unpackf");
