@@ -61,15 +61,23 @@ pub fn set_flags(fd: BorrowedFd<'_>, flags: i32) -> nix::Result<()> {
 }
 
 /// Closes everything else that is open in this process; for a fork of ours that uses nothing else from here on.
-pub fn close_all_but(keep: BorrowedFd<'_>) {
-    let keep = keep.as_raw_fd() as u32;
-    // SAFETY: this process is ours alone; of its descriptors only `keep` is used from here on.
-    unsafe {
-        if keep > 0 {
-            libc::close_range(0, keep - 1, 0);
+pub fn close_all_but(keep: &[BorrowedFd<'_>]) {
+    let mut kept: Vec<u32> = keep.iter().map(|fd| fd.as_raw_fd() as u32).collect();
+    kept.sort_unstable();
+    let close = |from: u32, to: u32| {
+        if from <= to {
+            // SAFETY: this process is ours alone; of its descriptors only those in `keep` are used from here on.
+            unsafe { libc::close_range(from, to, 0) };
         }
-        libc::close_range(keep.saturating_add(1), u32::MAX, 0);
+    };
+    let mut from = 0;
+    for fd in kept {
+        if fd > from {
+            close(from, fd - 1);
+        }
+        from = fd + 1;
     }
+    close(from, u32::MAX);
 }
 
 /// A duplicate with a number of at least `floor`, close-on-exec.

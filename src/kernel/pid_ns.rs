@@ -106,7 +106,7 @@ impl Drop for PidNamespace {
 
 /// The life of an init.
 fn serve(line: &UnixStream, first: i32, highest: i32) {
-    fds::close_all_but(line.as_fd());
+    fds::close_all_but(&[line.as_fd()]);
     let _ = nix::unistd::setsid();
     let children = match set_up(highest) {
         Ok(children) => children,

@@ -17,7 +17,10 @@ pub const AREA: u64 = 1 << 20;
 const TABLE: u64 = 4096;
 const DATA: u64 = 256 * 1024;
 const CALLS_MAX: usize = (DATA - TABLE) as usize / CALL_SIZE - 1;
-const OPTIONS: i32 = libc::PTRACE_O_EXITKILL
+/// The one of [`OPTIONS`] by which a body ends with its tracer.
+pub const DYING_WITH_US: i32 = libc::PTRACE_O_EXITKILL;
+/// What every body is traced with.
+pub const OPTIONS: i32 = DYING_WITH_US
     | libc::PTRACE_O_TRACECLONE
     | libc::PTRACE_O_TRACEFORK
     | libc::PTRACE_O_TRACESYSGOOD;

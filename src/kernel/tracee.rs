@@ -358,6 +358,20 @@ impl Tracee {
     }
 }
 
+/// Sends a signal to one thread of process `pid`.
+///
+/// # Errors
+/// errno of tgkill(2).
+pub fn queue_signal(pid: i32, tid: i32, signal: i32) -> io::Result<()> {
+    // SAFETY: plain numbers.
+    let r = unsafe { libc::syscall(libc::SYS_tgkill, pid, tid, signal) };
+    if r < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
 /// CLOCK_MONOTONIC, nanoseconds.
 pub fn monotonic_ns() -> i64 {
     nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)

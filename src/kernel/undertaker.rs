@@ -84,7 +84,7 @@ impl Undertaker {
 
 fn serve(pipe: UnixStream) {
     // What is open here would be open for as long as we live.
-    fds::close_all_but(pipe.as_fd());
+    fds::close_all_but(&[pipe.as_fd()]);
     // Not stopped or ended by the terminal's signals that end us.
     let _ = setsid();
     let mut known = Vec::new();

@@ -28,6 +28,12 @@ pub trait Guest {
     /// Nothing has been built.
     fn replaced(&mut self) -> Result<Replaced>;
 
+    /// We are the tracer now, a process with one thread, and nothing is built yet.
+    ///
+    /// # Errors
+    /// Everything ends.
+    fn stepped_aside(&mut self) -> Result<()>;
+
     /// The memory of the first process stands, but where it is filled lazily, and no mapping of ours is in it but
     /// `body`'s area; our descriptors still are open in it.
     ///
@@ -35,10 +41,22 @@ pub trait Guest {
     /// Everything half-built dies.
     fn furnish(&mut self, body: &mut Remote, p: &Process) -> Result<()>;
 
-    /// Everything stands: returns when it may run. `ours`: what is open here and must be closed before that is
-    /// closed already, but what the guest itself has.
+    /// Everything stands. True: from now on somebody else decides about these processes should we die; they are
+    /// parked for him.
+    ///
+    /// # Errors
+    /// Everything half-built dies.
+    fn entrust(&mut self, pids: &[i32]) -> Result<bool>;
+
+    /// Returns when it may run. What is open here besides what the guest has is closed already.
     ///
     /// # Errors
     /// It must not run: everything dies.
     fn may_run(&mut self, warnings: &[String]) -> Result<()>;
+
+    /// It runs: nothing is to be decided any more.
+    ///
+    /// # Errors
+    /// It runs all the same.
+    fn runs(&mut self) -> Result<()>;
 }

@@ -9,6 +9,7 @@ mod layout;
 mod lazy;
 mod memory;
 mod open;
+mod park;
 mod process;
 mod resume;
 mod run;

@@ -16,8 +16,8 @@ use super::open::Opened;
 use super::shared::SharedObjects;
 use super::tree::{Bodies, Root};
 use super::{
-    Guest, Options, Outcome, Replaced, Report, creds, layout, memory, process, resume, signals,
-    threads,
+    Guest, Options, Outcome, Replaced, Report, creds, layout, memory, park, process, resume,
+    signals, threads,
 };
 use crate::image::process::{Creds, Process, State};
 use crate::image::store::Image;
@@ -146,6 +146,9 @@ fn restore(opts: &Options, mut guest: Option<&mut dyn Guest>, started: Instant) 
     };
     let mut bodies = Bodies::create(processes, area, &ids, root, &mut born, &mut bulk)?;
     let mut undertaker = undertaker.context("the image holds no process")?;
+    if let Some(guest) = &mut guest {
+        guest.stepped_aside()?;
+    }
     report.bytes_memory += bulk.bytes();
     bodies.bury(processes)?;
     // Threads only from here on: what is forked has one.
@@ -199,19 +202,33 @@ fn restore(opts: &Options, mut guest: Option<&mut dyn Guest>, started: Instant) 
         report.warnings.extend(w.iter().cloned());
     }
     drop(opened);
-    if let Some(guest) = guest {
-        guest.may_run(&report.warnings)?;
+    let mut undertaker = Some(undertaker);
+    let mut parked = false;
+    if let Some(guest) = &mut guest {
+        // Memory that is still to be filled dies with us in any case.
+        parked = !opts.lazy && park::possible(processes) && park(&ready, *guest)?;
+        if let Some(undertaker) = undertaker.take_if(|_| parked) {
+            undertaker.dismiss()?;
+        }
+        if let Err(e) = guest.may_run(&report.warnings) {
+            kill_parked(ready.iter().filter(|_| parked));
+            return Err(e);
+        }
     }
     for r in &ready {
-        release(r, opts)?;
+        release(r, parked, opts)?;
+    }
+    if let Some(guest) = guest {
+        guest.runs()?;
     }
     ids.released()?;
-    let filling = match filler {
-        Some(f) => Some(f.released(undertaker)?),
-        None => {
+    let filling = match (filler, undertaker) {
+        (Some(f), Some(undertaker)) => Some(f.released(undertaker)?),
+        (_, Some(undertaker)) => {
             undertaker.dismiss()?;
             None
         }
+        (_, None) => None,
     };
     for s in &mut sleepers {
         s.finish()?;
@@ -312,8 +329,38 @@ impl Site<'_> {
     }
 }
 
+/// Leaves all processes to whoever decides for us, should we die.
+fn park(ready: &[Ready], guest: &mut dyn Guest) -> Result<bool> {
+    let pids: Vec<i32> = ready.iter().map(|r| r.leader.pid()).collect();
+    if !guest.entrust(&pids)? {
+        return Ok(false);
+    }
+    for r in ready {
+        for t in r.living() {
+            park::park(r.leader.pid(), t.tracee)?;
+        }
+    }
+    Ok(true)
+}
+
+/// Ends processes that would not end with us.
+fn kill_parked<'a>(ready: impl Iterator<Item = &'a Ready<'a>>) {
+    for r in ready {
+        let pid = nix::unistd::Pid::from_raw(r.leader.pid());
+        // It has ended already, or does now.
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+    }
+}
+
 /// Lets a process go.
-fn release(r: &Ready, opts: &Options) -> Result<()> {
+fn release(r: &Ready, parked: bool, opts: &Options) -> Result<()> {
+    if parked {
+        for t in r.living() {
+            if !park::unpark(t.tracee)? {
+                return Ok(());
+            }
+        }
+    }
     if opts.stopped || matches!(r.process.state, State::Stopped { .. }) {
         let pid = nix::unistd::Pid::from_raw(r.leader.pid());
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP)?;

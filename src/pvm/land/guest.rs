@@ -13,6 +13,7 @@ use super::arrival::Arrived;
 use super::commit::Waiting;
 use super::environment;
 use super::identity::{self, Incarnation};
+use super::keeper::Keeper;
 use super::protocol::{Commit, ToAgent};
 use super::reach::{Bridge, Reach};
 use super::unread::FarEnd;
@@ -44,6 +45,7 @@ pub struct Task<'a> {
     scheduler: u32,
     /// Until right before it runs.
     ends: Option<(OwnedFd, FarEnd)>,
+    keeper: Option<Keeper>,
     /// Put into the connection first.
     unread: Vec<u8>,
     /// Since when it may run.
@@ -90,25 +92,28 @@ impl<'a> Task<'a> {
             fragment,
             scheduler,
             ends: Some((connection.socket, far)),
+            keeper: None,
             unread,
             committed: None,
         })
     }
 
-    /// It runs.
-    ///
-    /// # Errors
-    /// When the agent cannot be told: it will ask pvmd.
-    pub fn runs(&mut self) -> Result<()> {
-        self.arrived = None;
-        let since = self
-            .committed
-            .map_or(0, |at| at.elapsed().as_micros() as u64);
-        if let Some(agent) = &mut self.agent {
-            // It runs all the same.
-            let _ = agent.say(&ToAgent::Running { resume_us: since });
+    fn waiting(&self) -> Result<Waiting<'_>> {
+        let (connection, _) = self.ends.as_ref().context("no connection")?;
+        Ok(Waiting {
+            connection: connection.as_fd(),
+            before: self.unread.len(),
+            pvmd: &self.pvmd,
+        })
+    }
+}
+
+impl Drop for Task<'_> {
+    /// Whatever was to be kept has ended, or runs.
+    fn drop(&mut self) {
+        if let Some(keeper) = self.keeper.take() {
+            let _ = keeper.dismiss();
         }
-        Ok(())
     }
 }
 
@@ -155,39 +160,62 @@ impl Guest for Task<'_> {
         environment::update(&mut mem, &self.image, p, &environment::own())
     }
 
+    fn stepped_aside(&mut self) -> Result<()> {
+        // Who is told to run by an agent is told by us.
+        if let Commit::WhenEnded { .. } = self.commit {
+            self.keeper = Some(Keeper::start(&self.waiting()?, &self.commit)?);
+        }
+        Ok(())
+    }
+
+    fn entrust(&mut self, pids: &[i32]) -> Result<bool> {
+        match &mut self.keeper {
+            Some(keeper) => keeper.take(pids).map(|()| true),
+            None => Ok(false),
+        }
+    }
+
     fn may_run(&mut self, warnings: &[String]) -> Result<()> {
-        let (connection, far) = self.ends.take().context("no connection")?;
+        let (_, far) = self.ends.as_ref().context("no connection")?;
         far.put(&self.unread)
             .context("what the task had not read")?;
-        drop(far);
+        let null = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/null")
+            .context("/dev/null")?;
         if let Some(agent) = &mut self.agent {
             agent.say(&ToAgent::Parked {
                 warnings: [&self.warnings, warnings].concat(),
             })?;
         }
-        let waiting = Waiting {
-            connection: connection.as_fd(),
-            before: self.unread.len(),
-            pvmd: &self.pvmd,
-        };
-        waiting.until(&self.commit, self.agent.as_deref_mut())?;
+        let mut agent = self.agent.take();
+        self.waiting()?.until(&self.commit, agent.as_deref_mut())?;
+        self.agent = agent;
+        // Nothing may fail from here on.
         self.committed = Some(Instant::now());
-        drop(connection);
-        let_go_of_streams()
+        self.ends = None;
+        // Standard streams of ours are the program's; with us they would stay open.
+        let _ = nix::unistd::dup2_stdin(&null);
+        let _ = nix::unistd::dup2_stdout(&null);
+        let _ = nix::unistd::dup2_stderr(&null);
+        Ok(())
     }
-}
 
-/// Standard streams of ours are the program's; with us they would stay open.
-fn let_go_of_streams() -> Result<()> {
-    let null = std::fs::File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/null")
-        .context("/dev/null")?;
-    nix::unistd::dup2_stdin(&null).context("dup2")?;
-    nix::unistd::dup2_stdout(&null).context("dup2")?;
-    nix::unistd::dup2_stderr(&null).context("dup2")?;
-    Ok(())
+    fn runs(&mut self) -> Result<()> {
+        let since = self
+            .committed
+            .map_or(0, |at| at.elapsed().as_micros() as u64);
+        if let Some(agent) = &mut self.agent {
+            // It runs all the same.
+            let _ = agent.say(&ToAgent::Running { resume_us: since });
+        }
+        self.arrived = None;
+        match self.keeper.take() {
+            Some(keeper) => keeper.dismiss(),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Makes fragments that were for another incarnation this one's, as if pvmd had sent them here.

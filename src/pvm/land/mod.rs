@@ -8,6 +8,7 @@ mod commit;
 mod environment;
 mod guest;
 mod identity;
+mod keeper;
 pub mod protocol;
 mod reach;
 mod sinks;
@@ -136,9 +137,7 @@ fn land(orders: &Orders, agent: &mut Option<Agent>, started: Instant) -> Result<
         stopped: false,
         progress: false,
     };
-    let outcome = restore::here(&options, &mut guest, started)?;
-    guest.runs()?;
-    Ok(outcome)
+    restore::here(&options, &mut guest, started)
 }
 
 /// PVMEPID: by it pvmd knows whom it has forked. Without it we are a task that nobody spawned.
