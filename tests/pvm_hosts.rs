@@ -58,18 +58,14 @@ fn every_host() -> Result<()> {
     let tasks = listing["tasks"].as_array().context("no tasks")?;
     ensure!(tasks.len() == 4, "{listing}");
     for task in tasks {
-        let here = task["host"] == "h0";
-        ensure!(task["shim"].is_string() == here, "{task}");
-        ensure!(task["memory"].is_u64() == here, "{task}");
+        ensure!(task["shim"].is_string(), "{task}");
+        ensure!(task["memory"].is_u64(), "{task}");
         ensure!(task["pid"].is_i64(), "{task}");
     }
-    // Asked on another host, that one's task is known.
+    // Asked on another host, it is the same.
     let said = hosts.exec("h2", &format!("{mistctl} ps"))?;
     let lines = said.lines().filter(|line| line.contains(" yes "));
-    ensure!(
-        lines.map(|line| line.contains(" h2 ")).collect::<Vec<_>>() == [true],
-        "{said}"
-    );
+    ensure!(lines.count() == 4, "{said}");
     // From any host the whole of it ends.
     // (Only the user's processes: the hosts' own init sleeps too.)
     hosts.exec("h1", &format!("{mistctl} pvm stop"))?;

@@ -1,13 +1,16 @@
 //! `mistctl ps`: the tasks of the virtual machine.
 
+use std::collections::HashMap;
 use std::fmt::Write;
 use std::process::ExitCode;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use mistctl::error::Failure;
+use mistctl::pvm::agent::control::{Answer, Request};
+use mistctl::pvm::agent::{self, Caller};
 use mistctl::pvm::client::{Client, Pvmd};
-use mistctl::pvm::local::{self, Doing, Shim};
+use mistctl::pvm::local::{self, Doing, Seen, Shim};
 use mistctl::pvm::shimabi::place;
 use mistctl::pvm::shimabi::table::{Mapped, State};
 use mistctl::pvm::tid::Tid;
@@ -15,9 +18,6 @@ use mistctl::pvm::virtual_machine::{Host, Task};
 use serde::Serialize;
 
 use super::out;
-
-/// The pvmd's flag of a task that is connected to it.
-const CONNECTED: i32 = 4;
 
 /// List the tasks of the PVM virtual machine
 ///
@@ -28,8 +28,8 @@ const CONNECTED: i32 = 4;
 /// the shim does not know. STATE is receiving, sending, held (it waits to send to a task that moves), moving, running,
 /// sleeping, waiting, stopped, traced or zombie. FOR is how long the task has been where it is.
 ///
-/// MEMORY, SHIM, STATE and FOR are known for tasks on this host only, and shown as "-" for others; so is the path of
-/// a program.
+/// What other hosts see of their tasks their agents tell, which are started for it when they are not there. "-" is what
+/// is not known.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Print one JSON object; "since" is in seconds since 1970, "memory" in bytes
@@ -75,6 +75,7 @@ fn list() -> anyhow::Result<Listing> {
     let (pvmd, mut client) = enrol()?;
     let own = client.tid();
     let hosts = client.hosts()?;
+    let elsewhere = seen_elsewhere(&mut client, &hosts);
     let mut tasks = client.tasks(Tid::NONE)?;
     client.exit()?;
     // One that is just enrolling has no tid yet.
@@ -82,10 +83,41 @@ fn list() -> anyhow::Result<Listing> {
     let table = table_of(&pvmd)?;
     let mut rows = Vec::new();
     for task in &tasks {
-        rows.extend(row(task, &hosts, own, table.as_ref())?);
+        let seen = match task.host.host() == own.host() {
+            true => local::seen(task)?,
+            false => elsewhere.get(&task.tid.0).cloned(),
+        };
+        rows.extend(row(task, &hosts, seen.as_ref(), table.as_ref()));
     }
     rows.sort_by_key(|row| row.virtual_tid);
     Ok(Listing { hosts, tasks: rows })
+}
+
+/// What the agents of other hosts see of their tasks, by tid. Where there is none to be had, nothing is.
+fn seen_elsewhere(client: &mut Client, hosts: &[Host]) -> HashMap<u32, Seen> {
+    const PATIENCE: Duration = Duration::from_secs(10);
+    let here = client.tid().host();
+    let mut found = HashMap::new();
+    if hosts.len() < 2 {
+        return found;
+    }
+    let agents = match agent::ensure(client) {
+        Ok(agents) => agents,
+        Err(e) => {
+            out::note(&format!(
+                "mistctl: what other hosts see is not known: {e:#}"
+            ));
+            return found;
+        }
+    };
+    for agent in agents.iter().filter(|agent| Tid(agent.host) != here) {
+        match Caller::new(client).ask(Tid(agent.tid), Request::Status, PATIENCE) {
+            Ok(Answer::Status { tasks }) => found.extend(tasks.into_iter().map(|t| (t.tid, t))),
+            Ok(_) => {}
+            Err(e) => out::note(&format!("mistctl: {}: {e:#}", agent.name)),
+        }
+    }
+    found
 }
 
 /// Joins the virtual machine that runs here.
@@ -114,53 +146,42 @@ pub fn table_of(pvmd: &Pvmd) -> anyhow::Result<Option<Mapped>> {
 }
 
 /// What is known of a task; none for those that are mist's own.
-fn row(
-    task: &Task,
-    hosts: &[Host],
-    own: Tid,
-    table: Option<&Mapped>,
-) -> anyhow::Result<Option<Row>> {
+fn row(task: &Task, hosts: &[Host], seen: Option<&Seen>, table: Option<&Mapped>) -> Option<Row> {
     let in_table = table.and_then(|table| table.v_of(task.tid.0)).map(Tid);
     let entry = |tid: Tid| table.and_then(|table| table.entry(tid.0));
     let known = entry(in_table.unwrap_or(task.tid));
-    if known.is_some_and(|entry| entry.state == State::Hidden) {
-        return Ok(None);
+    let hidden = known.is_some_and(|entry| entry.state == State::Hidden);
+    // What is going to be the task, when it has come.
+    let lander = in_table.is_some_and(|v| known.map_or(v.0, |entry| entry.r) != task.tid.0);
+    if hidden || lander {
+        return None;
     }
-    let here = task.host.host() == own.host();
-    let process = match here {
-        true => local::process(task.pid, task.flags & CONNECTED != 0)?,
-        false => None,
-    };
-    let seen = process.as_ref();
     let moving = known.is_some_and(|entry| entry.state == State::Moving);
     let host = hosts
         .iter()
         .find(|host| host.tid.host() == task.host.host());
-    Ok(Some(Row {
+    Some(Row {
         virtual_tid: in_table
-            .or(seen.and_then(|p| p.virtual_tid))
+            .or(seen.and_then(|s| s.virtual_tid.map(Tid)))
             .unwrap_or(task.tid),
         tid: task.tid,
         parent: task.parent.is_task().then_some(task.parent),
         host: host.map_or_else(|| task.host.to_string(), |host| host.name.clone()),
         pid: task.pid,
         program: seen
-            .and_then(|p| p.program.clone())
+            .and_then(|s| s.program.clone())
             .or_else(|| Some(task.program.clone()).filter(|name| !name.is_empty())),
-        memory: seen.map(|p| p.memory),
-        shim: seen.map(|p| p.shim),
+        memory: seen.map(|s| s.memory),
+        shim: seen.map(|s| s.shim),
         state: if moving {
             Some(Doing::Moving)
         } else {
-            seen.map(|p| p.doing)
+            seen.map(|s| s.state)
         },
-        since: seen.and_then(|p| {
-            let since = p.since.duration_since(SystemTime::UNIX_EPOCH).ok()?;
-            Some(since.as_secs())
-        }),
-        direct_route: seen.map(|p| p.direct_route),
-        direct_allowed: seen.map(|p| p.direct_allowed),
-    }))
+        since: seen.map(|s| s.since),
+        direct_route: seen.map(|s| s.direct_route),
+        direct_allowed: seen.map(|s| s.direct_allowed),
+    })
 }
 
 fn text(listing: &Listing, now: SystemTime) -> String {
@@ -240,7 +261,6 @@ fn age(seconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     fn listing() -> Listing {
         let here = Row {

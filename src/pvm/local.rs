@@ -11,9 +11,13 @@ use crate::error::Failure;
 use crate::pvm::block::TaskBlock;
 use crate::pvm::client::{Client, Pvmd};
 use crate::pvm::tid::Tid;
+use crate::pvm::virtual_machine::Task;
 
 /// pvm3.h: PvmRouteDirect
 const ROUTE_DIRECT: i32 = 3;
+
+/// The pvmd's flag of a task that is connected to it.
+const CONNECTED: i32 = 4;
 
 /// Whether a task runs under the shim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,6 +78,49 @@ pub struct Process {
     pub direct_route: bool,
     /// It was let have direct routes, and so cannot be moved.
     pub direct_allowed: bool,
+}
+
+/// What a host sees of a task of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seen {
+    /// The tid it has now.
+    pub tid: u32,
+    /// The virtual tid, if the shim says.
+    pub virtual_tid: Option<u32>,
+    /// Path of the program.
+    pub program: Option<String>,
+    /// Resident memory in bytes.
+    pub memory: u64,
+    pub shim: Shim,
+    pub state: Doing,
+    /// Since when it is here, seconds since 1970.
+    pub since: u64,
+    /// The program asked for PvmRouteDirect.
+    pub direct_route: bool,
+    /// It was let have direct routes, and so cannot be moved.
+    pub direct_allowed: bool,
+}
+
+/// Looks at a task of this host; none when it has ended, or is another user's.
+///
+/// # Errors
+/// As for [`process`].
+pub fn seen(task: &Task) -> Result<Option<Seen>> {
+    let process = process(task.pid, task.flags & CONNECTED != 0)?;
+    Ok(process.map(|seen| {
+        let since = seen.since.duration_since(SystemTime::UNIX_EPOCH);
+        Seen {
+            tid: task.tid.0,
+            virtual_tid: seen.virtual_tid.map(|tid| tid.0),
+            program: seen.program,
+            memory: seen.memory,
+            shim: seen.shim,
+            state: seen.doing,
+            since: since.unwrap_or_default().as_secs(),
+            direct_route: seen.direct_route,
+            direct_allowed: seen.direct_allowed,
+        }
+    }))
 }
 
 /// Looks at process `pid`; none when it has ended, or is another user's. `enrolled`: it is connected to its pvmd.

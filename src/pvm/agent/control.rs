@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Failure;
-use crate::pvm::local::{Doing, Shim};
+use crate::pvm::local::Seen;
 
 /// Tag of control messages: "MIST".
 pub const TAG: i32 = 0x4d49_5354;
@@ -177,24 +177,9 @@ pub enum Answer {
         resume_us: u64,
     },
     Status {
-        tasks: Vec<LocalTask>,
+        tasks: Vec<Seen>,
     },
     Moved(Moved),
-}
-
-/// What `mistctl ps` shows of a task.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LocalTask {
-    pub tid: u32,
-    pub virtual_tid: Option<u32>,
-    pub program: Option<String>,
-    pub memory: u64,
-    pub shim: Shim,
-    pub state: Doing,
-    /// Seconds since 1970.
-    pub since: u64,
-    pub direct_route: bool,
-    pub direct_allowed: bool,
 }
 
 /// What a move did.

@@ -20,7 +20,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -31,14 +31,12 @@ use pvm_abi::{CTX_TC, NOOP_MARKER};
 
 use crate::error::Failure;
 use crate::pvm::client::{Client, Pvmd};
-use crate::pvm::local;
+use crate::pvm::local::{self, Seen};
 use crate::pvm::table::TidTable;
 use crate::pvm::tid::Tid;
 use crate::pvm::virtual_machine::{Task, noticed};
 use crate::pvm::wire::{Body, Message, tc};
-use control::{
-    Answer, Envelope, Failed, Known, LONGEST, LocalTask, Peer, Request, TAG, VERSION, What,
-};
+use control::{Answer, Envelope, Failed, Known, LONGEST, Peer, Request, TAG, VERSION, What};
 use gates::Closing;
 use landings::Landings;
 use moves::Moves;
@@ -49,8 +47,6 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(1);
 /// Tag of pvmd's notices of landers that have ended.
 const ENDED: i32 = TAG + 1;
-/// The pvmd's flag of a task that is connected to it.
-const CONNECTED: i32 = 4;
 
 /// Whose request it is, and its number there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -404,26 +400,10 @@ impl Agent {
         Ok(tasks)
     }
 
-    fn status(&mut self) -> Result<Vec<LocalTask>> {
-        let mut rows = Vec::new();
-        for task in self.tasks()? {
-            let Some(seen) = local::process(task.pid, task.flags & CONNECTED != 0)? else {
-                continue;
-            };
-            let since = seen.since.duration_since(SystemTime::UNIX_EPOCH);
-            rows.push(LocalTask {
-                tid: task.tid.0,
-                virtual_tid: seen.virtual_tid.map(|tid| tid.0),
-                program: seen.program,
-                memory: seen.memory,
-                shim: seen.shim,
-                state: seen.doing,
-                since: since.unwrap_or_default().as_secs(),
-                direct_route: seen.direct_route,
-                direct_allowed: seen.direct_allowed,
-            });
-        }
-        Ok(rows)
+    fn status(&mut self) -> Result<Vec<Seen>> {
+        let tasks = self.tasks()?;
+        let seen = tasks.iter().map(|task| local::seen(task).transpose());
+        seen.flatten().collect()
     }
 
     /// Takes note of children that have ended.

@@ -1,0 +1,496 @@
+//! Tasks move between three hosts while their applications run: each gives the result that it gives without, whatever
+//! the task that moves is doing, and whoever is killed meanwhile.
+
+mod common;
+mod testhosts;
+
+use std::fmt::Write as _;
+use std::process::{Child, ExitCode, Output, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use common::{both, wait_for};
+use libtest_mimic::{Arguments, Completion, Trial};
+use serde_json::Value;
+use testhosts::{Examples, Hosts, Installed};
+
+const LIMIT: Duration = Duration::from_secs(90);
+const HOSTS: [&str; 3] = ["h0", "h1", "h2"];
+
+/// Hosts with a virtual machine that mistctl started, and programs for it.
+struct Stage {
+    hosts: Hosts,
+    installed: Installed,
+    examples: Examples,
+}
+
+type Test = fn(&Stage) -> Result<()>;
+
+fn main() -> ExitCode {
+    let mut args = Arguments::from_args();
+    args.test_threads = Some(1);
+    let tests: [(&str, Test); 12] = [
+        (
+            "there_and_back_a_task_keeps_its_virtual_tid",
+            there_and_back,
+        ),
+        ("what_cannot_move_is_refused_and_runs_on", refusals),
+        ("heat_moves", |s| {
+            same_result(s, "heat -n 400 -s 1500 -w 4", 4)
+        }),
+        ("matmul_moves_with_its_groups_and_barriers", |s| {
+            same_result(s, "matmul -n 300 -r 20 -w 3", 4)
+        }),
+        ("farm_moves", |s| {
+            same_result(s, "farm -n 20000000 -j 400 -w 4", 4)
+        }),
+        ("ring_moves", |s| {
+            same_result(s, "ring -l 400 -b 20000 -w 4", 4)
+        }),
+        ("wave_moves", |s| same_result(s, "wave 4000 6000 3", 4)),
+        ("the_group_server_moves", group_server),
+        ("two_at_once_and_partners_that_change_places", at_once),
+        ("soak_with_random_moves_finds_nothing", |s| {
+            soak(s, 12, None)
+        }),
+        ("a_mover_that_is_killed_leaves_one_task", |s| {
+            soak(s, 12, Some("mover"))
+        }),
+        ("a_lander_that_is_killed_leaves_one_task", |s| {
+            soak(s, 12, Some("land"))
+        }),
+    ];
+    let stage = Arc::new(Mutex::new(None));
+    let trials = tests
+        .into_iter()
+        .map(|(name, test)| {
+            let stage = Arc::clone(&stage);
+            Trial::ignorable_test(name, move || {
+                if let Some(why) = testhosts::cannot_run() {
+                    println!("SKIPPED: {why}");
+                    return Ok(Completion::ignored_with(why));
+                }
+                let mut stage = stage.lock().map_err(|e| e.to_string())?;
+                on_stage(&mut stage, test).map_err(|e| format!("{e:#}"))?;
+                Ok(Completion::Completed)
+            })
+        })
+        .collect();
+    let conclusion = libtest_mimic::run(&args, trials);
+    if let Ok(mut stage) = stage.lock() {
+        *stage = None;
+    }
+    conclusion.exit_code()
+}
+
+/// One set of hosts for all tests, a virtual machine of its own for each.
+fn on_stage(stage: &mut Option<Stage>, test: Test) -> Result<()> {
+    let stage = match stage {
+        Some(stage) => stage,
+        None => stage.insert(Stage {
+            hosts: Hosts::up(HOSTS.len())?,
+            installed: Installed::new()?,
+            examples: Examples::build()?,
+        }),
+    };
+    let hostfile = HOSTS.join("\\n");
+    let mistctl = stage.installed.path();
+    stage.hosts.exec(
+        "h0",
+        &format!(
+            "printf '{hostfile}\\n' >/tmp/hosts; rm -f /tmp/pvml.*; {mistctl} pvm start /tmp/hosts"
+        ),
+    )?;
+    let done = test(stage).with_context(|| {
+        let mut logs = String::new();
+        for host in HOSTS {
+            let log = stage.hosts.exec(host, "tail -n 20 /tmp/pvml.*");
+            let _ = writeln!(logs, "{host}: {}", log.unwrap_or_default());
+        }
+        logs
+    });
+    let stopped = stage.hosts.exec("h0", &format!("{mistctl} pvm stop"));
+    done.and(stopped.map(drop))
+}
+
+/// A row of `mistctl ps`.
+#[derive(Debug, Clone, PartialEq)]
+struct Row {
+    v: String,
+    tid: String,
+    host: String,
+    program: String,
+    shim: bool,
+    spawned: bool,
+}
+
+impl Stage {
+    fn mistctl(&self, host: &str, arguments: &str) -> Result<Output> {
+        let shell = format!("{} {arguments}", self.installed.path());
+        self.hosts.try_verb(&["exec", host, "bash", "-c", &shell])
+    }
+
+    fn json(&self, host: &str, arguments: &str) -> Result<Value> {
+        let output = self.mistctl(host, arguments)?;
+        serde_json::from_slice(&output.stdout)
+            .with_context(|| format!("{arguments}: {}", both(&output)))
+    }
+
+    fn tasks(&self) -> Result<Vec<Row>> {
+        let listing = self.json("h0", "ps --json")?;
+        let tasks = listing["tasks"].as_array().context("no tasks")?;
+        let text = |task: &Value, name: &str| task[name].as_str().unwrap_or_default().to_owned();
+        Ok(tasks
+            .iter()
+            .map(|task| Row {
+                v: text(task, "virtual_tid"),
+                tid: text(task, "tid"),
+                host: text(task, "host"),
+                program: text(task, "program"),
+                shim: task["shim"] == "yes",
+                spawned: task["parent"].is_string(),
+            })
+            .collect())
+    }
+
+    fn task(&self, v: &str) -> Result<Row> {
+        let tasks = self.tasks()?;
+        let found: Vec<&Row> = tasks.iter().filter(|task| task.v == v).collect();
+        match found[..] {
+            [only] => Ok(only.clone()),
+            _ => bail!("{v} is there {} times: {tasks:?}", found.len()),
+        }
+    }
+
+    fn migrate(&self, v: &str, host: &str) -> Result<Value> {
+        let moved = self.json("h0", &format!("migrate --json {v} {host}"))?;
+        ensure!(moved["virtual_tid"] == v, "{v} to {host}: {moved}");
+        Ok(moved)
+    }
+
+    /// Begins an example on h0, under the shim.
+    fn begin(&self, command: &str) -> Result<Running<'_>> {
+        let out = tempfile::NamedTempFile::new()?;
+        let shell = format!(
+            "exec {} exec -- {}/{command}",
+            self.installed.path(),
+            self.examples.dir()
+        );
+        let mut command = self.hosts.command("h0", &shell);
+        command
+            .stdout(out.reopen()?)
+            .stderr(out.reopen()?)
+            .stdin(Stdio::null());
+        Ok(Running {
+            stage: self,
+            child: command.spawn()?,
+            out,
+        })
+    }
+
+    /// What an example prints last.
+    fn result(&self, command: &str) -> Result<String> {
+        self.begin(command)?.end()
+    }
+}
+
+/// An example that runs.
+struct Running<'s> {
+    stage: &'s Stage,
+    child: Child,
+    out: tempfile::NamedTempFile,
+}
+
+impl Running<'_> {
+    fn has_ended(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_some())
+    }
+
+    fn end(&mut self) -> Result<String> {
+        let ended = wait_for("the example's end", LIMIT, || Ok(self.child.try_wait()?));
+        let said = std::fs::read_to_string(self.out.path())?;
+        let ended = ended.with_context(|| said.clone())?;
+        ensure!(ended.success(), "{ended}: {said}");
+        let last = said.lines().last().context("it said nothing")?;
+        Ok(last.to_owned())
+    }
+
+    /// Its workers, as soon as there are some: tasks that were spawned, and are no group server.
+    fn workers(&self) -> Result<Vec<Row>> {
+        let mut all = self.stage.tasks()?;
+        all.retain(|task| task.spawned && task.shim && !task.program.ends_with("pvmgs"));
+        Ok(all)
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Numbers that look random, and are the same in each run.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: usize) -> usize {
+        self.0 = self
+            .0
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        (self.0 >> 33) as usize % sides.max(1)
+    }
+
+    fn other_host(&mut self, than: &str) -> &'static str {
+        let others: Vec<&str> = HOSTS.into_iter().filter(|host| *host != than).collect();
+        others[self.roll(others.len())]
+    }
+}
+
+fn there_and_back(stage: &Stage) -> Result<()> {
+    let mut ring = stage.begin("ring -l 3000 -b 1000 -w 3")?;
+    let first = wait_for("workers", LIMIT, || {
+        Ok(ring.workers()?.into_iter().find(|task| task.host != "h0"))
+    })?;
+    let mut before = first.clone();
+    for host in ["h0", first.host.as_str(), "h0"] {
+        let moved = stage.migrate(&first.v, host)?;
+        ensure!(moved["from"] == before.tid.as_str(), "{moved}");
+        ensure!(moved["host"] == host, "{moved}");
+        ensure!(moved["rounds"].as_u64() >= Some(1), "{moved}");
+        ensure!(moved["bytes"].as_u64() > Some(100_000), "{moved}");
+        ensure!(
+            moved["blackout_us"].as_u64() <= moved["total_us"].as_u64(),
+            "{moved}"
+        );
+        let now = stage.task(&first.v)?;
+        ensure!(
+            now.host == host && moved["tid"] == now.tid.as_str(),
+            "{now:?} {moved}"
+        );
+        ensure!(
+            now.tid != before.tid && now.program == first.program,
+            "{now:?}"
+        );
+        before = now;
+    }
+    // By the tid that it has now it is found as well.
+    let moved = stage.json("h1", &format!("migrate --json {} h1", before.tid))?;
+    ensure!(
+        moved["virtual_tid"] == first.v.as_str() || first.host == "h1",
+        "{moved}"
+    );
+    ring.end()?;
+    Ok(())
+}
+
+fn refusals(stage: &Stage) -> Result<()> {
+    let failure = |arguments: &str| stage.json("h0", arguments);
+    let mut ring = stage.begin("ring -l 3000 -b 1000 -w 3")?;
+    let task = wait_for("workers", LIMIT, || {
+        Ok(ring.workers()?.into_iter().find(|task| task.host == "h1"))
+    })?;
+    let nowhere = failure(&format!("migrate --json {} h9", task.v))?;
+    ensure!(nowhere["failure"] == "refused", "{nowhere}");
+    let same = failure(&format!("migrate --json {} h1", task.v))?;
+    ensure!(same["failure"] == "refused", "{same}");
+    ensure!(
+        same["error"]
+            .as_str()
+            .unwrap_or("")
+            .contains("on h1 already"),
+        "{same}"
+    );
+    let nobody = failure("migrate --json t7ffff h1")?;
+    ensure!(nobody["failure"] == "no_such_process", "{nobody}");
+    let nonsense = failure("migrate --json tx h1")?;
+    ensure!(nonsense["failure"] == "usage", "{nonsense}");
+    // Enrolled without the shim.
+    let mut bare = stage.hosts.command(
+        "h1",
+        &format!(
+            "cd /tmp; exec {}/ring -l 1000000 -b 100 -w 1",
+            stage.examples.dir()
+        ),
+    );
+    let mut bare = Reaped(bare.stdout(Stdio::null()).spawn()?);
+    let without = wait_for("the task without the shim", LIMIT, || {
+        let tasks = stage.tasks()?;
+        Ok(tasks
+            .into_iter()
+            .find(|task| !task.shim && task.program.ends_with("ring")))
+    })?;
+    let refused = failure(&format!("migrate --json {} h2", without.v))?;
+    ensure!(refused["failure"] == "refused", "{refused}");
+    ensure!(
+        refused["error"]
+            .as_str()
+            .unwrap_or("")
+            .contains("mistctl exec"),
+        "{refused}"
+    );
+    bare.0.kill()?;
+    ring.end()?;
+    Ok(())
+}
+
+struct Reaped(Child);
+
+impl Drop for Reaped {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Runs it without moves, and then with; some must have been made.
+fn same_result(stage: &Stage, command: &str, least: usize) -> Result<()> {
+    let expected = stage.result(command)?;
+    let mut dice = Dice(7);
+    let mut moves = 0;
+    for _ in 0..5 {
+        let mut running = stage.begin(command)?;
+        while !running.has_ended()? {
+            moves += usize::from(random_move(stage, &mut running, &mut dice)?);
+        }
+        let got = running.end()?;
+        ensure!(
+            got == expected,
+            "'{got}', not '{expected}', after {moves} moves"
+        );
+        if moves >= least {
+            return Ok(());
+        }
+    }
+    bail!("there was time for {moves} moves only");
+}
+
+/// Moves some worker somewhere; false when it had ended before.
+fn random_move(stage: &Stage, running: &mut Running<'_>, dice: &mut Dice) -> Result<bool> {
+    let workers = running.workers()?;
+    if workers.is_empty() {
+        return Ok(false);
+    }
+    let task = &workers[dice.roll(workers.len())];
+    let to = dice.other_host(&task.host);
+    let moved = stage.json("h0", &format!("migrate --json {} {to}", task.v))?;
+    if moved["failure"].is_string() {
+        // The end of the application comes between.
+        let ended = || {
+            running
+                .workers()
+                .map(|all| all.iter().all(|other| other.v != task.v))
+        };
+        let gone = moved["failure"] == "no_such_process"
+            || wait_for("its end", LIMIT, || Ok(ended()?.then_some(()))).is_ok();
+        ensure!(gone, "{task:?} to {to}: {moved}");
+        return Ok(false);
+    }
+    ensure!(moved["warnings"] == serde_json::json!([]), "{moved}");
+    Ok(true)
+}
+
+fn group_server(stage: &Stage) -> Result<()> {
+    let command = "matmul -n 300 -r 20 -w 3";
+    let expected = stage.result(command)?;
+    let mut matmul = stage.begin(command)?;
+    let server = wait_for("the group server", LIMIT, || {
+        let tasks = stage.tasks()?;
+        Ok(tasks
+            .into_iter()
+            .find(|task| task.program.ends_with("pvmgs") && task.shim))
+    })?;
+    let mut dice = Dice(3);
+    let to = dice.other_host(&server.host);
+    stage.migrate(&server.v, to)?;
+    ensure!(matmul.end()? == expected, "another result");
+    // It is still the only one, and serves the next application too.
+    ensure!(stage.task(&server.v)?.host == to, "it is elsewhere");
+    stage.migrate(&server.v, dice.other_host(to))?;
+    ensure!(stage.result(command)? == expected, "another result");
+    let tasks = stage.tasks()?;
+    let servers = tasks.iter().filter(|task| task.program.ends_with("pvmgs"));
+    ensure!(servers.count() == 1, "{tasks:?}");
+    Ok(())
+}
+
+fn at_once(stage: &Stage) -> Result<()> {
+    let mut soak = stage.begin("soak -t 15")?;
+    let pair = wait_for("workers", LIMIT, || {
+        let workers = soak.workers()?;
+        let on = |host: &str| workers.iter().find(|task| task.host == host).cloned();
+        Ok(on("h1").zip(on("h2")))
+    })?;
+    // Both ways, so that they are where they were at the end.
+    for (first, second) in [("h2", "h1"), ("h1", "h2")] {
+        std::thread::scope(|scope| {
+            let one = scope.spawn(|| stage.migrate(&pair.0.v, first));
+            let two = stage.migrate(&pair.1.v, second);
+            let one = one.join().map_err(|_| anyhow::anyhow!("a panic"))?;
+            one.and(two)
+        })?;
+        ensure!(stage.task(&pair.0.v)?.host == first, "not there");
+        ensure!(stage.task(&pair.1.v)?.host == second, "not there");
+    }
+    let said = soak.end()?;
+    ensure!(said.starts_with("soak: OK"), "{said}");
+    Ok(())
+}
+
+/// Random moves while `soak` runs; `victim`: a process of ours that is killed in the middle of each.
+fn soak(stage: &Stage, seconds: u32, victim: Option<&str>) -> Result<()> {
+    let mut soak = stage.begin(&format!("soak -t {seconds}"))?;
+    let mut dice = Dice(seconds.into());
+    let (mut moves, mut failed) = (0, 0);
+    while !soak.has_ended()? {
+        let Some(victim) = victim else {
+            moves += usize::from(random_move(stage, &mut soak, &mut dice)?);
+            continue;
+        };
+        let workers = soak.workers()?;
+        if workers.is_empty() {
+            continue;
+        }
+        let task = workers[dice.roll(workers.len())].clone();
+        let to = dice.other_host(&task.host);
+        let delay = Duration::from_millis(20 * dice.roll(30) as u64);
+        let where_it_is = if victim == "mover" { &task.host } else { to };
+        let moved = std::thread::scope(|scope| {
+            let kill = scope.spawn(move || {
+                // The moment is what is random here.
+                std::thread::sleep(delay);
+                stage.hosts.exec(where_it_is, &format!("pkill -KILL -f 'mistctl {victim}|/land'; pkill -KILL -f -- ' {victim}( |$)'; true"))
+            });
+            let moved = stage.json("h0", &format!("migrate --json {} {to}", task.v));
+            let _ = kill.join();
+            moved
+        })?;
+        match moved["failure"].is_string() {
+            true => failed += 1,
+            false => moves += 1,
+        }
+        // Exactly one, wherever it is, unless all is over.
+        let began = Instant::now();
+        while !soak.has_ended()? && stage.task(&task.v).is_err() {
+            ensure!(
+                began.elapsed() < LIMIT,
+                "{} is not there once: {:?}",
+                task.v,
+                stage.tasks()?
+            );
+        }
+    }
+    let said = soak.end()?;
+    ensure!(
+        said.starts_with("soak: OK"),
+        "{said}, after {moves} moves and {failed} that failed"
+    );
+    ensure!(
+        moves + failed >= 3,
+        "{moves} moves and {failed} that failed are too few"
+    );
+    println!("{moves} moves, {failed} that failed");
+    Ok(())
+}
