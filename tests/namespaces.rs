@@ -196,6 +196,20 @@ fn detached(scene: &Scene) -> Result<()> {
         let open = fs::read_dir(format!("/proc/{init}/fd"))?.count();
         // The line to mistctl, signals, the shell's pidfd.
         ensure!(open <= 3, "its init holds {open} descriptors");
+        // Dumped from outside it is the process that it is inside, and runs on.
+        let again = scene.dir.join("again");
+        let mut dump = mistctl();
+        dump.args(["dump", "--tree", &pid.to_string(), "-o"])
+            .arg(&again);
+        succeeded(&run(dump, &scene.dir, "dump", LIMIT)?)?;
+        let mut show = mistctl();
+        show.args(["show", "--json"]).arg(&again);
+        let output = run(show, &scene.dir, "show", LIMIT)?;
+        succeeded(&output)?;
+        let shown: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        let first = &shown["processes"][0]["pid"];
+        ensure!(*first == scene.pid, "the image says {first}");
+        fs::remove_dir_all(&again)?;
         // The shell ends, and its child is the init's.
         send(pid, Signal::SIGTERM)?;
         let sleeper = wait_for("the shell's end", LIMIT, || {
@@ -215,6 +229,11 @@ fn detached(scene: &Scene) -> Result<()> {
 
 fn foreground(scene: &Scene) -> Result<()> {
     let mut mistctl = scene.restore(&[]).spawn()?;
+    wait_for("mistctl to pass on signals", LIMIT, || {
+        let blocked = status_field(mistctl.id(), "SigBlk").unwrap_or_default();
+        let blocked = u64::from_str_radix(&blocked, 16).unwrap_or(0);
+        Ok((blocked & 1 << (libc::SIGTERM - 1) != 0).then_some(()))
+    })?;
     wait_for("the shell", LIMIT, || {
         let shell = scene
             .others()

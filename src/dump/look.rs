@@ -40,16 +40,18 @@ pub struct Looked {
     pub connections: Option<SocketDumper>,
 }
 
-/// Everything that can be seen from outside while the processes stand.
+/// Everything that can be seen from outside while the processes stand. `inside`: they have a pid namespace of
+/// their own.
 pub fn look(
     opts: &Options,
     pids: &[i32],
     holds: &mut Holds,
     tables: &mut Tables,
     guardian: &Arc<Guardian>,
+    inside: bool,
 ) -> Result<(Vec<Subject>, Looked)> {
-    let first = holds.iter().flatten().next();
-    let origin = origin(first.map_or(0, HeldProcess::via))?;
+    let first = holds.iter().flatten().next().map(HeldProcess::via);
+    let origin = origin(first.unwrap_or(0))?;
     let mut files = FileDumper::new(pids);
     let net = net::Options {
         tcp_established: opts.tcp_established,
@@ -58,6 +60,9 @@ pub fn look(
         ..net::Options::default()
     };
     let mut sockets = SocketDumper::new(net, guardian);
+    if inside && let Some(tid) = first {
+        sockets.ask_inside(tid)?;
+    }
     let mut subjects = Vec::new();
     for (pid, hold) in pids.iter().zip(holds) {
         let (mut p, queries) = process::read(*pid, hold.as_ref().map(HeldProcess::via), tables)?;

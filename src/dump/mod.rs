@@ -6,6 +6,7 @@ mod hold;
 mod look;
 mod maps;
 mod memory;
+mod namespace;
 mod process;
 mod queries;
 mod resume;

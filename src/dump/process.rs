@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use procfs::process::{Process as Proc, Stat};
 
 use super::tables::Tables;
-use super::{queries, threads};
+use super::{namespace, queries, threads};
 use crate::error::{Classify, Failure};
 use crate::image::process::{EndedLeader, Limit, MmLayout, Process, State};
 
@@ -102,21 +102,8 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<()> {
         )));
     }
     crate::kernel::caps::caller()?.may_dump(pid)?;
-    for ns in ["mnt", "net", "uts", "ipc", "pid", "user"] {
-        let of = |who: &str| {
-            std::fs::metadata(format!("/proc/{who}/ns/{ns}"))
-                .map(|m| m.ino())
-                .ok()
-        };
-        let theirs = of(&via.to_string());
-        if theirs.is_some() && theirs != of("self") {
-            return refuse(format!(
-                "process {pid} is in another {ns} namespace than mistctl; run mistctl inside its \
-                 container or host (nsenter -t {pid} -a mistctl dump ...)"
-            ));
-        }
-    }
-    Ok(())
+    let first = inside.first().map_or(via, |first| living_thread(*first));
+    namespace::check(pid, via, first)
 }
 
 /// The main thread of a process, or, when that has ended, another that has not: what threads share is shown

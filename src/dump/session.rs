@@ -10,7 +10,7 @@ use indicatif::ProgressBar;
 use super::hold::HeldProcess;
 use super::look::{self, Holds, Looked, Subject};
 use super::tables::Tables;
-use super::{After, Options, Report, Sink, carry, maps, memory, process};
+use super::{After, Options, Report, Sink, carry, maps, memory, namespace, process};
 use crate::error::Failure;
 use crate::image::pvm::PvmTask;
 use crate::image::{FORMAT_NAME, FORMAT_VERSION, Fd, Manifest, SpaceId};
@@ -102,12 +102,14 @@ impl Session {
     /// # Errors
     /// Classified; what cannot be carried is named.
     pub fn look(&mut self, sink: &dyn Sink) -> Result<()> {
-        let (mut subjects, looked) = look::look(
+        let inside = namespace::is_inside(self.first()?.via());
+        let (mut subjects, mut looked) = look::look(
             &self.opts,
             &self.pids,
             &mut self.holds,
             &mut self.tables,
             &self.guardian,
+            inside,
         )?;
         let wants_copy = self.opts.after == After::Run;
         look::ask(
@@ -119,6 +121,9 @@ impl Session {
         )?;
         self.report.bytes_memory +=
             memory::copy_contents(&self.tables.contents, &self.tables.shared_memory, sink)?;
+        if inside {
+            namespace::translate(&mut subjects, &mut looked);
+        }
         self.subjects = subjects;
         self.looked = Some(looked);
         Ok(())

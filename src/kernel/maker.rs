@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::pid_ns::PidNamespace;
+use super::pid_ns::Entrance;
 use super::{body, socket};
 
 /// Who a maker is.
@@ -40,15 +40,16 @@ const REQUEST: usize = 20;
 const PAIR: i32 = 1;
 const LISTEN: i32 = 2;
 const CONNECT: i32 = 3;
-/// What it answers: an errno or 0, and two descriptors.
-const ANSWER: usize = 12;
+const PEER: i32 = 4;
+/// What it answers: an errno or 0, and up to three numbers.
+const ANSWER: usize = 16;
 
 impl Maker {
     /// Starts it, in `namespace` if there is one. Call it from a single-threaded program.
     ///
     /// # Errors
     /// The id is taken, or choosing one needs CAP_CHECKPOINT_RESTORE.
-    pub fn start(who: &Identity, namespace: Option<&PidNamespace>) -> Result<Self> {
+    pub fn start(who: &Identity, namespace: Option<&Entrance>) -> Result<Self> {
         let (line, theirs) = UnixStream::pair().context("making a pair of sockets")?;
         let fork = |parent: i32| {
             let flags = libc::CLONE_FILES as u64;
@@ -74,7 +75,7 @@ impl Maker {
 
     /// socketpair(2), close-on-exec.
     pub fn pair(&self, family: i32, kind: i32, protocol: i32) -> io::Result<(OwnedFd, OwnedFd)> {
-        let (a, b) = self.ask([PAIR, family, kind, protocol], &[])?;
+        let [a, b, _] = self.ask([PAIR, family, kind, protocol], &[])?;
         // SAFETY: the maker has made them in our table and forgotten them.
         unsafe { Ok((OwnedFd::from_raw_fd(a), OwnedFd::from_raw_fd(b))) }
     }
@@ -91,7 +92,13 @@ impl Maker {
         self.ask([CONNECT, fd.as_raw_fd(), 0, 0], addr).map(drop)
     }
 
-    fn ask(&self, what: [i32; 4], addr: &[u8]) -> io::Result<(RawFd, RawFd)> {
+    /// SO_PEERCRED as it is seen in the maker's pid namespace: pid, uid, gid.
+    pub fn peer(&self, fd: &OwnedFd) -> io::Result<(i32, u32, u32)> {
+        let [pid, uid, gid] = self.ask([PEER, fd.as_raw_fd(), 0, 0], &[])?;
+        Ok((pid, uid as u32, gid as u32))
+    }
+
+    fn ask(&self, what: [i32; 4], addr: &[u8]) -> io::Result<[i32; 3]> {
         let mut request: Vec<u8> = what.iter().flat_map(|w| w.to_ne_bytes()).collect();
         request.extend((addr.len() as i32).to_ne_bytes());
         request.extend(addr);
@@ -99,7 +106,7 @@ impl Maker {
         let mut answer = [0; ANSWER];
         (&self.line).read_exact(&mut answer)?;
         match word(&answer, 0) {
-            0 => Ok((word(&answer, 1), word(&answer, 2))),
+            0 => Ok([1, 2, 3].map(|i| word(&answer, i))),
             errno => Err(io::Error::from_raw_os_error(errno)),
         }
     }
@@ -134,15 +141,17 @@ fn serve(line: &UnixStream, who: &Identity, parent: i32) {
         }
         let [a, b, c] = [1, 2, 3].map(|i| word(&request, i));
         let made = match word(&request, 0) {
-            PAIR => socket::pair(a, b, c).map(|(x, y)| (x.into_raw_fd(), y.into_raw_fd())),
-            LISTEN => socket::listen(borrowed(a), b as u32).map(|()| (0, 0)),
-            _ => socket::connect(borrowed(a), &addr).map(|()| (0, 0)),
+            PAIR => socket::pair(a, b, c).map(|(x, y)| [x.into_raw_fd(), y.into_raw_fd(), 0]),
+            LISTEN => socket::listen(borrowed(a), b as u32).map(|()| [0; 3]),
+            PEER => socket::peer_credentials(borrowed(a)).map(|(p, u, g)| [p, u as i32, g as i32]),
+            _ => socket::connect(borrowed(a), &addr).map(|()| [0; 3]),
         };
-        let (errno, a, b) = match made {
-            Ok((a, b)) => (0, a, b),
-            Err(e) => (e.raw_os_error().unwrap_or(libc::EIO), 0, 0),
+        let (errno, words) = match made {
+            Ok(words) => (0, words),
+            Err(e) => (e.raw_os_error().unwrap_or(libc::EIO), [0; 3]),
         };
-        let answer: Vec<u8> = [errno, a, b].iter().flat_map(|w| w.to_ne_bytes()).collect();
+        let mut answer = errno.to_ne_bytes().to_vec();
+        answer.extend(words.iter().flat_map(|w| w.to_ne_bytes()));
         if line.write_all(&answer).is_err() {
             return;
         }

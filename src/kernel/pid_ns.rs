@@ -20,6 +20,8 @@ use nix::unistd::Pid;
 
 use super::{body, fds, pidfd};
 
+/// What its init is called.
+pub const INIT_NAME: &str = "mist-init";
 /// The word: let what is in there live without us.
 const RELEASED: u8 = 1;
 
@@ -29,9 +31,35 @@ const RELEASED: u8 = 1;
 pub struct PidNamespace {
     init: i32,
     line: UnixStream,
-    pids: File,
+    entrance: Entrance,
     mounts: File,
+}
+
+/// The way into a pid namespace for children of ours.
+#[derive(Debug)]
+pub struct Entrance {
+    theirs: File,
     ours: File,
+}
+
+impl Entrance {
+    /// Of the namespace of this task.
+    pub fn of(tid: i32) -> Result<Self> {
+        let open = |path: String| File::open(&path).context(path);
+        Ok(Self {
+            theirs: open(format!("/proc/{tid}/ns/pid"))?,
+            ours: open("/proc/self/ns/pid".to_owned())?,
+        })
+    }
+
+    /// Lets `fork` make a process that is born inside, a child of ours.
+    pub fn born_inside<T>(&self, fork: impl FnOnce() -> Result<T>) -> Result<T> {
+        setns(self.theirs.as_fd(), CloneFlags::CLONE_NEWPID).context("entering a pid namespace")?;
+        let made = fork();
+        // Threads of ours can be made only where we are.
+        setns(self.ours.as_fd(), CloneFlags::CLONE_NEWPID).context("leaving a pid namespace")?;
+        made
+    }
 }
 
 impl PidNamespace {
@@ -48,10 +76,6 @@ impl PidNamespace {
         drop(theirs);
         let mut told = String::new();
         let read = BufReader::new(&line).read_line(&mut told);
-        let ns = |name: &str| {
-            let path = format!("/proc/{init}/ns/{name}");
-            File::open(&path).context(path)
-        };
         let made = || -> Result<Self> {
             read.context("asking the init of a pid namespace")?;
             match told.trim_end() {
@@ -59,12 +83,11 @@ impl PidNamespace {
                 "" => bail!("the init of a pid namespace has ended"),
                 why => bail!("{why}"),
             }
-            let ours = File::open("/proc/self/ns/pid").context("/proc/self/ns/pid")?;
+            let mounts = format!("/proc/{init}/ns/mnt");
             Ok(Self {
                 init,
-                pids: ns("pid")?,
-                mounts: ns("mnt")?,
-                ours,
+                entrance: Entrance::of(init)?,
+                mounts: File::open(&mounts).context(mounts)?,
                 line: line.try_clone()?,
             })
         };
@@ -74,13 +97,8 @@ impl PidNamespace {
         })
     }
 
-    /// Lets `fork` make a process that is born inside: its first, or a child of ours at any time.
-    pub fn born_inside<T>(&self, fork: impl FnOnce() -> Result<T>) -> Result<T> {
-        setns(self.pids.as_fd(), CloneFlags::CLONE_NEWPID).context("entering a pid namespace")?;
-        let made = fork();
-        // Threads of ours can be made only where we are.
-        setns(self.ours.as_fd(), CloneFlags::CLONE_NEWPID).context("leaving a pid namespace")?;
-        made
+    pub fn entrance(&self) -> &Entrance {
+        &self.entrance
     }
 
     /// For setns(2): the mounts there, with a /proc of its own.
@@ -133,8 +151,8 @@ fn set_up(highest: i32) -> Result<SignalFd> {
     nix::unistd::chdir("/").context("chdir /")?;
     // Low numbers would be given to what is born later; programs from outside this namespace know better ones.
     let _ = std::fs::write("/proc/sys/kernel/ns_last_pid", highest.to_string());
-    let name = c"mist-init";
-    let _ = nix::sys::prctl::set_name(name);
+    let name = std::ffi::CString::new(INIT_NAME).unwrap_or_default();
+    let _ = nix::sys::prctl::set_name(&name);
     let set = SigSet::from(Signal::SIGCHLD);
     set.thread_block().context("blocking SIGCHLD")?;
     SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC).context("signalfd")

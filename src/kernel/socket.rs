@@ -379,3 +379,14 @@ pub fn private_mount(directory: &std::path::Path) -> io::Result<()> {
     }
     Ok(())
 }
+
+/// SO_PEERCRED: pid (0: none that we see), uid, gid.
+pub fn peer_credentials(fd: impl AsFd) -> io::Result<(i32, u32, u32)> {
+    let len = size_of::<libc::ucred>();
+    let bytes = super::sockopt::get(fd, libc::SOL_SOCKET, libc::SO_PEERCRED, len)?;
+    let word = |i: usize| {
+        let b = bytes.get(4 * i..4 * i + 4).and_then(|b| b.try_into().ok());
+        b.map_or(0, i32::from_ne_bytes)
+    };
+    Ok((word(0), word(1) as u32, word(2) as u32))
+}

@@ -103,7 +103,7 @@ impl<'a> Makers<'a> {
             gid: who.gid,
             groups: groups.unwrap_or_default(),
         };
-        match Maker::start(&identity, self.namespace) {
+        match Maker::start(&identity, self.namespace.map(PidNamespace::entrance)) {
             Ok(m) => {
                 if !self.same_ids {
                     self.chosen.entry(who.pid).or_insert(m.pid());

@@ -33,6 +33,8 @@ use crate::error::Failure;
 use crate::image::sockets::{Socket, SocketState};
 use crate::image::{Bytes, DescriptionId};
 use crate::kernel::guardian::Guardian;
+use crate::kernel::maker::{Identity, Maker};
+use crate::kernel::pid_ns::Entrance;
 use crate::kernel::sock_diag::{InetDiag, SockDiag, UnixDiag};
 use crate::kernel::{socket, sockopt};
 
@@ -92,6 +94,8 @@ pub struct SocketDumper {
     /// What could not be carried and does not matter much, for people.
     pub warnings: Vec<String>,
     pub(crate) held: tcp::Held,
+    /// Lives in the pid namespace of the dumped processes, when that is not ours.
+    pub(crate) inside: Option<Maker>,
     /// Made when it is needed; or why it cannot be had.
     unaccepted: OnceCell<Result<unaccepted::Reader, String>>,
 }
@@ -135,6 +139,7 @@ impl SocketDumper {
             outside: HashMap::new(),
             warnings: Vec::new(),
             held: tcp::Held::default(),
+            inside: None,
             unaccepted: OnceCell::new(),
         }
     }
@@ -146,6 +151,21 @@ impl SocketDumper {
             .get_or_init(made)
             .as_ref()
             .map_err(String::clone)
+    }
+
+    /// Asks sockets for their peers in the pid namespace of this task. Call it from a single-threaded program.
+    ///
+    /// # Errors
+    /// Needs CAP_SYS_ADMIN.
+    pub fn ask_inside(&mut self, tid: i32) -> Result<()> {
+        let ours = Identity {
+            pid: None,
+            uid: nix::unistd::geteuid().as_raw(),
+            gid: nix::unistd::getegid().as_raw(),
+            groups: Vec::new(),
+        };
+        self.inside = Some(Maker::start(&ours, Some(&Entrance::of(tid)?))?);
+        Ok(())
     }
 
     /// Takes a socket of a stopped process: `fd` is a duplicate of its descriptor `number` (-1: found in

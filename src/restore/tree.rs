@@ -55,7 +55,7 @@ impl<'a> Bodies<'a> {
                 let (pid, tie) = body::step_aside(&mut || bulk.fill(&mut pipe))?;
                 (pid, Some(tie))
             }
-            (_, Some(n)) => (n.born_inside(|| fork(0))?, None),
+            (_, Some(n)) => (n.entrance().born_inside(|| fork(0))?, None),
             (_, None) => (fork(std::process::id() as i32)?, None),
         };
         born(pid)?;

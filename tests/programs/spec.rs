@@ -18,7 +18,8 @@ pub enum Mode {
     Twice,
     /// Dumped and killed, restored with its memory to follow.
     Lazy,
-    /// Dumped and killed, restored where its pid is taken: in a pid namespace of its own. Trees only.
+    /// Dumped and killed, restored where its pid is taken: in a pid namespace of its own; dumped from outside that
+    /// and killed, restored once more. Trees only.
     Taken,
 }
 
@@ -59,8 +60,8 @@ impl Mode {
     pub fn absences(self) -> usize {
         match self {
             Self::Alone | Self::GoOn => 0,
-            Self::Kill | Self::Lazy | Self::Taken => 1,
-            Self::Twice => 2,
+            Self::Kill | Self::Lazy => 1,
+            Self::Twice | Self::Taken => 2,
         }
     }
 }

@@ -34,13 +34,12 @@ int main(void)
 {
     struct sockaddr_un path = {AF_UNIX, "listener"}, gone = {AF_UNIX, "gone"};
     struct sockaddr_un abstract = {AF_UNIX, "\0mist peercred"};
-    int one = 1, p[2], d[2], quiet[2];
+    int p[2], d[2], quiet[2];
     int l = MUST(socket(AF_UNIX, SOCK_STREAM, 0)), la = MUST(socket(AF_UNIX, SOCK_SEQPACKET, 0));
     int lg = MUST(socket(AF_UNIX, SOCK_STREAM, 0)), w = MUST(socket(AF_UNIX, SOCK_STREAM, 0));
     int mine = MUST(socket(AF_UNIX, SOCK_STREAM, 0)), hers = MUST(socket(AF_UNIX, SOCK_STREAM, 0));
     MUST(socketpair(AF_UNIX, SOCK_STREAM, 0, p));
     MUST(socketpair(AF_UNIX, SOCK_DGRAM, 0, d));
-    MUST(setsockopt(d[0], SOL_SOCKET, SO_PASSCRED, &one, sizeof one));
     MUST(bind(l, (void *)&path, sizeof path));
     MUST(chmod("listener", 0777));
     MUST(listen(l, 5));
@@ -51,7 +50,7 @@ int main(void)
     MUST(connect(mine, (void *)&path, sizeof path));
     int served = MUST(accept(l, NULL, NULL));
 
-    // A child under another user connects, too, and sends what nobody reads for now.
+    // A child under another user connects, too.
     MUST(pipe(quiet));
     MUST(chmod("gone", 0777));
     pid_t child = MUST(fork());
@@ -64,7 +63,6 @@ int main(void)
         MUST(connect(hers, (void *)&path, sizeof path));
         MUST(connect(a, (void *)&abstract, sizeof abstract));
         MUST(connect(w, (void *)&gone, sizeof gone));
-        MUST(send(d[1], "hello", 5, 0));
         MUST(write(quiet[1], "x", 1));
         mist_wait();
         // Its parent asks the sockets while this lives, and after.
@@ -94,15 +92,6 @@ int main(void)
     check("the child as a peer, abstract", child_s, of_a);
     check("the child as a peer, its listener gone", child_s, of_w);
     check("the peer of the child, its listener gone", own, w);
-
-    char text[8], control[256];
-    struct iovec v = {text, sizeof text};
-    struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
-    CHECK("the message", 5, CALL(recvmsg(d[0], &m, 0)));
-    struct cmsghdr *c = CMSG_FIRSTHDR(&m);
-    CHECK("its credentials", 1, c && c->cmsg_type == SCM_CREDENTIALS);
-    CHECK("its sender", child, ((struct ucred *)CMSG_DATA(c))->pid);
-    CHECK("its sender's user", 3000, ((struct ucred *)CMSG_DATA(c))->uid);
 
     int status;
     CALL(waitpid(child, &status, 0));

@@ -226,7 +226,7 @@ pub(crate) fn read(
         name: Bytes(strip(&x.name)),
         shutdown: x.shutdown & 3,
         queue,
-        peer_creds: peer_creds(&met.fd),
+        peer_creds: peer_creds(d, &met.fd),
         ..Unix::default()
     };
     if x.state == LISTEN {
@@ -352,17 +352,14 @@ fn read_dgram_peer(d: &SocketDumper, met: &Met, x: &UnixDiag, u: &mut Unix) -> R
 }
 
 /// What the socket tells of whoever made it.
-fn peer_creds(fd: &OwnedFd) -> Option<PeerCreds> {
-    let len = size_of::<libc::ucred>();
-    let bytes = sockopt::get(fd, libc::SOL_SOCKET, libc::SO_PEERCRED, len).ok()?;
-    let word = |i: usize| bytes.get(4 * i..4 * i + 4)?.try_into().ok();
-    let creds = PeerCreds {
-        pid: i32::from_ne_bytes(word(0)?),
-        uid: u32::from_ne_bytes(word(1)?),
-        gid: u32::from_ne_bytes(word(2)?),
+fn peer_creds(d: &SocketDumper, fd: &OwnedFd) -> Option<PeerCreds> {
+    let asked = match &d.inside {
+        Some(inside) => inside.peer(fd),
+        None => socket::peer_credentials(fd),
     };
+    let (pid, uid, gid) = asked.ok()?;
     // 0: none, or one of a pid namespace that we do not see.
-    (creds.pid > 0).then_some(creds)
+    (pid > 0).then_some(PeerCreds { pid, uid, gid })
 }
 
 /// The peer lives outside the dump: a place-holder where that is allowed.

@@ -611,6 +611,9 @@ fn fill_all(
     Ok(())
 }
 
+/// What the kernel shows for a user that it does not know (/proc/sys/kernel/overflowuid).
+const OVERFLOW_UID: u32 = 65534;
+
 /// What messages are sent with.
 struct Sending<'a, 'b> {
     fd_of: &'a FdOf<'b>,
@@ -643,10 +646,13 @@ fn send_all(
     let mut extra = Extra {
         to,
         fds: &fds,
-        credentials: m.credentials.filter(|c| c.0 > 0).map(|(pid, uid, gid)| {
-            let pid = sending.pids.get(&pid).copied().unwrap_or(pid);
-            (pid, uid, gid)
-        }),
+        // Without a pid and under this user: nobody has asked for any.
+        credentials: (m.credentials.filter(|c| c.0 > 0 || c.1 != OVERFLOW_UID)).map(
+            |(pid, uid, gid)| {
+                let pid = sending.pids.get(&pid).copied().unwrap_or(pid);
+                (pid, uid, gid)
+            },
+        ),
     };
     let mut rest: &[u8] = &m.data;
     loop {

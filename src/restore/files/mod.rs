@@ -176,7 +176,7 @@ impl Builder<'_> {
                 fd
             }
             Kind::PidFd { pid: -1 } => match self.surroundings.namespace {
-                Some(n) => n.born_inside(pidfd::of_dead_process)?,
+                Some(n) => n.entrance().born_inside(pidfd::of_dead_process)?,
                 None => pidfd::of_dead_process()?,
             },
             Kind::PidFd { .. } => return Ok(()),
