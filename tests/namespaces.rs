@@ -2,8 +2,11 @@
 //! (Whether the programs notice anything: `tests/programs.rs`, the mode `ids_taken`.)
 
 mod common;
+mod image_fixture;
 
 use std::fs;
+use std::os::unix::fs::chown;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -20,10 +23,11 @@ const LIMIT: Duration = Duration::from_secs(30);
 
 type Test = fn(&Scene) -> Result<()>;
 
-const TESTS: [(&str, Test); 6] = [
+const TESTS: [(&str, Test); 7] = [
     ("detached", detached),
     ("foreground", foreground),
     ("a_single_process_with_a_new_pid_is_its_own_peer", own_peer),
+    ("a_users_image_names_no_root", forged_peer),
     ("same_pid_is_refused", same_pid_is_refused),
     ("without_rights_it_is_refused", without_rights_it_is_refused),
     ("a_killed_restore_leaves_all_or_nothing", killed),
@@ -252,11 +256,39 @@ fn foreground(scene: &Scene) -> Result<()> {
 
 /// Here mistctl gives another pid, and sockets that it makes again name that.
 fn own_peer(scene: &Scene) -> Result<()> {
-    let mut program = Command::new(build_c(
-        &Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/namespaces/own_peer.c"),
-        &[],
-    )?)
-    .spawn()?;
+    asks_its_sockets(scene, 0, &|_| Ok(()))
+}
+
+/// A user's image that says that root has made its sockets, restored by root.
+fn forged_peer(scene: &Scene) -> Result<()> {
+    const NOBODY: u32 = 65534;
+    asks_its_sockets(scene, NOBODY, &|image| {
+        let path = image.join("manifest.json");
+        let mut manifest: serde_json::Value = serde_json::from_slice(&fs::read(&path)?)?;
+        let sockets = manifest["sockets"].as_array_mut().context("no sockets")?;
+        ensure!(sockets.len() == 2, "{} sockets", sockets.len());
+        for s in sockets {
+            let creds = &mut s["state"]["peer_creds"];
+            ensure!(creds["uid"] == NOBODY, "{creds}");
+            creds["uid"] = 0.into();
+            creds["gid"] = 0.into();
+        }
+        image_fixture::forge(image, "manifest.json", &serde_json::to_vec(&manifest)?);
+        for entry in fs::read_dir(image)? {
+            chown(entry?.path(), Some(NOBODY), Some(NOBODY))?;
+        }
+        Ok(chown(image, Some(NOBODY), Some(NOBODY))?)
+    })
+}
+
+/// A program of this user, restored beside itself after `change` has had its image, says whether its sockets name it.
+fn asks_its_sockets(scene: &Scene, uid: u32, change: &dyn Fn(&Path) -> Result<()>) -> Result<()> {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/namespaces/own_peer.c");
+    let mut program = Command::new(build_c(&source, &[])?)
+        .current_dir("/")
+        .uid(uid)
+        .gid(uid)
+        .spawn()?;
     let pid = program.id();
     wait_for("the program to wait", LIMIT, || {
         let call = fs::read_to_string(format!("/proc/{pid}/syscall"))?;
@@ -267,6 +299,7 @@ fn own_peer(scene: &Scene) -> Result<()> {
     let mut dump = mistctl();
     dump.args(["dump", &pid.to_string(), "-o"]).arg(&image);
     succeeded(&run(dump, &scene.dir, "dump", LIMIT)?)?;
+    change(&image)?;
     let mut restored = mistctl().arg("restore").arg(&image).spawn()?;
     let new = wait_for("the restored program", LIMIT, || {
         let is_it = |p: &u32| status_field(*p, "Name").as_deref() == Some("own_peer");

@@ -251,6 +251,13 @@ impl Caller {
         Ok(())
     }
 
+    /// The only user that anything out of an image of `image_uid` may be, or be taken for; None: any.
+    pub fn only(&self, image_uid: u32) -> Option<u32> {
+        // What root restores for a user (or finds in his directory) must not become root's.
+        let limit = if self.is_root() { image_uid } else { self.uid };
+        (limit != 0).then_some(limit)
+    }
+
     /// Whether the caller may have a process with these credentials restored, from an image that belongs to
     /// `image_uid`. An image is untrusted: it yields no more than its owner has, and no more than the caller has.
     ///
@@ -263,11 +270,9 @@ impl Caller {
                 "the image belongs to another user (uid {image_uid}): only its owner and root may restore it"
             ));
         }
-        // What root restores for a user (or finds in his directory) must not become root's.
-        let limit = if self.is_root() { image_uid } else { self.uid };
-        if limit == 0 {
+        let Some(limit) = self.only(image_uid) else {
             return Ok(());
-        }
+        };
         if let Some(uid) = creds.uids.iter().find(|&&u| u != limit) {
             return refuse(format!(
                 "a process of the image has uid {uid}, but the image belongs to uid {limit}"

@@ -2,12 +2,18 @@
 
 use std::collections::HashMap;
 
+use anyhow::Result;
+
+use crate::error::Failure;
 use crate::image::Manifest;
 use crate::image::files::Kind;
 use crate::image::process::Process;
 use crate::image::sockets::PeerCreds;
 use crate::kernel::maker::{Identity, Maker};
 use crate::kernel::pid_ns::PidNamespace;
+
+/// How many there are at a time.
+const MOST: usize = 64;
 
 /// Starts makers as they are needed. They end with this value, which has to be before the processes of the image
 /// are made, or their ids are taken.
@@ -18,6 +24,8 @@ pub struct Makers<'a> {
     holders: HashMap<u32, PeerCreds>,
     namespace: Option<&'a PidNamespace>,
     same_ids: bool,
+    /// The only user that they may be; None: any.
+    only: Option<u32>,
     /// Ids of makers whose process cannot have its own.
     chosen: HashMap<i32, i32>,
     /// By pid, with the credentials they have now. None: it could not be started.
@@ -26,9 +34,15 @@ pub struct Makers<'a> {
 }
 
 impl<'a> Makers<'a> {
-    /// For an image whose processes get the ids they had if `same_ids`, in `namespace` if there is one. Call it,
-    /// and use it, from a single-threaded program.
-    pub fn new(m: &'a Manifest, same_ids: bool, namespace: Option<&'a PidNamespace>) -> Self {
+    /// For an image whose processes get the ids they had if `same_ids`, in `namespace` if there is one. Nobody but
+    /// user `only` is named, if there is one: an image is untrusted. Call it, and use it, from a single-threaded
+    /// program.
+    pub fn new(
+        m: &'a Manifest,
+        same_ids: bool,
+        namespace: Option<&'a PidNamespace>,
+        only: Option<u32>,
+    ) -> Self {
         let mut holders = HashMap::new();
         for p in &m.processes {
             for fd in &p.fds {
@@ -43,6 +57,7 @@ impl<'a> Makers<'a> {
             holders,
             namespace,
             same_ids,
+            only,
             ..Self::default()
         }
     }
@@ -52,29 +67,60 @@ impl<'a> Makers<'a> {
         self.holders.get(&u32::try_from(socket).ok()?).copied()
     }
 
-    /// The maker with these credentials; None when there is none, and we make the socket ourselves.
-    pub fn get(&mut self, who: Option<PeerCreds>) -> Option<&Maker> {
-        let who = who?;
-        if self
-            .running
-            .get(&who.pid)
-            .is_none_or(|(has, _)| *has != who)
-        {
+    /// The maker with these credentials; None: there is none, and we make the socket ourselves.
+    ///
+    /// # Errors
+    /// There is none, and sockets that we make would name somebody that they must not.
+    pub fn get(&mut self, who: Option<PeerCreds>) -> Result<Option<&Maker>> {
+        let Some(who) = self.allowed(who) else {
+            return Ok(None);
+        };
+        let has = self.running.get(&who.pid).map(|(has, _)| *has);
+        if has != Some(who) {
             // Only one at a time can have the id.
             self.running.remove(&who.pid);
+            if self.running.len() >= MOST {
+                self.running.clear();
+            }
             let started = self.start(who);
             self.running.insert(who.pid, (who, started));
         }
-        self.running.get(&who.pid)?.1.as_ref()
+        let maker = self.running.get(&who.pid).and_then(|(_, m)| m.as_ref());
+        if maker.is_none() && self.only.is_some() {
+            return Err(Failure::Restore.because(format!(
+                "no process could be made that makes unix sockets for user {}",
+                who.uid
+            )));
+        }
+        Ok(maker)
     }
 
-    /// The id for us of a process that stands for the sender of a message, which can be named while that is there.
-    pub fn sender(&mut self, who: PeerCreds) -> Option<i32> {
-        match self.running.get(&who.pid) {
-            Some((_, maker)) => maker.as_ref(),
-            None => self.get(Some(who)),
+    /// Who may be named in the place of him.
+    fn allowed(&self, who: Option<PeerCreds>) -> Option<PeerCreds> {
+        let Some(only) = self.only else { return who };
+        let is_one = |w: &PeerCreds| {
+            let mut theirs = self.processes.iter().filter_map(of_process);
+            w.uid == only && theirs.any(|t| t.gid == w.gid)
+        };
+        let gid = self.processes.iter().find_map(of_process)?.gid;
+        Some(who.filter(is_one).unwrap_or(PeerCreds {
+            pid: who.map_or(0, |w| w.pid),
+            uid: only,
+            gid,
+        }))
+    }
+
+    /// Credentials that can be sent for these (pid, uid, gid): a process has to be there to be named.
+    pub fn sender(&mut self, sent: (i32, u32, u32)) -> (i32, u32, u32) {
+        let (pid, uid, gid) = sent;
+        let Some(who) = self.allowed(Some(PeerCreds { pid, uid, gid })) else {
+            return sent;
+        };
+        if pid > 0 && !self.running.contains_key(&pid) {
+            let _ = self.get(Some(who));
         }
-        .map(Maker::pid)
+        let there = self.running.get(&pid).and_then(|(_, m)| m.as_ref());
+        (there.map_or(pid, Maker::pid), who.uid, who.gid)
     }
 
     /// The id that a process is to get whose own it cannot have: the one that its sockets name.
@@ -83,42 +129,34 @@ impl<'a> Makers<'a> {
     }
 
     fn start(&mut self, who: PeerCreds) -> Option<Maker> {
-        if self.processes.is_empty() {
-            return None;
-        }
-        let groups = self
-            .processes
-            .iter()
-            .find(|p| p.pid == who.pid)
-            .and_then(|p| p.threads.first())
-            .map(|t| t.creds.groups.clone());
+        let process = self.processes.iter().find(|p| p.pid == who.pid);
+        let groups = process.and_then(|p| p.threads.first());
         let wanted = if self.same_ids {
-            Some(who.pid)
+            Some(who.pid).filter(|pid| *pid > 0)
         } else {
             self.chosen.get(&who.pid).copied()
         };
-        let identity = Identity {
+        let mut identity = Identity {
             pid: wanted,
             uid: who.uid,
             gid: who.gid,
-            groups: groups.unwrap_or_default(),
+            groups: groups.map_or(Vec::new(), |t| t.creds.groups.clone()),
         };
-        match Maker::start(&identity, self.namespace.map(PidNamespace::entrance)) {
-            Ok(m) => {
-                if !self.same_ids {
-                    self.chosen.entry(who.pid).or_insert(m.pid());
-                }
-                Some(m)
-            }
-            Err(e) => {
-                self.warnings.push(format!(
-                    "unix sockets that process {} made, connected or listened on now name mistctl as their \
-                     peer (SO_PEERCRED): {e:#}",
-                    who.pid
-                ));
-                None
-            }
+        let entrance = self.namespace.map(PidNamespace::entrance);
+        let mut maker = Maker::start(&identity, entrance);
+        if let (Some(pid), Err(e)) = (wanted, &maker) {
+            self.warnings.push(format!(
+                "unix sockets that process {pid} made, connected or listened on do not name it as their peer \
+                 any more (SO_PEERCRED): {e:#}"
+            ));
+            identity.pid = None;
+            maker = Maker::start(&identity, entrance);
         }
+        let maker = maker.ok()?;
+        if !self.same_ids {
+            self.chosen.entry(who.pid).or_insert(maker.pid());
+        }
+        Some(maker)
     }
 }
 

@@ -85,7 +85,8 @@ fn restore(opts: &Options, mut guest: Option<&mut dyn Guest>, started: Instant) 
     let manifest = &image.manifest;
     let processes = &manifest.processes;
     let ours = creds::ours()?;
-    caps::caller()?.may_restore(manifest, image.owner()?)?;
+    let caller = caps::caller()?;
+    caller.may_restore(manifest, image.owner()?)?;
     let mut report = Report {
         mode: if opts.lazy { "lazy" } else { "eager" },
         processes: processes.len(),
@@ -102,7 +103,10 @@ fn restore(opts: &Options, mut guest: Option<&mut dyn Guest>, started: Instant) 
     let mut makers = match &guest {
         // What we make names us, who are the program.
         Some(_) => Makers::default(),
-        None => Makers::new(manifest, ids.are_same(), ids.namespace()),
+        None => {
+            let only = caller.only(image.owner()?);
+            Makers::new(manifest, ids.are_same(), ids.namespace(), only)
+        }
     };
     let mut sockets = Restorer::build(&manifest.sockets, &mut makers)?;
     let surroundings = Surroundings {

@@ -1,4 +1,5 @@
-// Makes a pair of sockets, waits for SIGUSR1, and ends with 0 if it is its own peer, whatever its pid is.
+// Makes a pair of sockets, waits for SIGUSR1, and ends with 0 if it is its own peer, whatever its pid is; else with what is
+// different.
 #define _GNU_SOURCE
 #include <signal.h>
 #include <sys/socket.h>
@@ -18,5 +19,5 @@ int main(void)
     sigwait(&s, &got);
     if (getsockopt(p[0], SOL_SOCKET, SO_PEERCRED, &cr, &n) < 0)
         return 2;
-    return cr.pid != getpid();
+    return cr.pid != getpid() ? 3 : cr.uid != getuid() ? 4 : cr.gid != getgid() ? 5 : 0;
 }

@@ -138,7 +138,7 @@ fn enter_unseen(name: &[u8], base: &[u8]) -> Result<()> {
 }
 
 fn pair(s: &Socket, who: Option<PeerCreds>, makers: &mut Makers<'_>) -> Result<(OwnedFd, OwnedFd)> {
-    match makers.get(who) {
+    match makers.get(who)? {
         Some(m) => m.pair(s.family, s.kind, s.protocol),
         None => socket::pair(s.family, s.kind, s.protocol),
     }
@@ -151,7 +151,7 @@ fn listen(
     who: Option<PeerCreds>,
     makers: &mut Makers<'_>,
 ) -> Result<()> {
-    match makers.get(who) {
+    match makers.get(who)? {
         Some(m) => m.listen(fd, backlog),
         None => socket::listen(fd, backlog),
     }
@@ -164,7 +164,7 @@ fn connect(
     who: Option<PeerCreds>,
     makers: &mut Makers<'_>,
 ) -> Result<()> {
-    match makers.get(who) {
+    match makers.get(who)? {
         Some(m) => m.connect(fd, addr),
         None => socket::connect(fd, addr),
     }
@@ -308,7 +308,7 @@ fn wait_again(
     let sending = Sending {
         // Descriptors cannot be in flight here.
         fd_of: &|_| bail!(damaged),
-        pids: senders(queue.iter(), makers),
+        senders: senders(queue.iter(), makers),
     };
     for m in queue {
         send_all(&fd, None, m, &sending).context("sending what it had sent")?;
@@ -520,7 +520,7 @@ fn fill_all(
     let queues = sockets.iter().filter_map(of).flat_map(|u| &u.queue);
     let sending = Sending {
         fd_of,
-        pids: senders(queues, makers),
+        senders: senders(queues, makers),
     };
     let mut sizes = HashMap::new();
     for (i, s) in sockets.iter().enumerate() {
@@ -614,21 +614,26 @@ fn fill_all(
 /// What the kernel shows for a user that it does not know (/proc/sys/kernel/overflowuid).
 const OVERFLOW_UID: u32 = 65534;
 
+/// pid, uid, gid.
+type Creds = (i32, u32, u32);
+
 /// What messages are sent with.
 struct Sending<'a, 'b> {
     fd_of: &'a FdOf<'b>,
-    /// Ids of processes that stand for the senders, by the senders'.
-    pids: HashMap<i32, i32>,
+    /// What can be sent for the credentials of a message.
+    senders: HashMap<Creds, Creds>,
 }
 
 /// A sender has to be there to be named.
 fn senders<'m>(
     messages: impl Iterator<Item = &'m UnixMessage>,
     makers: &mut Makers<'_>,
-) -> HashMap<i32, i32> {
-    let all = messages.filter_map(|m| m.credentials).filter(|c| c.0 > 0);
-    all.filter_map(|(pid, uid, gid)| Some((pid, makers.sender(PeerCreds { pid, uid, gid })?)))
-        .collect()
+) -> HashMap<Creds, Creds> {
+    // Without a pid and under this user: nobody has asked for any.
+    let all = messages
+        .filter_map(|m| m.credentials)
+        .filter(|c| c.0 > 0 || c.1 != OVERFLOW_UID);
+    all.map(|c| (c, makers.sender(c))).collect()
 }
 
 /// Sends one stored message from `from`, in one piece if it can be.
@@ -646,13 +651,7 @@ fn send_all(
     let mut extra = Extra {
         to,
         fds: &fds,
-        // Without a pid and under this user: nobody has asked for any.
-        credentials: (m.credentials.filter(|c| c.0 > 0 || c.1 != OVERFLOW_UID)).map(
-            |(pid, uid, gid)| {
-                let pid = sending.pids.get(&pid).copied().unwrap_or(pid);
-                (pid, uid, gid)
-            },
-        ),
+        credentials: (m.credentials).and_then(|c| sending.senders.get(&c).copied()),
     };
     let mut rest: &[u8] = &m.data;
     loop {
@@ -662,7 +661,7 @@ fn send_all(
                     && extra.credentials.is_some() =>
             {
                 // Its sender is not there any more: the kernel then takes no pid but our own.
-                extra.credentials = m.credentials.map(|(_, uid, gid)| (own_pid(), uid, gid));
+                extra.credentials = extra.credentials.map(|(_, uid, gid)| (own_pid(), uid, gid));
                 socket::send(from, rest, &extra)
             }
             other => other,
