@@ -18,6 +18,7 @@ use common::wait_for;
 use libtest_mimic::{Arguments, Completion, Trial};
 use mistctl::pvm::block::TaskBlock;
 use mistctl::pvm::land::protocol::{self, Commit, Order, Source, ToAgent, ToLander};
+use serde_json::Value;
 use stage::{Actor, Stage};
 use testhosts::{Hosts, Installed};
 
@@ -28,8 +29,15 @@ type Test = fn(&Scene) -> Result<()>;
 fn main() -> ExitCode {
     let mut args = Arguments::from_args();
     args.test_threads = Some(1);
-    let tests: [(&str, Test); 7] = [
+    let tests: [(&str, Test); 11] = [
         ("a_task_comes_back_and_its_partners_go_on", comes_back),
+        ("a_task_comes_back_on_another_host", on_another_host),
+        (
+            "a_task_comes_back_into_a_new_virtual_machine",
+            in_a_new_machine,
+        ),
+        ("a_task_that_lives_is_not_restored", living),
+        ("megabytes_that_were_not_read_move_along", much_unread),
         ("a_move_runs_when_the_old_one_has_ended", runs_when_ended),
         (
             "a_lease_that_ends_beside_a_living_task_ends_the_new_one",
@@ -99,12 +107,17 @@ impl Scene {
             mistctl,
             dir,
         };
+        scene.start()?;
+        Ok(scene)
+    }
+
+    /// Starts the virtual machine.
+    fn start(&self) -> Result<()> {
         let start = format!(
             "printf 'h0\\nh1\\n' >/tmp/hosts; {} pvm start /tmp/hosts",
-            scene.mistctl.path()
+            self.mistctl.path()
         );
-        scene.hosts.exec("h0", &start)?;
-        Ok(scene)
+        self.hosts.exec("h0", &start).map(drop)
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -194,8 +207,7 @@ fn comes_back(scene: &Scene) -> Result<()> {
     ensure!(worker.ask("print one") == "ok");
     // It is saved while it waits for a message; another one stands unread.
     worker.tell("recv -1 7");
-    let block = TaskBlock::find(inside(scene, host, pid)?)?.context("no block")?;
-    stage::until_waits(&block, mistctl::pvm::shimabi::block::wait::RECEIVE);
+    until_receives(scene, host, pid)?;
     boss.ask(&format!("send {v:x} 8 early"));
     let image = scene.dump(host, pid, "image", "--kill")?;
     wait_for("the end of the old one", LIMIT, || {
@@ -239,6 +251,143 @@ fn comes_back(scene: &Scene) -> Result<()> {
     Ok(())
 }
 
+/// `mistctl restore` of a task: what it says.
+fn restore(scene: &Scene, host: &str, image: &Path, more: &str) -> Result<Value> {
+    let command = format!(
+        "{} restore --json {more} {}",
+        scene.mistctl.path(),
+        image.display()
+    );
+    Ok(serde_json::from_str(&scene.hosts.exec(host, &command)?)?)
+}
+
+/// Until a task of a host waits in pvm_recv.
+fn until_receives(scene: &Scene, host: &str, pid: i32) -> Result<()> {
+    let block = TaskBlock::find(inside(scene, host, pid)?)?.context("no block")?;
+    stage::until_waits(&block, mistctl::pvm::shimabi::block::wait::RECEIVE);
+    Ok(())
+}
+
+fn on_another_host(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    boss.ask("catchout");
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    let pid = worker.pid();
+    ensure!(worker.ask("print one") == "ok");
+    ensure!(worker.ask("put name value 0") == "0");
+    worker.tell("recv -1 7");
+    until_receives(scene, "h1", pid)?;
+    boss.ask(&format!("send {v:x} 8 early"));
+    boss.ask(&format!("notify 1 77 {v:x}"));
+    let image = scene.dump("h1", pid, "image", "--kill")?;
+    ensure!(boss.ask("notice 77") == format!("{v:x}"));
+    let said = restore(scene, "h1", &image, "--host h0")?;
+    ensure!(
+        said["host"] == "h0" && said["virtual_tid"] == format!("t{v:x}"),
+        "{said}"
+    );
+    ensure!(
+        said["warnings"].as_array().is_some_and(Vec::is_empty),
+        "{said}"
+    );
+    boss.ask(&format!("send {v:x} 7 hello"));
+    ensure!(worker.answer().contains("text hello"));
+    ensure!(worker.ask("recv -1 8").contains("text early"));
+    ensure!(worker.ask("mytid") == format!("{v:x}"));
+    ensure!(worker.ask("print two") == "ok");
+    let me = boss.enrol();
+    ensure!(worker.ask("parent") == format!("{me:x}"));
+    let owner = boss.ask("boxes name");
+    ensure!(owner == format!("{v:x}"), "the mailbox entry is {owner}'s");
+    worker.ask(&format!("send {me:x} 9 back"));
+    let back = boss.ask("recv -1 9");
+    ensure!(back.contains(&format!("from {v:x}")), "{back}");
+    // What its environment says is true.
+    let landed = worker.pid();
+    ensure!(worker.ask("getenv PVMEPID") == landed.to_string());
+    let sock = scene.hosts.exec("h0", "cat /tmp/pvmd.$(id -u)")?;
+    ensure!(worker.ask("getenv PVMSOCK") == sock);
+    // It is killed by its name, and its end is told.
+    boss.ask(&format!("notify 1 78 {v:x}"));
+    boss.ask(&format!("kill {v:x}"));
+    ensure!(boss.ask("notice 78") == format!("{v:x}"));
+    ensure!(boss.ask("exit") == "0");
+    let of = |what: &str| format!("[t{v:x}] {what}");
+    let expected = ["BEGIN", "one", "EOF", "BEGIN", "two", "EOF"].map(of);
+    ensure!(boss.said == expected, "{:?}", boss.said);
+    Ok(())
+}
+
+fn in_a_new_machine(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    let pid = worker.pid();
+    worker.tell("recv -1 7");
+    until_receives(scene, "h1", pid)?;
+    let image = scene.dump("h1", pid, "image", "--kill")?;
+    scene
+        .hosts
+        .exec("h0", &format!("{} pvm stop", scene.mistctl.path()))?;
+    drop(boss);
+    scene.start()?;
+    let said = restore(scene, "h0", &image, "")?;
+    ensure!(said["host"] == "h1", "{said}");
+    // Nobody gets the tid that it knows itself by.
+    let mut boss = scene.actor("h1", "second")?;
+    let me = boss.enrol();
+    ensure!(me & 0x3ffff > v & 0x3ffff, "{me:x} {v:x}");
+    boss.ask(&format!("send {v:x} 7 hello"));
+    ensure!(worker.answer().contains(&format!("from {me:x}")));
+    ensure!(worker.ask("mytid") == format!("{v:x}"));
+    worker.leave();
+    boss.leave();
+    Ok(())
+}
+
+fn living(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    let pid = worker.pid();
+    let image = scene.dump("h1", pid, "image", "")?;
+    let refused = restore(scene, "h0", &image, "").unwrap_err().to_string();
+    ensure!(
+        refused.contains(&format!("a task t{v:x} is running")),
+        "{refused}"
+    );
+    ensure!(worker.ask("mytid") == format!("{v:x}"));
+    let missing = restore(scene, "h0", &image, "--host h7")
+        .unwrap_err()
+        .to_string();
+    ensure!(missing.contains("there is no host h7"), "{missing}");
+    worker.leave();
+    boss.leave();
+    Ok(())
+}
+
+fn much_unread(scene: &Scene) -> Result<()> {
+    const COUNT: usize = 40;
+    let mut boss = scene.actor("h1", "boss")?;
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    worker.ask("pid");
+    // More than a socket's buffer.
+    for _ in 0..COUNT {
+        boss.ask(&format!("big {v:x} 8 100000"));
+    }
+    // Well before any lease ends.
+    let migrate = format!("timeout 20 {} migrate t{v:x} h0", scene.mistctl.path());
+    scene.hosts.exec("h1", &migrate)?;
+    boss.ask(&format!("send {v:x} 8 last"));
+    for n in 0..COUNT {
+        let got = worker.ask("recv -1 8");
+        ensure!(got.contains("text big"), "message {n}: {got}");
+    }
+    let got = worker.ask("recv -1 8");
+    ensure!(got.contains("text last"), "{got}");
+    worker.leave();
+    boss.leave();
+    Ok(())
+}
+
 /// A task that waits in pvm_recv, and a lander of its that is parked.
 struct Parking<'s> {
     scene: &'s Scene,
@@ -263,8 +412,7 @@ impl Parking<'_> {
         let (mut worker, v) = scene.worker(&mut boss, HOST, "worker")?;
         let pid = worker.pid();
         worker.tell("recv -1 7");
-        let block = TaskBlock::find(inside(scene, HOST, pid)?)?.context("no block")?;
-        stage::until_waits(&block, mistctl::pvm::shimabi::block::wait::RECEIVE);
+        until_receives(scene, HOST, pid)?;
         boss.ask(&format!("send {v:x} 8 early"));
         let image = scene.dump(HOST, pid, "image", "")?;
         let socket = scene.path("agent");

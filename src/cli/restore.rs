@@ -1,10 +1,13 @@
 //! `mistctl restore`: from an image to running processes.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
+use anyhow::Context;
 use mistctl::error::Failure;
+use mistctl::image::pvm::PvmTask;
+use mistctl::image::store::Image;
 use mistctl::restore::{Options, Outcome, Report};
 
 use super::{foreground, out, stores};
@@ -17,6 +20,9 @@ use super::{foreground, out, stores};
 /// Standard streams that were a terminal, or a pipe to somebody who was not saved, become those mistctl has here;
 /// with --detach, /dev/null. Files are opened again under their names. Programs and libraries that are missing
 /// or different here are taken out of the image.
+///
+/// An image of a PVM task is restored into the virtual machine that runs here: the task has the tid it had, and its
+/// partners go on talking to it. mistctl prints tid and host and leaves.
 ///
 /// A restore works as a whole or not at all: until the program is let go, everything half-built dies with mistctl.
 #[derive(Debug, clap::Args)]
@@ -42,6 +48,13 @@ pub struct Args {
     #[arg(long)]
     lazy: bool,
 
+    /// Of a PVM task: restore it on this host of the virtual machine
+    ///
+    /// Without it, on the host it was on, or here if that is not in the virtual machine. The image must be readable
+    /// there under the same name.
+    #[arg(long, value_name = "HOST")]
+    host: Option<String>,
+
     /// Leave the program stopped (SIGSTOP); `kill -CONT PID` lets it go on
     #[arg(long)]
     stopped: bool,
@@ -62,6 +75,15 @@ EXAMPLES
         pid=$(mistctl restore --detach /var/lib/mist/work)";
 
 pub fn run(args: &Args, started: Instant) -> anyhow::Result<ExitCode> {
+    if let Some((path, task)) = pvm_task(args)? {
+        return restore_task(args, &path, &task);
+    }
+    if args.host.is_some() {
+        return Err(Failure::Usage.because(format!(
+            "{} is no image of a PVM task: --host makes no sense",
+            args.image.display()
+        )));
+    }
     let terminal = foreground::Terminal::open().filter(|_| !args.detach);
     let mut outcome = newest_sound(args, started).inspect_err(|_| {
         if let Some(terminal) = &terminal {
@@ -97,6 +119,42 @@ pub fn run(args: &Args, started: Instant) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
     }
+}
+
+/// The newest sound image, if it is one of a PVM task.
+fn pvm_task(args: &Args) -> anyhow::Result<Option<(PathBuf, PvmTask)>> {
+    for path in stores::candidates(&args.image)? {
+        // What is wrong with it is told by whoever restores it.
+        if let Ok(image) = Image::open(&path) {
+            let path = path
+                .canonicalize()
+                .with_context(|| path.display().to_string())?;
+            return Ok(image.manifest.pvm.clone().map(|task| (path, task)));
+        }
+    }
+    Ok(None)
+}
+
+fn restore_task(args: &Args, path: &Path, task: &PvmTask) -> anyhow::Result<ExitCode> {
+    if args.stopped || args.same_pid {
+        return Err(Failure::Usage.because(format!(
+            "{} is an image of a PVM task, whose process PVM starts: --stopped and --same-pid make no sense",
+            path.display()
+        )));
+    }
+    let done = mistctl::pvm::restore::run(path, task, args.host.as_deref(), args.lazy)?;
+    if args.json {
+        out::object(&done)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    for w in &done.warnings {
+        out::note(&format!("mistctl: {}", out::shown(w)));
+    }
+    out::print(&format!(
+        "{} is on {} as {}",
+        done.virtual_tid, done.host, done.tid
+    ))?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Restores the image, or of a store the newest that is sound: that one is damaged may show only when its memory

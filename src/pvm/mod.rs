@@ -13,6 +13,7 @@ pub mod local;
 pub mod mailbox;
 pub mod mover;
 pub mod quiet;
+pub mod restore;
 pub mod shimabi;
 pub mod spawn;
 pub mod stream;

@@ -191,16 +191,16 @@ impl TidTable {
     }
 }
 
-/// The present incarnation of the task that `r` is or was an incarnation of, as the table at `path` has it.
+/// The present incarnation of the task that `r` is or was an incarnation of, if the table at `path` knows it.
 ///
 /// # Errors
 /// When there is no such table, or it cannot be mapped.
-pub fn present(path: &Path, r: u32) -> Result<u32> {
+pub fn present(path: &Path, r: u32) -> Result<Option<u32>> {
     let failed = || format!("cannot read the tid table {}", path.display());
     let file = place::open(path).with_context(failed)?;
     let map = Mapped::new(&file).with_context(failed)?;
     let v = map.v_of(r).unwrap_or(r);
-    Ok(map.entry(v).map_or(r, |entry| entry.r))
+    Ok(map.entry(v).map(|entry| entry.r))
 }
 
 fn check(tids: &[u32]) -> Result<()> {

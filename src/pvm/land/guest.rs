@@ -24,7 +24,7 @@ use crate::image::store::Image;
 use crate::kernel::remote::Remote;
 use crate::pvm::client::{Client, Pvmd};
 use crate::pvm::tid::Tid;
-use crate::restore::{Guest, Replaced};
+use crate::restore::{self, Guest, Replaced};
 
 /// A task on its way into this process.
 pub struct Task<'a> {
@@ -192,7 +192,12 @@ impl Guest for Task<'_> {
         let mut agent = self.agent.take();
         self.waiting()?.until(&self.commit, agent.as_deref_mut())?;
         self.agent = agent;
-        // Nothing may fail from here on.
+        if self.commit == Commit::WhenTold {
+            // What was written behind the moment of the dump is written again.
+            restore::files::cut_back(&self.image.manifest)
+                .context("cutting files back to what they were")?;
+        }
+        // A move must not fail from here on.
         self.committed = Some(Instant::now());
         self.ends = None;
         // Standard streams of ours are the program's; with us they would stay open.

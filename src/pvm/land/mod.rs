@@ -113,8 +113,9 @@ fn land(orders: &Orders, agent: &mut Option<Agent>, started: Instant) -> Result<
         publish(&pvmd, &task, client.tid().0)?;
     }
     let announce = order.as_ref().is_none_or(|order| order.announce);
-    sinks::set(&mut client, &pvmd, &task, announce)?;
     let commit = order.map_or(Commit::WhenTold, |order| order.commit);
+    let anew = commit == Commit::WhenTold && !announce;
+    sinks::set(&mut client, &pvmd, &task, anew, announce)?;
     let warnings = match commit {
         Commit::WhenTold => mailbox(&mut client, &task),
         // The mover hands them over.

@@ -70,6 +70,8 @@ pub struct Order {
     /// Run at once, fill memory behind.
     pub lazy: bool,
     /// Whoever collects its output has seen its end (a restore of this task alone), and is told that it begins.
+    /// In a restore that is not so, the virtual machine has been started anew: tids of the image that its table
+    /// does not know are other tasks'.
     #[serde(default)]
     pub announce: bool,
     pub commit: Commit,

@@ -14,17 +14,27 @@ use crate::pvm::wire::Body;
 const SPAWNED: i32 = -1;
 const BEGINS: i32 = -2;
 
-/// Sets them as the task had them, where whoever collects still lives. With `announce` he is told that the task
+/// Sets them as the task had them, where whoever collects still lives. In a virtual machine that was started
+/// `anew` only those are meant that have come back before. With `announce` whoever collects is told that the task
 /// begins: he has seen its end.
 ///
 /// # Errors
 /// When the pvmd does not answer.
-pub fn set(client: &mut Client, pvmd: &Pvmd, task: &PvmTask, announce: bool) -> Result<()> {
+pub fn set(
+    client: &mut Client,
+    pvmd: &Pvmd,
+    task: &PvmTask,
+    anew: bool,
+    announce: bool,
+) -> Result<()> {
     for (stream, (tid, ctx, tag)) in [
         (Stream::Output, task.output_to),
         (Stream::Trace, task.trace_to),
     ] {
-        let now = table::present(&pvmd.table_path()?, tid)?;
+        let known = table::present(&pvmd.table_path()?, tid)?;
+        let Some(now) = known.or((!anew).then_some(tid)) else {
+            continue;
+        };
         if !Tid(now).is_task() || !client.lives(Tid(now)).unwrap_or(false) {
             continue;
         }
