@@ -1,5 +1,5 @@
 //! Runs the self-checking programs of `tests/programs/`: each alone, dumped and left running,
-//! killed and restored, twice so, and restored lazily. The protocol is in
+//! killed and restored, twice so, restored lazily, and dumped in rounds. The protocol is in
 //! `tests/programs/mist.h`.
 //!
 //! Each (program, variant, way) is a test, so `cargo test --test programs eventfd` and
@@ -88,7 +88,12 @@ fn tests() -> Result<(Vec<Trial>, Skipped)> {
             for mode in Mode::ALL {
                 // There is no image to restore, or a single process would get other ids.
                 let none = spec.refused.is_some() && mode.absences() > 0;
-                if none || mode == Mode::Taken && !spec.tree {
+                let other = match mode {
+                    Mode::Taken => !spec.tree,
+                    Mode::Rounds => spec.tree || spec.without.iter().any(|(w, _)| w == "no-kill"),
+                    _ => false,
+                };
+                if none || other {
                     continue;
                 }
                 let mut name = format!("programs::{}", spec.name());

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use anyhow::Context;
 use clap::ValueEnum;
-use mistctl::dump::{After, Options, Report};
+use mistctl::dump::{After, Carried, Options, Report};
 use mistctl::error::Failure;
 use mistctl::image::{Compress, dated};
 use mistctl::pvm::local;
@@ -191,6 +191,7 @@ fn options(args: &Args, pid: i32, image: PathBuf, store: Option<PathBuf>) -> Opt
         },
         tcp_established: args.tcp_established,
         progress: !args.json && args.keep.is_none() && out::progress(),
+        carried: Carried::All,
         pvmd: None,
     }
 }

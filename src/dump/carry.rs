@@ -5,18 +5,24 @@ use std::os::unix::fs::MetadataExt;
 
 use anyhow::Result;
 
-use super::Sink;
 use super::maps::open_mapped;
 use super::tables::Tables;
+use super::{Carried, Sink};
 use crate::image::memory::{Backing, FileRef};
 use crate::image::process::Process;
 
 /// Privately mapped data files over this size are not carried unless nobody can reach them by name.
 const DATA_MAX: u64 = 64 << 20;
 
-/// Carries the executable and every file that the process maps privately. `pid` is the process or its
+/// Carries the executable and every file that the process maps privately, as far as `carried` says. `pid` is the process or its
 /// copy, through whose mappings files without a name are reached.
-pub fn files(pid: i32, p: &Process, tables: &mut Tables, sink: &dyn Sink) -> Result<()> {
+pub fn files(
+    pid: i32,
+    p: &Process,
+    tables: &mut Tables,
+    carried: Carried,
+    sink: &dyn Sink,
+) -> Result<()> {
     for v in &p.vmas {
         let Backing::File { file } = v.backing else {
             continue;
@@ -24,8 +30,9 @@ pub fn files(pid: i32, p: &Process, tables: &mut Tables, sink: &dyn Sink) -> Res
         let Some(f) = tables.files.get(file as usize) else {
             continue;
         };
-        let wanted =
-            !v.shared && (f.deleted || f.size <= DATA_MAX || v.prot & libc::PROT_EXEC != 0);
+        let named =
+            carried == Carried::All && (f.size <= DATA_MAX || v.prot & libc::PROT_EXEC != 0);
+        let wanted = !v.shared && (f.deleted || named);
         if f.object.is_some() || !wanted {
             continue;
         }
@@ -41,7 +48,7 @@ pub fn files(pid: i32, p: &Process, tables: &mut Tables, sink: &dyn Sink) -> Res
     let Some(exe) = tables.files.get(p.exe as usize) else {
         return Ok(());
     };
-    if exe.object.is_none() {
+    if exe.object.is_none() && (exe.deleted || carried == Carried::All) {
         let open = match open_same(exe) {
             Some(file) => file,
             None => File::open(format!("/proc/{pid}/exe"))?,

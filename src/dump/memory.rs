@@ -31,6 +31,8 @@ struct Piece {
     space: SpaceId,
     start: u64,
     end: u64,
+    /// Behind it is a file, not nothing.
+    over: bool,
     mem: Arc<Mem>,
 }
 
@@ -39,7 +41,11 @@ impl Piece {
         for at in (self.start..self.end).step_by(STEP as usize) {
             let out = &mut buffer[..STEP.min(self.end - at) as usize];
             self.mem.read(at, out)?;
-            sink.put(self.space, at, out)?;
+            if self.over {
+                sink.put_over(self.space, at, out)?;
+            } else {
+                sink.put(self.space, at, out)?;
+            }
             done(out.len() as u64);
         }
         Ok(())
@@ -55,7 +61,7 @@ pub struct Source<'a> {
 }
 
 /// True when a mapping's pages are in the process's own part of the image.
-fn is_private(v: &Vma) -> bool {
+pub fn is_private(v: &Vma) -> bool {
     !v.shared && !v.is_kernel()
 }
 
@@ -118,6 +124,7 @@ fn scan(sources: &[Source], send: &mpsc::SyncSender<Piece>) -> Result<()> {
                         space: s.space,
                         start: at.max(start),
                         end: (at + PIECE).min(end),
+                        over: v.backing != Backing::Anonymous,
                         mem: Arc::clone(&mem),
                     };
                     send.send(piece)

@@ -14,10 +14,12 @@ mod run;
 mod session;
 pub mod tables;
 mod threads;
+mod tracker;
 
 pub use hold::HeldProcess;
 pub use run::{finish, run};
 pub use session::Session;
+pub use tracker::{Round, Run, Take, Tracker};
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -25,7 +27,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use serde::Serialize;
 
-use crate::image::{ImageWriter, SpaceId};
+use crate::image::{ImageWriter, RoundsWriter, SpaceId};
 
 /// Where a dump puts what is large. Threads share it.
 pub trait Sink: Sync {
@@ -34,6 +36,14 @@ pub trait Sink: Sync {
     /// # Errors
     /// When they cannot be kept; the dump fails then.
     fn put(&self, space: SpaceId, addr: u64, data: &[u8]) -> Result<()>;
+
+    /// The same, for a private mapping of a file: a page of zeros counts there, for the file's would show.
+    ///
+    /// # Errors
+    /// As for [`Sink::put`].
+    fn put_over(&self, space: SpaceId, addr: u64, data: &[u8]) -> Result<()> {
+        self.put(space, addr, data)
+    }
 
     /// Takes the content of a regular file; returns its name, which is its BLAKE3 hash.
     ///
@@ -45,6 +55,20 @@ pub trait Sink: Sync {
 impl Sink for ImageWriter {
     fn put(&self, space: SpaceId, addr: u64, data: &[u8]) -> Result<()> {
         self.pages().put(space, addr, data)
+    }
+
+    fn put_over(&self, space: SpaceId, addr: u64, data: &[u8]) -> Result<()> {
+        self.pages().put_over(space, addr, data)
+    }
+
+    fn object(&self, file: &File) -> Result<String> {
+        self.add_object(file)
+    }
+}
+
+impl Sink for RoundsWriter {
+    fn put(&self, space: SpaceId, addr: u64, data: &[u8]) -> Result<()> {
+        RoundsWriter::put(self, space, addr, data)
     }
 
     fn object(&self, file: &File) -> Result<String> {
@@ -68,8 +92,19 @@ pub struct Options {
     pub tcp_established: bool,
     /// Draw a progress bar on standard error.
     pub progress: bool,
+    /// Which of the programs and libraries go along.
+    pub carried: Carried,
     /// Inode of the socket that connects the process, a PVM task, to its pvmd.
     pub pvmd: Option<u64>,
+}
+
+/// Which files that a process maps privately go into its image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Carried {
+    /// Programs, libraries, and all others that are not large.
+    All,
+    /// Those that nobody can reach by name any more; the others are where it is restored already.
+    Nameless,
 }
 
 /// What becomes of the processes once the image is durable.

@@ -4,16 +4,21 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use indicatif::ProgressBar;
 
 use super::hold::HeldProcess;
 use super::look::{self, Holds, Looked, Subject};
 use super::tables::Tables;
-use super::{After, Options, Report, Sink, carry, maps, memory, namespace, process};
+use super::{
+    After, Carried, Options, Report, Round, Run, Sink, Tracker, carry, maps, memory, namespace,
+    process,
+};
 use crate::error::Failure;
+use crate::image::memory::Backing;
+use crate::image::process::Process;
 use crate::image::pvm::PvmTask;
-use crate::image::{FORMAT_NAME, FORMAT_VERSION, Fd, Manifest, SpaceId};
+use crate::image::{FORMAT_NAME, FORMAT_VERSION, Fd, Manifest, SpaceId, Vma};
 use crate::kernel::guardian::Guardian;
 use crate::kernel::{caps, pidfd};
 
@@ -165,10 +170,55 @@ impl Session {
             "stopped"
         };
         self.report.memory = how.to_owned();
-        let copied = copy_memory(&mut self.subjects, &self.holds, &mut self.tables, sink, bar)?;
+        let copied = copy_memory(
+            &mut self.subjects,
+            &self.holds,
+            &mut self.tables,
+            self.opts.carried,
+            sink,
+            bar,
+        )?;
         self.report.bytes_memory += copied;
         self.subjects.iter_mut().for_each(|s| drop(s.copy.take()));
         Ok(())
+    }
+
+    /// Instead of [`Session::memory`], for one process whose memory `tracker` has followed: gives `sink` what has
+    /// changed since the last round, and the files that the image carries. Returns all runs of pages of its space
+    /// that hold something.
+    ///
+    /// # Errors
+    /// As for [`Session::memory`]; when the process was let go.
+    pub fn changes(&mut self, tracker: &mut Tracker, sink: &dyn Sink) -> Result<(Vec<Run>, Round)> {
+        let via = self.first()?.via();
+        let Some(subject) = self.subjects.first_mut() else {
+            bail!("process {} has not been looked at", self.opts.pid);
+        };
+        let process = &mut subject.process;
+        details(
+            process,
+            via,
+            false,
+            &mut self.tables,
+            self.opts.carried,
+            sink,
+        )?;
+        let space = process.space;
+        let (mut runs, round) =
+            tracker.last(&process.vmas, &mut |at, data| sink.put(space, at, data))?;
+        // It came with `look`.
+        let is_vdso = |v: &&Vma| matches!(&v.backing, Backing::Kernel { which } if which == "vdso");
+        runs.extend(
+            process
+                .vmas
+                .iter()
+                .filter(is_vdso)
+                .map(|v| (v.start, v.end)),
+        );
+        runs.sort_unstable();
+        self.report.memory = "rounds".to_owned();
+        self.report.bytes_memory += round.bytes;
+        Ok((runs, round))
     }
 
     /// Which description each of the first process's descriptors has; nothing before [`Session::look`].
@@ -299,6 +349,7 @@ fn copy_memory(
     subjects: &mut [Subject],
     holds: &Holds,
     tables: &mut Tables,
+    carried: Carried,
     sink: &dyn Sink,
     bar: &ProgressBar,
 ) -> Result<u64> {
@@ -309,11 +360,7 @@ fn copy_memory(
             (None, Some(h)) => (h.via(), false),
             (None, None) => continue,
         };
-        if s.process.vmas.iter().all(|v| v.flags.is_empty()) {
-            maps::add_flags(&mut s.process.vmas, pid, is_copy)?;
-        }
-        memory::add_guards(pid, &mut s.process.vmas)?;
-        carry::files(pid, &s.process, tables, sink)?;
+        details(&mut s.process, pid, is_copy, tables, carried, sink)?;
         let status = procfs::process::Process::new(pid).and_then(|p| p.status());
         populated += status.map_or(0, |s| s.rssanon.unwrap_or(0) + s.vmswap.unwrap_or(0)) * 1024;
     }
@@ -337,4 +384,21 @@ fn copy_memory(
         })
         .collect();
     memory::copy(&sources, sink, bar)
+}
+
+/// What is known of mappings only from a walk over the page tables of `pid`, which is the process or its copy; and
+/// the files that the image carries.
+fn details(
+    process: &mut Process,
+    pid: i32,
+    is_copy: bool,
+    tables: &mut Tables,
+    carried: Carried,
+    sink: &dyn Sink,
+) -> Result<()> {
+    if process.vmas.iter().all(|v| v.flags.is_empty()) {
+        maps::add_flags(&mut process.vmas, pid, is_copy)?;
+    }
+    memory::add_guards(pid, &mut process.vmas)?;
+    carry::files(pid, process, tables, carried, sink)
 }

@@ -222,7 +222,7 @@ impl PagesWriter {
         let len = self.end.load(Ordering::Acquire);
         let map = super::store::fs::create_file(&self.dir.join("pagemap"), 0o600)?;
         let sorter = std::mem::take(&mut *lock(&self.sorter));
-        let (map_len, map_hash) = sorter.write(&map, len, allowed)?;
+        let (map_len, map_hash) = sorter.write(&map, len, 0, allowed)?;
         Ok(Finished {
             pages: self.pages.load(Ordering::Acquire),
             zero: self.zero.load(Ordering::Acquire),
@@ -331,13 +331,13 @@ fn run(data: &[u8]) -> (bool, usize) {
 }
 
 /// Whether a page is all zero. Most pages that are not show it in their first bytes.
-fn is_zero(page: &[u8]) -> bool {
+pub(super) fn is_zero(page: &[u8]) -> bool {
     page.chunks(256)
         .all(|part| part.iter().fold(0, |sum, byte| sum | byte) == 0)
 }
 
 /// A file in `dir` that has no name and goes away by itself.
-fn nameless(dir: &Path) -> Result<File> {
+pub(super) fn nameless(dir: &Path) -> Result<File> {
     let path = dir.join("pagemap.sort");
     let file = super::store::fs::create_file(&path, 0o600)?;
     std::fs::remove_file(&path).with_context(|| format!("unlink: {}", path.display()))?;

@@ -51,16 +51,6 @@ impl ImageWriter {
     /// # Errors
     /// When `path` exists, when its directory cannot be written, when another process is writing it.
     pub fn create(path: &Path, store: Option<&Path>, compress: Compress) -> Result<Self> {
-        ensure!(
-            path.file_name().is_some(),
-            "{} cannot be the name of an image; give one like DIR/NAME",
-            path.display()
-        );
-        ensure!(
-            path.symlink_metadata().is_err(),
-            "{} exists; remove it or choose another name",
-            path.display()
-        );
         let partial = Partial::create(path)?;
         let pages = PagesWriter::create(&partial.path, compress)?;
         let objects = ObjectsWriter::create(&partial.path, store)?;
@@ -93,68 +83,77 @@ impl ImageWriter {
     /// # Errors
     /// When something could not be written (nothing is left then), or the manifest is not sound.
     pub fn finish(self, manifest: &Manifest) -> Result<Written> {
-        let Self {
-            path,
-            mut partial,
-            pages,
-            objects,
-        } = self;
-        let allowed = verify::check(manifest).context("the image would not be sound")?;
-        let dir = partial.path.clone();
-        let Finished {
-            file,
-            len,
-            map,
-            map_len,
-            map_hash,
-            pages,
-            zero,
-        } = pages.finish(&allowed)?;
-
-        let mut json = Counting {
-            out: Vec::new(),
-            hash: blake3::Hasher::new(),
-        };
-        serde_json::to_writer(&mut json, manifest).context("writing manifest.json")?;
-        json.write_all(b"\n")?;
-        let json_len = json.out.len() as u64;
-        ensure!(
-            json_len <= MANIFEST_MAX,
-            "the manifest would have {json_len} bytes, more than {MANIFEST_MAX}: there is too much data in pipes and sockets"
-        );
-        let manifest_file = create_file(&dir.join("manifest.json"), 0o600)?;
-        (&manifest_file)
-            .write_all(&json.out)
-            .context("write: manifest.json")?;
-        let sums = format!(
-            "{}  manifest.json\n{}  pagemap\n",
-            json.hash.finalize(),
-            map_hash
-        );
-        let sums_file = create_file(&dir.join("checksums"), 0o600)?;
-        (&sums_file)
-            .write_all(sums.as_bytes())
-            .context("write: checksums")?;
-
-        for (name, file) in [
-            ("pages", &file),
-            ("pagemap", &map),
-            ("manifest.json", &manifest_file),
-            ("checksums", &sums_file),
-        ] {
-            file.sync_all()
-                .with_context(|| format!("fsync: {}", dir.join(name).display()))?;
-        }
-        let objects = objects.finish()?;
-        sync_dir(&dir)?;
-        partial.rename(&path)?;
-        Ok(Written {
-            path,
-            bytes_written: len + map_len + json_len + sums.len() as u64 + objects,
-            pages,
-            pages_zero: zero,
-        })
+        let allowed = verify::check(manifest).context(UNSOUND)?;
+        let finished = self.pages.finish(&allowed)?;
+        seal(
+            &self.path,
+            self.partial,
+            self.objects,
+            finished,
+            manifest,
+            true,
+        )
     }
+}
+
+pub(super) const UNSOUND: &str = "the image would not be sound";
+
+/// Writes what is left of an image, and gives it its name; `durable` makes it survive a crash of the machine.
+pub(super) fn seal(
+    path: &Path,
+    mut partial: Partial,
+    objects: ObjectsWriter,
+    finished: Finished,
+    manifest: &Manifest,
+    durable: bool,
+) -> Result<Written> {
+    let dir = partial.path.clone();
+    let mut json = Counting {
+        out: Vec::new(),
+        hash: blake3::Hasher::new(),
+    };
+    serde_json::to_writer(&mut json, manifest).context("writing manifest.json")?;
+    json.write_all(b"\n")?;
+    let json_len = json.out.len() as u64;
+    ensure!(
+        json_len <= MANIFEST_MAX,
+        "the manifest would have {json_len} bytes, more than {MANIFEST_MAX}: there is too much data in pipes and sockets"
+    );
+    let manifest_file = create_file(&dir.join("manifest.json"), 0o600)?;
+    (&manifest_file)
+        .write_all(&json.out)
+        .context("write: manifest.json")?;
+    let sums = format!(
+        "{}  manifest.json\n{}  pagemap\n",
+        json.hash.finalize(),
+        finished.map_hash
+    );
+    let sums_file = create_file(&dir.join("checksums"), 0o600)?;
+    (&sums_file)
+        .write_all(sums.as_bytes())
+        .context("write: checksums")?;
+
+    let files = [
+        ("pages", &finished.file),
+        ("pagemap", &finished.map),
+        ("manifest.json", &manifest_file),
+        ("checksums", &sums_file),
+    ];
+    for (name, file) in files.iter().filter(|_| durable) {
+        file.sync_all()
+            .with_context(|| format!("fsync: {}", dir.join(name).display()))?;
+    }
+    let objects = objects.finish()?;
+    if durable {
+        sync_dir(&dir)?;
+    }
+    partial.rename(path, durable)?;
+    Ok(Written {
+        path: path.to_owned(),
+        bytes_written: finished.len + finished.map_len + json_len + sums.len() as u64 + objects,
+        pages: finished.pages,
+        pages_zero: finished.zero,
+    })
 }
 
 struct Counting {
@@ -175,14 +174,24 @@ impl Write for Counting {
 }
 
 /// The directory NAME.partial: locked as long as its writer lives, removed unless renamed.
-struct Partial {
-    path: PathBuf,
+pub(super) struct Partial {
+    pub path: PathBuf,
     lock: Lock,
     renamed: bool,
 }
 
 impl Partial {
-    fn create(image: &Path) -> Result<Self> {
+    pub fn create(image: &Path) -> Result<Self> {
+        ensure!(
+            image.file_name().is_some(),
+            "{} cannot be the name of an image; give one like DIR/NAME",
+            image.display()
+        );
+        ensure!(
+            image.symlink_metadata().is_err(),
+            "{} exists; remove it or choose another name",
+            image.display()
+        );
         let mut name = image.as_os_str().to_owned();
         name.push(".partial");
         let path = PathBuf::from(name);
@@ -233,13 +242,16 @@ impl Partial {
         )
     }
 
-    fn rename(&mut self, to: &Path) -> Result<()> {
+    fn rename(&mut self, to: &Path, durable: bool) -> Result<()> {
         // Whoever finds it under its name may read it at once.
         self.lock
             .relock(FlockArg::LockSharedNonblock)
             .with_context(|| format!("flock: {}", self.path.display()))?;
         rename_new(&self.path, to)?;
         self.renamed = true;
+        if !durable {
+            return Ok(());
+        }
         sync_dir(parent(to))
             .context("the image is complete, but its name may not survive a crash of the machine")
     }

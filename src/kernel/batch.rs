@@ -60,7 +60,7 @@ impl Held {
             .with_context(|| format!("detaching from thread {}", self.tracee.tid))
     }
 
-    fn restore(&self) -> Result<()> {
+    pub(super) fn restore(&self) -> Result<()> {
         // In this order: killed in between, we leave a thread in the code that sets its mask and jumps back
         // by itself, and not one in its own code with everything blocked.
         self.tracee.set_sigmask(self.sigmask)?;
@@ -280,11 +280,11 @@ struct LeaderCode {
     snapshot_stub: u64,
 }
 
-fn leader_mask(tail: &Range<u64>) -> u64 {
+pub(super) fn leader_mask(tail: &Range<u64>) -> u64 {
     tail.end - 16
 }
 
-fn set_mask(a: &mut Asm, at: u64) {
+pub(super) fn set_mask(a: &mut Asm, at: u64) {
     a.syscall(
         libc::SYS_rt_sigprocmask,
         &[libc::SIG_SETMASK as u64, at, 0, 8],
@@ -351,7 +351,7 @@ fn clone_code(a: &mut Asm, subreaper: u64) -> usize {
 
 /// Points a held thread at `code` and blocks its signals, in this order: killed in between, we leave a
 /// thread that sets its mask back itself.
-fn enter(thread: &Held, code: u64) -> Result<()> {
+pub(super) fn enter(thread: &Held, code: u64) -> Result<()> {
     let mut r = thread.regs;
     r.rip = code;
     r.orig_rax = u64::MAX;
@@ -362,7 +362,7 @@ fn enter(thread: &Held, code: u64) -> Result<()> {
 }
 
 /// Lets `n` system calls run from entry to exit; the thread stays in the last one's exit stop.
-fn step_calls(t: &Tracee, n: usize) -> Result<()> {
+pub(super) fn step_calls(t: &Tracee, n: usize) -> Result<()> {
     let mut left = 2 * n;
     while left > 0 {
         t.cont_to_syscall()?;
@@ -378,7 +378,7 @@ fn step_calls(t: &Tracee, n: usize) -> Result<()> {
 
 /// Brings a thread that is in a system call's exit (or an event) into an interrupt stop before its
 /// next instruction: only there the kernel acts on restart codes in the registers.
-fn park(t: &Tracee) -> Result<()> {
+pub(super) fn park(t: &Tracee) -> Result<()> {
     t.interrupt()
         .with_context(|| format!("interrupting thread {}", t.tid))?;
     t.cont(0)?;

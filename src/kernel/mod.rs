@@ -10,6 +10,7 @@ pub mod fds;
 pub mod guardian;
 pub mod kcmp;
 pub mod kmem;
+pub mod lend;
 pub mod maker;
 pub mod mem;
 pub mod pagemap;

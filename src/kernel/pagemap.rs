@@ -107,6 +107,45 @@ impl Pagemap {
         self.scan(start, end, self.own(), each)
     }
 
+    /// The pages that [`Pagemap::private`] would give, all or only those written to since the last call with
+    /// `protect`, which begins to track them anew before it tells of them. False, and nothing is certain about the
+    /// range any more, when a part of it is not tracked.
+    ///
+    /// # Errors
+    /// Those of PAGEMAP_SCAN but EPERM, and those of `each`.
+    pub fn tracked(
+        &self,
+        start: u64,
+        end: u64,
+        how: Tracked,
+        each: &mut dyn FnMut(u64, u64) -> Result<()>,
+    ) -> Result<bool> {
+        let own = self.own();
+        let wanted = Wanted {
+            flags: CHECK_WPASYNC | if how.protect { WP_MATCHING } else { 0 },
+            all: own.all | if how.only_written { WRITTEN } else { 0 },
+            ..own
+        };
+        let mut regions = [Region::default(); 512];
+        let mut at = start;
+        while at < end {
+            let (n, walk_end) = match self.scan_once(at, end, wanted, &mut regions, BATCH) {
+                Err(nix::errno::Errno::EPERM) => return Ok(false),
+                found => found.with_context(|| {
+                    format!("scanning pages {at:#x}-{end:#x} of process {}", self.pid)
+                })?,
+            };
+            for r in regions.iter().take(n) {
+                each(r.start, r.end)?;
+            }
+            if walk_end <= at {
+                break;
+            }
+            at = walk_end;
+        }
+        Ok(true)
+    }
+
     /// Address of the first page that [`Pagemap::private`] would give.
     pub fn first_private(&self, start: u64, end: u64) -> Result<Option<u64>> {
         // Told to stop at one page: the region of a large mapping is found by walking all of its tables.
@@ -212,11 +251,8 @@ impl Pagemap {
         max: u64,
     ) -> nix::Result<(usize, u64)> {
         let mut arg = ScanArg {
-            size: size_of::<ScanArg>() as u64,
             start,
             end,
-            vec: regions.as_mut_ptr() as u64,
-            vec_len: regions.len() as u64,
             max_pages: max,
             flags: wanted.flags,
             category_inverted: wanted.inverted,
@@ -225,8 +261,25 @@ impl Pagemap {
             return_mask: wanted.any | PRESENT | SWAPPED | wanted.all & GUARD,
             ..ScanArg::default()
         };
-        // SAFETY: `arg` is a live pm_scan_arg and `vec` points to `vec_len` writable regions.
-        let n = unsafe { pagemap_scan(self.file.as_raw_fd(), &mut arg) }?;
-        Ok((n as usize, arg.walk_end))
+        let n = self.ioctl(&mut arg, regions)?;
+        Ok((n, arg.walk_end))
     }
+
+    fn ioctl(&self, arg: &mut ScanArg, regions: &mut [Region]) -> nix::Result<usize> {
+        arg.size = size_of::<ScanArg>() as u64;
+        arg.vec = regions.as_mut_ptr() as u64;
+        arg.vec_len = regions.len() as u64;
+        // SAFETY: `arg` is a live pm_scan_arg and `vec` points to `vec_len` writable regions.
+        let n = unsafe { pagemap_scan(self.file.as_raw_fd(), arg) }?;
+        Ok(n as usize)
+    }
+}
+
+/// What [`Pagemap::tracked`] does.
+#[derive(Debug, Clone, Copy)]
+pub struct Tracked {
+    /// Only pages written to since they were protected last; else all.
+    pub only_written: bool,
+    /// Protect what is told of: its next write is noted.
+    pub protect: bool,
 }

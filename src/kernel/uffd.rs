@@ -9,6 +9,7 @@ use super::mem::{HUGE, Stage};
 
 const API: u64 = 0xaa;
 const MODE_MISSING: u64 = 1;
+const MODE_WP: u64 = 2;
 
 #[repr(C)]
 struct UffdApi {
@@ -129,6 +130,21 @@ impl Uffd {
         Ok(())
     }
 
+    /// Writes to the range are noted, where [`super::pagemap::Pagemap::changed`] has asked for it. Needs
+    /// [`TRACKING`].
+    ///
+    /// # Errors
+    /// errno of UFFDIO_REGISTER: the mapping is gone or another one, or of a kind that cannot be tracked.
+    pub fn register_tracked(&self, start: u64, len: u64) -> nix::Result<()> {
+        let mut r = Register {
+            range: Range { start, len },
+            mode: MODE_WP,
+            ioctls: 0,
+        };
+        // SAFETY: `r` is a live uffdio_register.
+        unsafe { uffdio_register(self.0.as_raw_fd(), &mut r) }.map(drop)
+    }
+
     pub fn unregister(&self, start: u64, len: u64) -> Result<()> {
         let mut r = Range { start, len };
         // SAFETY: `r` is a live uffdio_range.
@@ -194,6 +210,13 @@ struct ZeroPage {
 /// UFFD_FEATURE_EVENT_FORK | _REMAP | _REMOVE | _UNMAP: what the program does to its mappings while they
 /// are being filled is told, and waits for us to take note.
 pub const EVENTS: u64 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6;
+
+/// UFFD_FEATURE_PAGEFAULT_FLAG_WP | _WP_HUGETLBFS_SHMEM | _WP_UNPOPULATED | _WP_ASYNC (Linux 6.7): writes to
+/// protected pages go on by themselves, and are noted.
+pub const TRACKING: u64 = 1 << 0 | 1 << 12 | 1 << 13 | 1 << 15;
+/// Flags of userfaultfd(2) for one that needs no privilege: O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY. Where
+/// no fault is ever handed out, it makes no difference.
+pub const UNPRIVILEGED: u64 = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64 | 1;
 
 /// struct uffd_msg, read.
 #[derive(Debug)]

@@ -21,16 +21,19 @@ pub enum Mode {
     /// Dumped and killed, restored where its pid is taken: in a pid namespace of its own; dumped from outside that
     /// and killed, restored once more. Trees only.
     Taken,
+    /// Its memory copied in rounds while it runs, the rest dumped; killed, restored. Single processes only.
+    Rounds,
 }
 
 impl Mode {
-    pub const ALL: [Mode; 6] = [
+    pub const ALL: [Mode; 7] = [
         Self::Alone,
         Self::GoOn,
         Self::Kill,
         Self::Twice,
         Self::Lazy,
         Self::Taken,
+        Self::Rounds,
     ];
 
     pub fn name(self) -> &'static str {
@@ -41,6 +44,7 @@ impl Mode {
             Self::Twice => "twice",
             Self::Lazy => "lazy",
             Self::Taken => "ids_taken",
+            Self::Rounds => "rounds",
         }
     }
 
@@ -53,6 +57,7 @@ impl Mode {
             Self::Twice => "no-twice",
             Self::Lazy => "no-lazy",
             Self::Taken => "no-ids-taken",
+            Self::Rounds => "no-rounds",
         }
     }
 
@@ -60,7 +65,7 @@ impl Mode {
     pub fn absences(self) -> usize {
         match self {
             Self::Alone | Self::GoOn => 0,
-            Self::Kill | Self::Lazy => 1,
+            Self::Kill | Self::Lazy | Self::Rounds => 1,
             Self::Twice | Self::Taken => 2,
         }
     }

@@ -9,6 +9,8 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use mistctl::dump::{After, Carried, Options, Session, Tracker};
+use mistctl::image::{Compress, Image, RoundsWriter};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -118,6 +120,9 @@ impl Test {
                     self.restore_detached()?;
                     self.dump(Some("--kill"))?;
                 }
+            }
+            Mode::Rounds => {
+                away = self.dump_in_rounds()?;
             }
             Mode::Taken => {
                 away = self.dump(Some("--kill"))?;
@@ -323,31 +328,93 @@ impl Test {
             }
         }
         if and == Some("--kill") {
-            if let Some(mut child) = self.program.take() {
-                common::wait_child(&mut child, "the program's end after dump --kill", LIMIT)?;
-            }
-            for name in &self.spec.removed {
-                // Gone the first time already.
-                let _ = fs::remove_file(self.cwd.join(name));
-            }
-            for name in &self.spec.replaced {
-                let (fresh, path) = (self.cwd.join("fresh"), self.cwd.join(name));
-                fs::write(&fresh, "quite another file\n")?;
-                fs::rename(&fresh, &path)?;
-            }
-            // Its children, and whatever mistctl used, are gone soon, too; but for what keeps
-            // connections to peers outside.
-            let me = std::process::id();
-            let name = |p| common::status_field(p, "Name").unwrap_or_default();
-            wait_for("the end of all processes after dump --kill", LIMIT, || {
-                let squatter = self.squatter.as_ref().map(Child::id);
-                let left = processes().into_iter();
-                let left = left.filter(|&p| p != 1 && p != me && Some(p) != squatter);
-                let mut left = left.filter(|&p| !self.spec.peer || name(p) != "mist-keeper");
-                Ok(left.next().is_none().then_some(()))
-            })?;
+            self.leave()?;
         }
         Ok(true)
+    }
+
+    /// Copies its memory while it runs, again and again, and what is left while it stands.
+    fn dump_in_rounds(&mut self) -> Result<bool> {
+        self.dumps += 1;
+        let options = Options {
+            pid: self.pid as i32,
+            image: self.image(),
+            store: None,
+            tree: false,
+            after: After::Kill,
+            compress: Compress::None,
+            tcp_established: self.spec.tcp_established,
+            progress: false,
+            carried: Carried::All,
+            pvmd: None,
+        };
+        let writer = RoundsWriter::create(&options.image)?;
+        let mut tracker = Tracker::start(options.pid)?;
+        if let Some(why) = tracker.why_not() {
+            bail!("{why}");
+        }
+        let rounds = self.spec.dumps.unwrap_or(3);
+        for _ in 0..rounds {
+            tracker.round(&mut |at, data| writer.put(0, at, data))?;
+            writer.settle()?;
+        }
+        self.unharmed()?;
+        // A child that is there now may be gone in a moment.
+        let mut session = wait_for("a moment for a dump", LIMIT, || {
+            match Session::stop(&options) {
+                Err(e) if format!("{e:#}").contains("has children") => Ok(None),
+                session => session.map(Some),
+            }
+        })?;
+        if let Err(e) = session.look(&writer) {
+            let may = self.spec.may_refuse.as_ref();
+            return match may.filter(|text| format!("{e:#}").contains(text.as_str())) {
+                Some(_) => {
+                    self.refusal.get_or_insert_with(|| format!("{e:#}"));
+                    Ok(false)
+                }
+                None => Err(e),
+            };
+        }
+        let (runs, _) = session.changes(&mut tracker, &writer)?;
+        let manifest = session.manifest()?;
+        writer.finish(&manifest, &[(0, runs)].into(), true)?;
+        session.end(After::Kill)?;
+        // We are its parent, too: its end has been seen.
+        self.program = None;
+        Image::open(&self.image())?.verify(&mut |_, _| {})?;
+        self.leave()?;
+        Ok(true)
+    }
+
+    /// The program has been killed: what else goes with it.
+    fn leave(&mut self) -> Result<()> {
+        if let Some(mut child) = self.program.take() {
+            common::wait_child(&mut child, "the program's end after dump --kill", LIMIT)?;
+        }
+        for name in &self.spec.removed {
+            // Gone the first time already.
+            let _ = fs::remove_file(self.cwd.join(name));
+        }
+        for name in &self.spec.replaced {
+            let (fresh, path) = (self.cwd.join("fresh"), self.cwd.join(name));
+            fs::write(&fresh, "quite another file\n")?;
+            fs::rename(&fresh, &path)?;
+        }
+        // Its children, and whatever mistctl used, are gone soon, too; but for what keeps
+        // connections to peers outside.
+        let me = std::process::id();
+        let name = |p| common::status_field(p, "Name").unwrap_or_default();
+        wait_for("the end of all processes after dump --kill", LIMIT, || {
+            // What this process has started, and has ended by itself.
+            let _ = nix::sys::wait::waitpid(None, Some(nix::sys::wait::WaitPidFlag::WNOHANG));
+            let squatter = self.squatter.as_ref().map(Child::id);
+            let left = processes().into_iter();
+            let left = left.filter(|&p| p != 1 && p != me && Some(p) != squatter);
+            let mut left = left.filter(|&p| !self.spec.peer || name(p) != "mist-keeper");
+            Ok(left.next().is_none().then_some(()))
+        })?;
+        Ok(())
     }
 
     /// After a dump that left the program running: untraced, not stopped.

@@ -39,6 +39,7 @@ pub struct Pagemap {
     spaces: Vec<Space>,
     total: u64,
     pages_len: u64,
+    unused: u64,
     chunks: Vec<ChunkInfo>,
     cache: Vec<Slot>,
     /// Pages of blocks, all together.
@@ -80,7 +81,7 @@ impl Pagemap {
         let total = u64_at(&header, 24)?;
         ensure!(
             header
-                .get(40..)
+                .get(48..)
                 .is_some_and(|rest| rest.iter().all(|b| *b == 0)),
             "its header has something in reserved bytes"
         );
@@ -89,6 +90,7 @@ impl Pagemap {
             "`pages` has {pages_len} bytes instead of {}",
             u64_at(&header, 32)?
         );
+        let unused = u64_at(&header, 40)?;
         ensure!(
             spaces <= allowed.len(),
             "it has {spaces} spaces, the manifest {}",
@@ -112,6 +114,7 @@ impl Pagemap {
             spaces,
             total,
             pages_len,
+            unused,
             chunks: Vec::new(),
             cache: (0..CACHED).map(|_| Mutex::new(None)).collect(),
             pages: 0,
@@ -160,8 +163,9 @@ impl Pagemap {
             index += n;
         }
         ensure!(
-            stored == self.pages_len,
-            "its blocks have {stored} bytes together, `pages` has {}",
+            stored.checked_add(self.unused) == Some(self.pages_len),
+            "its blocks have {stored} bytes together and {} are unused, `pages` has {}",
+            self.unused,
             self.pages_len
         );
         Ok(())

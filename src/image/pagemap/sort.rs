@@ -76,11 +76,13 @@ impl Sorter {
         Ok(())
     }
 
-    /// Writes the whole pagemap to `file`, and checks what a reader will check; returns its length and its BLAKE3 hash.
+    /// Writes the whole pagemap to `file`, and checks what a reader will check; returns its length and its BLAKE3
+    /// hash. `unused`: bytes of `pages` that belong to no block.
     pub fn write(
         mut self,
         file: &File,
         pages_len: u64,
+        unused: u64,
         allowed: &BTreeMap<SpaceId, Vec<(u64, u64)>>,
     ) -> Result<(u64, blake3::Hash)> {
         self.blocks.sort_unstable();
@@ -99,6 +101,7 @@ impl Sorter {
         header[20..24].copy_from_slice(&u32::try_from(self.count.len())?.to_le_bytes());
         header[24..32].copy_from_slice(&total.to_le_bytes());
         header[32..40].copy_from_slice(&pages_len.to_le_bytes());
+        header[40..48].copy_from_slice(&unused.to_le_bytes());
         out.put(&header)?;
         let mut first = 0u64;
         for (space, count) in &self.count {

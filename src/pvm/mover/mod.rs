@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use indicatif::ProgressBar;
 
-use crate::dump::{After, Options, Session};
+use crate::dump::{After, Carried, Options, Session};
 use crate::error::Failure;
 use crate::image::Compress;
 use crate::image::pvm::MailboxEntry;
@@ -197,6 +197,7 @@ impl<'j> Mover<'j> {
             compress: Compress::None,
             tcp_established: false,
             progress: false,
+            carried: Carried::All,
             pvmd: Some(self.task.connection.ino),
         };
         Session::stop_with(&opts, &mut |_| quiet::stop(&self.task, quiet::PATIENCE))

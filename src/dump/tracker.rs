@@ -1,0 +1,338 @@
+//! What changes in a process's memory while it runs, so that little is left to copy once it stands.
+//!
+//! A userfaultfd in WP_ASYNC mode, made inside the process and held by us alone, lets the kernel note writes. A
+//! round first protects the pages that were written, then reads them: what is written from then on is in the next
+//! round. A mapping that is not registered (new, grown, moved) is registered and read whole. Dropped, it leaves
+//! nothing behind: the last copy of the userfaultfd unregisters everything.
+
+use anyhow::{Context, Result};
+use procfs::process::{MMPermissions, MMapPath};
+
+use super::hold::HeldProcess;
+use super::memory::is_private;
+use crate::error::Failure;
+use crate::image::Vma;
+use crate::kernel::arch::{PAGE, TASK_SIZE};
+use crate::kernel::mem::Mem;
+use crate::kernel::pagemap::{Pagemap, Tracked};
+use crate::kernel::uffd::{self, Uffd};
+
+/// Bytes read at once, beginning at a multiple of it.
+const STEP: u64 = 1 << 20;
+
+/// A run of pages: from, to (addresses).
+pub type Run = (u64, u64);
+
+/// Follows the private memory of one process.
+pub struct Tracker {
+    pid: i32,
+    /// A thread of it that lives, through which /proc shows its memory.
+    via: i32,
+    mem: Mem,
+    /// None where changes cannot be followed: then all memory is read in the last round, and none before.
+    uffd: Option<Uffd>,
+    why_not: Option<String>,
+    /// Where something may have been protected and not been read then.
+    owed: Vec<Run>,
+    buffer: Vec<u8>,
+}
+
+/// What a round has read.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Round {
+    /// Bytes that were new or had changed.
+    pub bytes: u64,
+    /// Bytes of mappings that were looked through, populated or not.
+    pub looked_through: u64,
+}
+
+/// Takes whole pages: address, content.
+pub type Take<'a> = dyn FnMut(u64, &[u8]) -> Result<()> + 'a;
+
+impl Tracker {
+    /// Begins to follow process `pid`, which stands still for a moment. Where the kernel cannot do it
+    /// ([`Tracker::why_not`] says so) the rounds are empty.
+    ///
+    /// # Errors
+    /// Those of [`HeldProcess::stop`]; the process runs on.
+    pub fn start(pid: i32) -> Result<Self> {
+        let held = HeldProcess::stop(pid)?;
+        let via = held.via();
+        let made = crate::kernel::lend::descriptor(
+            held.leader(),
+            &held.mem,
+            held.tail(),
+            libc::SYS_userfaultfd,
+            &[uffd::UNPRIVILEGED],
+        );
+        held.release()?;
+        let uffd = made.and_then(|fd| {
+            let uffd = Uffd(fd);
+            uffd.api(uffd::TRACKING)?;
+            Ok(uffd)
+        });
+        let (uffd, why_not) = match uffd {
+            Ok(uffd) => (Some(uffd), None),
+            Err(e) => (
+                None,
+                Some(format!(
+                    "writes to the memory of process {pid} cannot be followed ({e:#}; `mistctl check` says what \
+                     this kernel lacks): all of it is copied while it stands still"
+                )),
+            ),
+        };
+        Ok(Self {
+            pid,
+            via,
+            mem: Mem::open(via)?,
+            uffd,
+            why_not,
+            owed: Vec::new(),
+            buffer: vec![0; STEP as usize],
+        })
+    }
+
+    /// Why changes cannot be followed, for people.
+    pub fn why_not(&self) -> Option<&str> {
+        self.why_not.as_deref()
+    }
+
+    /// Gives `take` every page that is new or has changed since the last round, while the process runs; the first
+    /// round gives all.
+    ///
+    /// # Errors
+    /// When the process has ended or executed another program, and those of `take`.
+    pub fn round(&mut self, take: &mut Take) -> Result<Round> {
+        let mut round = Round::default();
+        if self.uffd.is_none() {
+            return Ok(round);
+        }
+        let pagemap = Pagemap::open(self.via)?;
+        let maps = procfs::process::Process::new(self.via)
+            .and_then(|p| p.maps())
+            .map_err(|_| self.gone())?;
+        let owed = union(&std::mem::take(&mut self.owed), &[]);
+        for m in &maps {
+            let (start, end) = m.address;
+            let special = matches!(
+                m.pathname,
+                MMapPath::Vdso | MMapPath::Vvar | MMapPath::Vsyscall
+            ) || matches!(&m.pathname, MMapPath::Other(n) if n.starts_with("vvar"));
+            if special || start >= TASK_SIZE || m.perms.contains(MMPermissions::SHARED) {
+                continue;
+            }
+            // Of a mapping that is gone nothing is owed.
+            let owed = intersection(&[(start, end)], &owed);
+            if !m.perms.contains(MMPermissions::READ) {
+                // Only who traces it may read it: in the last round.
+                self.owed.extend(owed);
+                continue;
+            }
+            round.looked_through += end - start;
+            self.mapping(&pagemap, (start, end), &owed, &mut round, take)?;
+        }
+        if self.mem.is_over() {
+            return Err(self.gone());
+        }
+        Ok(round)
+    }
+
+    fn gone(&self) -> anyhow::Error {
+        Failure::NoSuchProcess.because(format!(
+            "process {} has ended or executes another program",
+            self.pid
+        ))
+    }
+
+    /// Reads what has changed in one mapping, and all of it where that is owed.
+    fn mapping(
+        &mut self,
+        pagemap: &Pagemap,
+        (start, end): Run,
+        owed: &[Run],
+        round: &mut Round,
+        take: &mut Take,
+    ) -> Result<()> {
+        let all = Tracked {
+            only_written: false,
+            protect: true,
+        };
+        let written = Tracked {
+            only_written: true,
+            ..all
+        };
+        let parts = owed.iter().map(|(from, to)| (*from, *to, all));
+        let mut known = true;
+        for (from, to, how) in parts.chain([(start, end, written)]) {
+            known &= pagemap.tracked(from, to, how, &mut |from, to| {
+                self.read(from, to, round, take)
+            })?;
+        }
+        if known {
+            return Ok(());
+        }
+        // A part of it may have been protected and not told of: all of it, once it is registered.
+        let registered = match &self.uffd {
+            Some(uffd) => uffd.register_tracked(start, end - start).is_ok(),
+            None => false,
+        };
+        // It may be gone, or another one, by now.
+        let known = registered
+            && pagemap.tracked(start, end, all, &mut |from, to| {
+                self.read(from, to, round, take)
+            })?;
+        if !known {
+            self.owed.push((start, end));
+        }
+        Ok(())
+    }
+
+    /// Reads pages that have been protected. What cannot be read now is owed.
+    fn read(&mut self, start: u64, end: u64, round: &mut Round, take: &mut Take) -> Result<()> {
+        let mut at = start;
+        while at < end {
+            let to = end.min(at - at % STEP + STEP);
+            let mut buffer = std::mem::take(&mut self.buffer);
+            let out = buffer.get_mut(..(to - at) as usize).unwrap_or_default();
+            let result = match self.mem.read(at, out) {
+                Ok(()) => {
+                    round.bytes += to - at;
+                    take(at, out)
+                }
+                Err(_) => self.read_pages(at, to, round, take),
+            };
+            self.buffer = buffer;
+            result?;
+            at = to;
+        }
+        Ok(())
+    }
+
+    fn read_pages(
+        &mut self,
+        start: u64,
+        end: u64,
+        round: &mut Round,
+        take: &mut Take,
+    ) -> Result<()> {
+        let mut page = [0; PAGE as usize];
+        for at in (start..end).step_by(PAGE as usize) {
+            match self.mem.read(at, &mut page) {
+                Ok(()) => {
+                    round.bytes += PAGE;
+                    take(at, &page)?;
+                }
+                // Unmapped, or not to be read any more; the last round finds out.
+                Err(_) => self.owed.push((at, at + PAGE)),
+            }
+        }
+        Ok(())
+    }
+
+    /// The last round, of a process that stands still: gives `take` what is new or has changed since the last one,
+    /// and returns all runs of pages that hold something. To be called by the thread that traces it.
+    ///
+    /// # Errors
+    /// When memory cannot be read, and those of `take`.
+    pub fn last(&mut self, vmas: &[Vma], take: &mut Take) -> Result<(Vec<Run>, Round)> {
+        if self.mem.is_over() {
+            return Err(self.gone());
+        }
+        let pagemap = Pagemap::open(self.via)?;
+        let owed = union(&std::mem::take(&mut self.owed), &[]);
+        let (mut populated, mut changed) = (Vec::new(), Vec::new());
+        for v in vmas.iter().filter(|v| is_private(v)) {
+            let mut all = Vec::new();
+            pagemap.private(v.start, v.end, &mut |start, end| {
+                add(&mut all, (start, end));
+                Ok(())
+            })?;
+            let mut written = Vec::new();
+            let how = Tracked {
+                only_written: true,
+                protect: false,
+            };
+            let known = self.uffd.is_some()
+                && pagemap.tracked(v.start, v.end, how, &mut |start, end| {
+                    add(&mut written, (start, end));
+                    Ok(())
+                })?;
+            if known {
+                changed.extend(union(&written, &intersection(&all, &owed)));
+            } else {
+                changed.extend(&all);
+            }
+            populated.extend(all);
+        }
+        let mut round = Round::default();
+        for (start, end) in changed {
+            let mut at = start;
+            while at < end {
+                let to = end.min(at - at % STEP + STEP);
+                let out = self
+                    .buffer
+                    .get_mut(..(to - at) as usize)
+                    .unwrap_or_default();
+                self.mem.read(at, out).with_context(|| {
+                    format!("reading memory {at:#x}-{to:#x} of process {}", self.pid)
+                })?;
+                round.bytes += to - at;
+                take(at, out)?;
+                at = to;
+            }
+        }
+        Ok((populated, round))
+    }
+}
+
+/// Appends a run that begins where the last one ends, or behind it.
+fn add(runs: &mut Vec<Run>, run: Run) {
+    match runs.last_mut() {
+        Some(last) if last.1 >= run.0 => last.1 = last.1.max(run.1),
+        _ => runs.push(run),
+    }
+}
+
+/// What is in one list of runs or the other; sorted both.
+fn union(a: &[Run], b: &[Run]) -> Vec<Run> {
+    let mut all: Vec<Run> = a.iter().chain(b).copied().collect();
+    all.sort_unstable();
+    let mut runs = Vec::new();
+    all.into_iter().for_each(|run| add(&mut runs, run));
+    runs
+}
+
+/// What is in both lists; both are sorted and without overlaps.
+fn intersection(a: &[Run], b: &[Run]) -> Vec<Run> {
+    let mut runs = Vec::new();
+    let (mut a, mut b) = (a, b);
+    while let ([(start, end), behind_a @ ..], [(from, to), behind_b @ ..]) = (a, b) {
+        let (low, high) = (*start.max(from), *end.min(to));
+        if low < high {
+            runs.push((low, high));
+        }
+        if end < to {
+            a = behind_a;
+        } else {
+            b = behind_b;
+        }
+    }
+    runs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_joined_and_cut() {
+        assert_eq!(
+            union(&[(1, 3), (7, 9)], &[(2, 5), (9, 10)]),
+            [(1, 5), (7, 10)]
+        );
+        assert_eq!(
+            intersection(&[(1, 5), (7, 10)], &[(0, 2), (4, 8), (9, 20)]),
+            [(1, 2), (4, 5), (7, 8), (9, 10)]
+        );
+    }
+}
