@@ -79,7 +79,7 @@ fn worker() -> ExitCode {
     }
 }
 
-/// A shell with a child that was saved, and another process that has its pid.
+/// A shell with a child (which has sockets) that was saved, and another process that has its pid.
 struct Scene {
     dir: PathBuf,
     image: PathBuf,
@@ -90,7 +90,8 @@ struct Scene {
 impl Scene {
     fn new(dir: &Path) -> Result<Self> {
         let mut program = Command::new("/bin/sh")
-            .args(["-c", "sleep 1000 & trap 'exit 7' TERM; wait"])
+            .args(["-c", "\"$0\" & trap 'exit 7' TERM; wait"])
+            .arg(own_peer_program()?)
             .current_dir(dir)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -100,8 +101,7 @@ impl Scene {
         wait_for("the shell's child", LIMIT, || {
             let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
             let child = children.split_whitespace().next().map(str::to_owned);
-            let name = child.and_then(|c| fs::read_to_string(format!("/proc/{c}/comm")).ok());
-            Ok(name.filter(|n| n == "sleep\n"))
+            Ok(child.filter(|c| waits(c)))
         })?;
         let image = dir.join("image");
         let mut dump = mistctl();
@@ -281,19 +281,30 @@ fn forged_peer(scene: &Scene) -> Result<()> {
     })
 }
 
+/// A program with sockets that waits for a signal.
+fn own_peer_program() -> Result<PathBuf> {
+    build_c(
+        &Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/namespaces/own_peer.c"),
+        &[],
+    )
+}
+
+/// Whether it does so already.
+fn waits(pid: &str) -> bool {
+    let call = fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
+    call.starts_with(&libc::SYS_rt_sigtimedwait.to_string())
+}
+
 /// A program of this user, restored beside itself after `change` has had its image, says whether its sockets name it.
 fn asks_its_sockets(scene: &Scene, uid: u32, change: &dyn Fn(&Path) -> Result<()>) -> Result<()> {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/namespaces/own_peer.c");
-    let mut program = Command::new(build_c(&source, &[])?)
+    let mut program = Command::new(own_peer_program()?)
         .current_dir("/")
         .uid(uid)
         .gid(uid)
         .spawn()?;
     let pid = program.id();
     wait_for("the program to wait", LIMIT, || {
-        let call = fs::read_to_string(format!("/proc/{pid}/syscall"))?;
-        let waits = call.starts_with(&libc::SYS_rt_sigtimedwait.to_string());
-        Ok(waits.then_some(()))
+        Ok(waits(&pid.to_string()).then_some(()))
     })?;
     let image = scene.dir.join("single");
     let mut dump = mistctl();
@@ -364,14 +375,17 @@ fn killed(scene: &Scene) -> Result<()> {
         scene.nothing_is_left()
     };
     end()?;
-    const KILLS: u64 = 40;
-    for i in 0..KILLS {
+    let kills = std::env::var("MIST_KILLS")
+        .ok()
+        .and_then(|n| n.parse().ok());
+    let kills: u64 = kills.unwrap_or(40);
+    for i in 0..kills {
         let mut mistctl = scene.restore(&["--detach"]);
         let mut child = mistctl
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()?;
-        std::thread::sleep(Duration::from_micros(span * i / KILLS));
+        std::thread::sleep(Duration::from_micros(span * i / kills));
         child.kill()?;
         child.wait()?;
         // The init, the shell and its child, or none of them.

@@ -5,10 +5,11 @@
 //! When it has ended its id is free for the program it was borrowed from, and the sockets keep naming it.
 
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 use anyhow::{Context, Result};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -37,6 +38,10 @@ pub struct Maker {
 
 /// What it is asked for: an operation, three numbers, and an address of so many bytes.
 const REQUEST: usize = 20;
+/// What failed when it could not be had.
+const READY: &str = "waiting for a process that makes sockets";
+/// How long it waits to hear that its parent is there.
+const PATIENCE: u16 = 10_000;
 const PAIR: i32 = 1;
 const LISTEN: i32 = 2;
 const CONNECT: i32 = 3;
@@ -61,11 +66,15 @@ impl Maker {
             Some(n) => n.born_inside(|| fork(0))?,
             None => fork(std::process::id() as i32)?,
         };
-        Ok(Self {
+        let me = Self {
             pid,
             line,
             _theirs: theirs,
-        })
+        };
+        let mut byte = [0];
+        (&me.line).read_exact(&mut byte).context(READY)?;
+        (&me.line).write_all(&byte).context(READY)?;
+        Ok(me)
     }
 
     /// As we see it.
@@ -133,6 +142,13 @@ fn serve(line: &UnixStream, who: &Identity, parent: i32) {
     become_them(who);
     body::die_with(parent);
     let mut line = line;
+    // Somebody who answers now has been there since we die with him.
+    let mut byte = [1];
+    let mut fds = [PollFd::new(line.as_fd(), PollFlags::POLLIN)];
+    let heard = line.write_all(&byte).is_ok() && poll(&mut fds, PATIENCE) == Ok(1);
+    if !heard || line.read_exact(&mut byte).is_err() {
+        return;
+    }
     let mut request = [0; REQUEST];
     while line.read_exact(&mut request).is_ok() {
         let mut addr = vec![0; word(&request, 4).max(0) as usize];

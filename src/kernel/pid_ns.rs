@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
 use anyhow::{Context, Result, bail};
@@ -97,6 +97,13 @@ impl PidNamespace {
         })
     }
 
+    /// For a process born inside, which is not to return from its life: the init hears of our end only when nobody
+    /// else holds the line.
+    pub fn hang_up(&self) {
+        let _ = nix::unistd::close(self.line.as_raw_fd());
+    }
+
+    /// The way in.
     pub fn entrance(&self) -> &Entrance {
         &self.entrance
     }

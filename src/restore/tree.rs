@@ -47,8 +47,13 @@ impl<'a> Bodies<'a> {
         let mut pipe = bulk.pipe()?;
         let id = wanted.wanted_first(root.pid);
         let mut fork = |us| {
-            body::fork_idle(id, us, &mut || bulk.fill(&mut pipe))
-                .map_err(|e| body::explain_set_tid(id.unwrap_or(root.pid), e))
+            body::fork_idle(id, us, &mut || {
+                if let Some(n) = wanted.namespace() {
+                    n.hang_up();
+                }
+                bulk.fill(&mut pipe)
+            })
+            .map_err(|e| body::explain_set_tid(id.unwrap_or(root.pid), e))
         };
         let (pid, tie) = match (root_in, wanted.namespace()) {
             (Root::Here, _) => {
