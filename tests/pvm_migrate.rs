@@ -250,7 +250,7 @@ impl Dice {
 }
 
 fn there_and_back(stage: &Stage) -> Result<()> {
-    let mut ring = stage.begin("ring -l 3000 -b 1000 -w 3")?;
+    let ring = stage.begin("ring -l 1000000 -b 1000 -w 3")?;
     let first = wait_for("workers", LIMIT, || {
         Ok(ring.workers()?.into_iter().find(|task| task.host != "h0"))
     })?;
@@ -282,13 +282,12 @@ fn there_and_back(stage: &Stage) -> Result<()> {
         moved["virtual_tid"] == first.v.as_str() || first.host == "h1",
         "{moved}"
     );
-    ring.end()?;
     Ok(())
 }
 
 fn refusals(stage: &Stage) -> Result<()> {
     let failure = |arguments: &str| stage.json("h0", arguments);
-    let mut ring = stage.begin("ring -l 3000 -b 1000 -w 3")?;
+    let ring = stage.begin("ring -l 1000000 -b 1000 -w 3")?;
     let task = wait_for("workers", LIMIT, || {
         Ok(ring.workers()?.into_iter().find(|task| task.host == "h1"))
     })?;
@@ -315,7 +314,7 @@ fn refusals(stage: &Stage) -> Result<()> {
             stage.examples.dir()
         ),
     );
-    let mut bare = Reaped(bare.stdout(Stdio::null()).spawn()?);
+    let _bare = Reaped(bare.stdout(Stdio::null()).spawn()?);
     let without = wait_for("the task without the shim", LIMIT, || {
         let tasks = stage.tasks()?;
         Ok(tasks
@@ -331,8 +330,6 @@ fn refusals(stage: &Stage) -> Result<()> {
             .contains("mistctl exec"),
         "{refused}"
     );
-    bare.0.kill()?;
-    ring.end()?;
     Ok(())
 }
 
@@ -417,7 +414,7 @@ fn group_server(stage: &Stage) -> Result<()> {
 }
 
 fn at_once(stage: &Stage) -> Result<()> {
-    let mut soak = stage.begin("soak -t 15")?;
+    let mut soak = stage.begin("soak -t 15 -x 200000")?;
     let pair = wait_for("workers", LIMIT, || {
         let workers = soak.workers()?;
         let on = |host: &str| workers.iter().find(|task| task.host == host).cloned();
@@ -441,7 +438,7 @@ fn at_once(stage: &Stage) -> Result<()> {
 
 /// Random moves while `soak` runs; `victim`: a process of ours that is killed in the middle of each.
 fn soak(stage: &Stage, seconds: u32, victim: Option<&str>) -> Result<()> {
-    let mut soak = stage.begin(&format!("soak -t {seconds}"))?;
+    let mut soak = stage.begin(&format!("soak -t {seconds} -x 200000"))?;
     let mut dice = Dice(seconds.into());
     let (mut moves, mut failed) = (0, 0);
     while !soak.has_ended()? {

@@ -199,7 +199,8 @@ impl Restore {
             v: task.v,
             program: task.program.clone(),
             moves: None,
-            image: Some((PathBuf::from(path), lazy)),
+            image: Some(PathBuf::from(path)),
+            lazy,
             announce,
         };
         let answer = self.ask_target(Request::Land { order }, PATIENCE)?;

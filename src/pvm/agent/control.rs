@@ -141,8 +141,10 @@ pub struct Landing {
     pub program: String,
     /// Moves: the incarnation whose end is the commit, and the lease; none: an image is restored.
     pub moves: Option<(u32, u64)>,
-    /// Restores: the image, and whether memory is filled behind its back.
-    pub image: Option<(PathBuf, bool)>,
+    /// Restores: the image.
+    pub image: Option<PathBuf>,
+    /// It runs before all of its memory is in place.
+    pub lazy: bool,
     /// Restores: whoever collects its output has seen its end.
     #[serde(default)]
     pub announce: bool,

@@ -197,17 +197,16 @@ impl Lander {
             Some((r1, lease_ms)) => Commit::WhenEnded { r1, lease_ms },
             None => Commit::WhenTold,
         };
-        let (source, lazy) = match &self.order.image {
-            Some((path, lazy)) => (Source::Image { path: path.clone() }, *lazy),
-            None => {
-                let key = Key::of_user()?.derive(id).to_hex();
-                (Source::Stream { key }, false)
-            }
+        let source = match &self.order.image {
+            Some(path) => Source::Image { path: path.clone() },
+            None => Source::Stream {
+                key: Key::of_user()?.derive(id).to_hex(),
+            },
         };
         let order = Order {
             v: self.order.v,
             source,
-            lazy,
+            lazy: self.order.lazy,
             announce: self.order.announce,
             commit,
         };

@@ -2,42 +2,72 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use procfs::process::MMapPath;
 
 use super::link::Link;
 use super::protocol::Job;
+use crate::dump::Carried;
 use crate::error::Failure;
 use crate::pvm::agent::control::{Answer, Request};
 use crate::pvm::agent::look;
 
-/// Refuses when files are missing on the target, or different, with the list.
+/// Most time that comparing may take: files are read on both hosts.
+const LIMIT: Duration = Duration::from_secs(300);
+
+/// Refuses when files that the task has open are missing on the target, or different, with the list. Tells whether
+/// the programs and libraries that it maps have to go along.
 ///
 /// # Errors
 /// `Refused`.
-pub fn compare(job: &Job, link: &mut Link) -> Result<()> {
+pub fn compare(job: &Job, table: &Path, link: &mut Link) -> Result<Carried> {
+    let open = open_files(job.pid)?;
+    let mapped = mapped_files(job.pid, table)?;
     let mut files = Vec::new();
-    for path in open_files(job.pid)? {
-        files.push(look(&path)?);
+    for path in open.union(&mapped) {
+        files.push(look(path)?);
     }
-    let limit = std::time::Duration::from_secs(300);
-    let answer = link.ask(&job.to, Request::Compare { files }, limit)?;
+    let answer = link.ask(&job.to, Request::Compare { files }, LIMIT)?;
     let Answer::Compared { different } = answer else {
         bail!("the agent of {} answers {answer:?}", job.to.name);
     };
-    if different.is_empty() {
-        return Ok(());
-    }
     let list: Vec<String> = different
         .iter()
+        .filter(|(path, _)| open.contains(path))
         .map(|(path, why)| format!("{} ({why})", path.display()))
         .collect();
-    Err(Failure::Refused.because(format!(
-        "files that the task has open are not the same on {}: {}; copy them there, or keep them where both hosts see them",
-        job.to.name,
-        list.join(", ")
-    )))
+    if !list.is_empty() {
+        return Err(Failure::Refused.because(format!(
+            "files that the task has open are not the same on {}: {}; copy them there, or keep them where both hosts see them",
+            job.to.name,
+            list.join(", ")
+        )));
+    }
+    Ok(match different.is_empty() {
+        true => Carried::Nameless,
+        false => Carried::All,
+    })
+}
+
+/// Files by name that process `pid` maps, but the tid table, of which every host has its own.
+fn mapped_files(pid: i32, table: &Path) -> Result<BTreeSet<PathBuf>> {
+    let maps = procfs::process::Process::new(pid)
+        .and_then(|p| p.maps())
+        .with_context(|| format!("reading mappings of process {pid}"))?;
+    let mut found = BTreeSet::new();
+    for map in maps {
+        if let MMapPath::Path(path) = map.pathname
+            && path != table
+            && path.metadata().is_ok_and(|meta| meta.ino() == map.inode)
+        {
+            found.insert(path);
+        }
+    }
+    Ok(found)
 }
 
 /// Files by name that process `pid` has open, and its directory. What has no name (any more) travels with it.
@@ -54,7 +84,6 @@ fn open_files(pid: i32) -> Result<BTreeSet<PathBuf>> {
 
 /// The file behind a link of /proc, if it has a name and that is still its.
 fn named(link: &Path) -> Option<PathBuf> {
-    use std::os::unix::fs::MetadataExt;
     // What is closed meanwhile does not matter.
     let (path, open) = (fs::read_link(link).ok()?, fs::metadata(link).ok()?);
     // Terminals stay behind in any case.

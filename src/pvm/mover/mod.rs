@@ -13,9 +13,8 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use indicatif::ProgressBar;
 
-use crate::dump::{After, Carried, Options, Session};
+use crate::dump::{After, Carried, Options, Session, Tracker};
 use crate::error::Failure;
 use crate::image::Compress;
 use crate::image::pvm::MailboxEntry;
@@ -37,6 +36,14 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const GATE_LEASE: u64 = 90_000;
 /// How long a lander waits for the end of the old incarnation before it asks, ms.
 const LANDER_LEASE: u64 = 60_000;
+/// Address space of the task in its image: it is the only process.
+const SPACE: u32 = 0;
+/// Rounds while the task runs.
+const MOST_ROUNDS: u32 = 10;
+/// Bytes that are sent sooner than another round would be made.
+const LITTLE: u64 = 1 << 20;
+/// Memory from which on the task runs before all of it is in place, bytes.
+const LAZY: u64 = 64 << 20;
 /// Later than this after the stop nothing is decided any more: well inside the lander's lease.
 const DECIDE: Duration = Duration::from_secs(30);
 
@@ -118,14 +125,16 @@ impl<'j> Mover<'j> {
 
     /// All of it.
     fn bring(&mut self, link: &mut Link) -> Result<()> {
-        files::compare(self.job, link)?;
+        let carried = files::compare(self.job, &self.task.block.table_path()?, link)?;
         let sender = self.land(link)?;
+        let mut tracker = Tracker::start(self.job.pid)?;
+        self.rounds(&mut tracker, &sender)?;
         self.close_gates(link)?;
-        let mut session = self.stop()?;
+        let mut session = self.stop(carried)?;
         let stopped = session.stopped();
         // Its buffers stay large until it has ended.
         let _raised = self.flush(link, &session)?;
-        self.send(&mut session, &sender)?;
+        self.send(&mut session, &mut tracker, &sender)?;
         let parked = link.ask(
             &self.job.to,
             Request::Parked {
@@ -161,6 +170,7 @@ impl<'j> Mover<'j> {
             program: self.task.program(&mut self.client)?,
             moves: Some((job.r1, LANDER_LEASE)),
             image: None,
+            lazy: self.resident()? > LAZY,
             announce: false,
         };
         self.landed = true;
@@ -177,6 +187,15 @@ impl<'j> Mover<'j> {
         Ok(ImageSender::new(stream))
     }
 
+    /// Bytes of memory the task has.
+    fn resident(&self) -> Result<u64> {
+        let pid = self.job.pid;
+        let status = procfs::process::Process::new(pid)
+            .and_then(|p| p.status())
+            .with_context(|| format!("reading the status of process {pid}"))?;
+        Ok(status.rssanon.unwrap_or(0) * 1024)
+    }
+
     fn close_gates(&mut self, link: &mut Link) -> Result<()> {
         self.closed = true;
         let close = Request::CloseGate {
@@ -187,7 +206,26 @@ impl<'j> Mover<'j> {
         link.ask_all(&self.job.agents, &close, PATIENCE)
     }
 
-    fn stop(&mut self) -> Result<Session> {
+    /// Sends what there is while the task runs, until what is left is little, or does not become less.
+    fn rounds(&mut self, tracker: &mut Tracker, sender: &ImageSender) -> Result<()> {
+        if let Some(why) = tracker.why_not() {
+            self.moved.warnings.push(why.to_owned());
+            return Ok(());
+        }
+        let mut before = u64::MAX;
+        while self.moved.rounds < MOST_ROUNDS {
+            let round = tracker.round(&mut |at, data| sender.put(SPACE, at, data))?;
+            sender.round()?;
+            self.moved.rounds += 1;
+            if round.bytes < LITTLE || round.bytes > before / 4 * 3 {
+                break;
+            }
+            before = round.bytes;
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self, carried: Carried) -> Result<Session> {
         let opts = Options {
             pid: self.job.pid,
             image: Default::default(),
@@ -197,7 +235,7 @@ impl<'j> Mover<'j> {
             compress: Compress::None,
             tcp_established: false,
             progress: false,
-            carried: Carried::All,
+            carried,
             pvmd: Some(self.task.connection.ino),
         };
         Session::stop_with(&opts, &mut |_| quiet::stop(&self.task, quiet::PATIENCE))
@@ -229,13 +267,19 @@ impl<'j> Mover<'j> {
         self.job.agents.iter().filter(move |a| a.host != here)
     }
 
-    fn send(&mut self, session: &mut Session, sender: &ImageSender) -> Result<()> {
+    fn send(
+        &mut self,
+        session: &mut Session,
+        tracker: &mut Tracker,
+        sender: &ImageSender,
+    ) -> Result<()> {
         session.look(sender)?;
         let captured = self.task.capture(session, &mut self.client, sender)?;
         self.given.clone_from(&captured.mailbox);
         session.set_pvm(captured);
-        session.memory(sender, &ProgressBar::hidden())?;
-        self.moved.rounds = 1;
+        let (runs, _) = session.changes(tracker, sender)?;
+        sender.populated(SPACE, &runs)?;
+        self.moved.rounds += 1;
         let manifest = session.manifest()?;
         sender.finish(&manifest)
     }

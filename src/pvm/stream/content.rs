@@ -11,9 +11,9 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::frames::{Frame, LONGEST, Stream, Totals};
 use crate::dump::Sink;
-use crate::image::pages::PagesWriter;
-use crate::image::store::ImageWriter;
-use crate::image::{Compress, Manifest, SpaceId};
+use crate::image::rounds::Populated;
+use crate::image::{Manifest, RoundsWriter, SpaceId};
+use crate::kernel::arch;
 
 /// Kinds of frames.
 mod kind {
@@ -27,8 +27,15 @@ mod kind {
     pub const MANIFEST: u8 = 4;
     /// Its end, and the stream's.
     pub const END: u8 = 5;
+    /// Space, address, length (8): pages of zeros.
+    pub const ZEROS: u8 = 6;
+    /// A round is over.
+    pub const ROUND: u8 = 7;
+    /// Space (4 bytes); then runs of its pages that hold something: from, to (8 each).
+    pub const POPULATED: u8 = 8;
 }
 
+const PAGE: usize = arch::PAGE as usize;
 /// Space and address in front of pages.
 const PAGES_HEADER: usize = 12;
 /// Bytes sent in one frame: what is packed, and sent while the next is packed.
@@ -59,14 +66,56 @@ impl ImageSender {
     /// # Errors
     /// When the connection breaks.
     pub fn put(&self, space: SpaceId, addr: u64, data: &[u8]) -> Result<()> {
-        let mut addr = addr;
-        for piece in data.chunks(PIECE) {
-            let mut body = Vec::with_capacity(PAGES_HEADER + piece.len());
+        let mut at = 0;
+        while let Some(rest) = data.get(at..).filter(|rest| !rest.is_empty()) {
+            let mut pages = rest.chunks(PAGE).take(PIECE / PAGE);
+            let zero = pages.next().is_some_and(is_zero);
+            let same = 1 + pages.take_while(|page| is_zero(page) == zero).count();
+            let len = rest.len().min(same * PAGE);
+            let mut body = Vec::with_capacity(PAGES_HEADER + len);
             body.extend(space.to_be_bytes());
-            body.extend(addr.to_be_bytes());
-            body.extend_from_slice(piece);
-            self.stream().send(kind::PAGES, &body)?;
-            addr += piece.len() as u64;
+            body.extend((addr + at as u64).to_be_bytes());
+            if zero {
+                body.extend((len as u64).to_be_bytes());
+                self.stream().send(kind::ZEROS, &body)?;
+            } else {
+                body.extend_from_slice(rest.get(..len).unwrap_or_default());
+                self.stream().send(kind::PAGES, &body)?;
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// Says that a round is over, and waits until all of it has arrived; the receiver does what can be done now.
+    ///
+    /// # Errors
+    /// When the connection breaks, or the receiver says anything else.
+    pub fn round(&self) -> Result<()> {
+        let mut stream = self.stream();
+        stream.send(kind::ROUND, &[])?;
+        stream.flush()?;
+        match stream.recv()? {
+            Some(Frame {
+                kind: kind::ROUND, ..
+            }) => Ok(()),
+            Some(_) => bail!("the receiver says something odd"),
+            None => bail!("the receiver has gone"),
+        }
+    }
+
+    /// Says which pages of a space hold something: of what was sent only those count.
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub fn populated(&self, space: SpaceId, runs: &[(u64, u64)]) -> Result<()> {
+        for part in runs.chunks(PIECE / 16) {
+            let mut body = space.to_be_bytes().to_vec();
+            for (from, to) in part {
+                body.extend(from.to_be_bytes());
+                body.extend(to.to_be_bytes());
+            }
+            self.stream().send(kind::POPULATED, &body)?;
         }
         Ok(())
     }
@@ -110,14 +159,6 @@ impl ImageSender {
         stream.flush()
     }
 
-    /// Puts what was sent so far on its way.
-    ///
-    /// # Errors
-    /// When the connection breaks.
-    pub fn flush(&self) -> Result<()> {
-        self.stream().flush()
-    }
-
     /// What was sent so far.
     pub fn totals(&self) -> Totals {
         self.stream().totals()
@@ -140,7 +181,8 @@ impl Sink for ImageSender {
 /// When the connection breaks or ends before the image does, or what arrives makes no sense. What was received
 /// so far is gone then.
 pub fn receive(stream: &mut Stream, path: &Path) -> Result<()> {
-    let writer = ImageWriter::create(path, None, Compress::None)?;
+    let writer = RoundsWriter::create(path)?;
+    let mut populated = Populated::new();
     let mut manifest = Vec::new();
     let mut object: Option<File> = None;
     loop {
@@ -148,7 +190,20 @@ pub fn receive(stream: &mut Stream, path: &Path) -> Result<()> {
             bail!("the stream ended before the task was whole");
         };
         match kind {
-            kind::PAGES => pages(writer.pages(), &body)?,
+            kind::PAGES => {
+                let (space, addr, data) = place(&body)?;
+                writer.put(space, addr, data)?;
+            }
+            kind::ZEROS => zeros(&writer, &body)?,
+            kind::ROUND => {
+                writer.settle()?;
+                stream.send(kind::ROUND, &[])?;
+                stream.flush()?;
+            }
+            kind::POPULATED => {
+                let (space, runs) = runs(&body)?;
+                populated.entry(space).or_default().extend(runs);
+            }
             kind::OBJECT => {
                 let mut file = match object.take() {
                     Some(file) => file,
@@ -188,18 +243,55 @@ pub fn receive(stream: &mut Stream, path: &Path) -> Result<()> {
     }
     let manifest: Manifest =
         serde_json::from_slice(&manifest).context("the manifest that arrived is none")?;
-    writer.finish(&manifest)?;
+    // It is needed for this move only.
+    writer.finish(&manifest, &populated, false)?;
     Ok(())
 }
 
-fn pages(writer: &PagesWriter, body: &[u8]) -> Result<()> {
+/// Space, address and what follows them.
+fn place(body: &[u8]) -> Result<(SpaceId, u64, &[u8])> {
     let Some((header, data)) = body.split_first_chunk::<PAGES_HEADER>() else {
         bail!("a frame of pages is too short");
     };
     let [a, b, c, d, e, f, g, h, i, j, k, l] = *header;
     let space = SpaceId::from_be_bytes([a, b, c, d]);
-    let addr = u64::from_be_bytes([e, f, g, h, i, j, k, l]);
-    writer.put(space, addr, data)
+    Ok((space, u64::from_be_bytes([e, f, g, h, i, j, k, l]), data))
+}
+
+fn zeros(writer: &RoundsWriter, body: &[u8]) -> Result<()> {
+    let (space, addr, len) = place(body)?;
+    let len = u64::from_be_bytes(len.try_into().context("a frame of zeros is too short")?);
+    if len > PIECE as u64 {
+        bail!("a frame tells of {len} zeros at once");
+    }
+    writer.put(space, addr, &vec![0; len as usize])
+}
+
+fn runs(body: &[u8]) -> Result<(SpaceId, Vec<(u64, u64)>)> {
+    let Some((space, rest)) = body.split_first_chunk() else {
+        bail!("a frame of runs is too short");
+    };
+    let word = |bytes: &[u8], at: usize| {
+        let word = bytes.get(at..at + 8)?.try_into().ok()?;
+        Some(u64::from_be_bytes(word))
+    };
+    let runs = rest.chunks(16).map(|run| word(run, 0).zip(word(run, 8)));
+    let runs: Vec<(u64, u64)> = runs
+        .collect::<Option<_>>()
+        .context("a frame of runs ends in the middle of one")?;
+    let mut end = 0;
+    for (from, to) in &runs {
+        let aligned = from % PAGE as u64 == 0 && to % PAGE as u64 == 0;
+        if !aligned || *from < end || to <= from {
+            bail!("the run {from:#x}-{to:#x} is none, or in the wrong place");
+        }
+        end = *to;
+    }
+    Ok((SpaceId::from_be_bytes(*space), runs))
+}
+
+fn is_zero(page: &[u8]) -> bool {
+    page.iter().all(|byte| *byte == 0)
 }
 
 const _: () = assert!(PIECE + PAGES_HEADER <= LONGEST);
