@@ -22,7 +22,7 @@ use mistctl::pvm::flush::{self, Drain};
 use mistctl::pvm::quiet;
 use mistctl::pvm::shimabi::block::wait;
 use mistctl::pvm::tid::Tid;
-use mistctl::pvm::wire::Body;
+use mistctl::pvm::wire::{Body, Reader};
 use nix::libc;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -44,6 +44,11 @@ fn main() -> ExitCode {
             multicast,
         ),
         ("not while a send is half out", sending),
+        ("while it waits for an entry of the mailbox", waits_for_info),
+        (
+            "not while it waits for an entry that it will take away",
+            waits_to_take,
+        ),
         ("while it waits for messages, and outside libpvm", waiting),
         (
             "what stands in a sender's socket comes before a marker",
@@ -289,6 +294,46 @@ fn sending(kit: &Path) {
     let to = other.enrol();
     not_frozen(&vm, &mut task, &format!("big {to:x} 7 3000000"), "sending");
     assert!(other.ask("recv -1 7").contains("text big"));
+}
+
+/// pvm_recvinfo with PvmMboxWaitForInfo may wait for ever: the image says what is to be asked again.
+fn waits_for_info(kit: &Path) {
+    let vm = Vm::start(kit);
+    let (mut task, mut other) = (vm.actor(), vm.actor());
+    let v = task.enrol();
+    other.enrol();
+    let block = task.block();
+    task.tell("get later 0 32");
+    until("the task to wait", || block.asking().unwrap() == 1);
+    let asked = dumped(&vm, &format!("t{v:x}"), "image").pvm.unwrap().asked;
+    let asked = asked.expect("it asks nothing");
+    assert_ne!(asked.wait_id, 0);
+    let mut reader = Reader::new(&asked.body);
+    assert_eq!(reader.int().unwrap(), 3, "TMDB_GET");
+    assert_eq!(reader.tid().unwrap(), Tid(v));
+    assert_eq!(reader.text().unwrap(), "later");
+    // Where it runs on, the answer comes to it.
+    other.ask("put later now 0");
+    assert!(task.answer().contains("text now"));
+    let asked = dumped(&vm, &format!("t{v:x}"), "idle").pvm.unwrap().asked;
+    assert_eq!(asked, None);
+}
+
+fn waits_to_take(kit: &Path) {
+    let vm = Vm::start(kit);
+    let (mut task, mut other) = (vm.actor(), vm.actor());
+    task.enrol();
+    other.enrol();
+    let found = Task::find(task.pid()).unwrap().unwrap();
+    // PvmMboxWaitForInfo and PvmMboxReadAndDelete
+    task.tell("get later 0 48");
+    until("the task to wait", || found.block.asking().unwrap() == 1);
+    let stopped = quiet::stop(&found, SHORT);
+    let error = format!("{:#}", stopped.map(drop).expect_err("it was frozen"));
+    assert!(error.contains("PvmMboxReadAndDelete"), "{error}");
+    // PvmMboxOverWritable: others may take it away.
+    other.ask("put later now 4");
+    assert!(task.answer().contains("text now"));
 }
 
 fn waiting(kit: &Path) {

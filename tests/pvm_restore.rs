@@ -29,7 +29,7 @@ type Test = fn(&Scene) -> Result<()>;
 fn main() -> ExitCode {
     let mut args = Arguments::from_args();
     args.test_threads = Some(1);
-    let tests: [(&str, Test); 11] = [
+    let tests: [(&str, Test); 12] = [
         ("a_task_comes_back_and_its_partners_go_on", comes_back),
         ("a_task_comes_back_on_another_host", on_another_host),
         (
@@ -38,6 +38,7 @@ fn main() -> ExitCode {
         ),
         ("a_task_that_lives_is_not_restored", living),
         ("megabytes_that_were_not_read_move_along", much_unread),
+        ("a_task_that_waits_for_info_asks_again", waits_for_info),
         ("a_move_runs_when_the_old_one_has_ended", runs_when_ended),
         (
             "a_lease_that_ends_beside_a_living_task_ends_the_new_one",
@@ -265,6 +266,28 @@ fn restore(scene: &Scene, host: &str, image: &Path, more: &str) -> Result<Value>
 fn until_receives(scene: &Scene, host: &str, pid: i32) -> Result<()> {
     let block = TaskBlock::find(inside(scene, host, pid)?)?.context("no block")?;
     stage::until_waits(&block, mistctl::pvm::shimabi::block::wait::RECEIVE);
+    Ok(())
+}
+
+/// Its pvmd forgot with it that it waits for an entry of the mailbox.
+fn waits_for_info(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    let pid = worker.pid();
+    let block = TaskBlock::find(inside(scene, "h1", pid)?)?.context("no block")?;
+    // PvmMboxWaitForInfo
+    worker.tell("get later 0 32");
+    stage::until("the task to wait for its pvmd", || {
+        block.asking().unwrap() == 1
+    });
+    let image = scene.dump("h1", pid, "image", "--kill")?;
+    restore(scene, "h0", &image, "")?;
+    ensure!(boss.ask("put later text 0") == "0");
+    let answer = worker.answer();
+    ensure!(answer.contains("text text"), "{answer}");
+    ensure!(worker.ask("mytid") == format!("{v:x}"));
+    worker.leave();
+    boss.leave();
     Ok(())
 }
 

@@ -26,6 +26,9 @@ pub struct PvmTask {
     /// Where pvmd sends its output and traces: tid (real), context, tag.
     pub output_to: (u32, u32, i32),
     pub trace_to: (u32, u32, i32),
+    /// What it waits for an answer to, and is to be asked again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub asked: Option<Asked>,
     /// Mailbox entries it owns that vanish with it.
     pub mailbox: Vec<MailboxEntry>,
     /// Where the shim's block and libpvm's variables are in its memory.
@@ -43,6 +46,15 @@ pub struct Unread {
     /// Name (hash) of the carried object that holds them otherwise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub object: Option<String>,
+}
+
+/// A question about the mailbox (TM_DB) whose answer comes when somebody puts the entry there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Asked {
+    /// libpvm knows the answer by it.
+    pub wait_id: u32,
+    /// Its second word is the tid of the incarnation that asks.
+    pub body: Bytes,
 }
 
 /// One entry of PVM's mailbox (pvm_putinfo).

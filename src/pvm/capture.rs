@@ -16,6 +16,7 @@ use crate::image::Bytes;
 use crate::image::pvm::{MailboxEntry, PvmTask, Unread};
 use crate::kernel::guardian::Guardian;
 use crate::kernel::mem::Mem;
+use crate::pvm::asked;
 use crate::pvm::block::TaskBlock;
 use crate::pvm::client::{Client, Pvmd};
 use crate::pvm::connection::{Connection, Daemons};
@@ -188,6 +189,8 @@ impl Task {
             unread: keep(unread, sink)?,
             output_to,
             trace_to,
+            asked: asked::question(&self.block, mem)
+                .with_context(|| format!("what task {} asks its pvmd", self.v))?,
             mailbox: self.mailbox(client)?,
             block: self.block.address(),
             table: (self.block.table()?, self.block.table_len()?),

@@ -1,6 +1,7 @@
 //! PVM: the task-pvmd protocol, the tid table of a host, and what tasks under the shim publish.
 
 pub mod agent;
+pub mod asked;
 pub mod block;
 pub mod capture;
 pub mod client;

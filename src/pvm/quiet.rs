@@ -14,6 +14,7 @@ use crate::error::Failure;
 use crate::kernel::arch::{ERESTARTNOHAND, Regs};
 use crate::kernel::batch::Held;
 use crate::kernel::mem::Mem;
+use crate::pvm::asked::{self, Waits};
 use crate::pvm::block::{Freezable, TaskBlock};
 use crate::pvm::capture::Task;
 
@@ -34,7 +35,7 @@ pub fn stop(task: &Task, limit: Duration) -> Result<HeldProcess> {
     let mut wait = FIRST_WAIT;
     loop {
         // Looked at first while it runs: a task in the middle of something is not stopped for nothing.
-        let why = match block.freezable()? {
+        let why = match freezable(block)? {
             Freezable::No(why) => why,
             Freezable::Outside | Freezable::IfInSelect => {
                 let held = HeldProcess::stop(block.pid())?;
@@ -68,7 +69,7 @@ pub fn look(held: &HeldProcess, task: &Task) -> Result<Option<&'static str>> {
             held.pid
         )));
     }
-    match block.freezable()? {
+    match freezable(block)? {
         Freezable::Outside => Ok(None),
         Freezable::No(why) => Ok(Some(why)),
         Freezable::IfInSelect => {
@@ -83,6 +84,17 @@ pub fn look(held: &HeldProcess, task: &Task) -> Result<Option<&'static str>> {
             })
         }
     }
+}
+
+/// What the block says; a question that may stay open for ever can be asked again.
+fn freezable(block: &TaskBlock) -> Result<Freezable> {
+    Ok(match (block.freezable()?, asked::waits(block)?) {
+        (Freezable::No(_), Waits::ForInfo) => Freezable::IfInSelect,
+        (Freezable::No(_), Waits::ToTake) => Freezable::No(
+            "it waits in pvm_recvinfo for an entry of the mailbox that it will take away (PvmMboxReadAndDelete)",
+        ),
+        (freezable, _) => freezable,
+    })
 }
 
 fn never(block: &TaskBlock, limit: Duration, why: &str) -> anyhow::Error {

@@ -1,12 +1,13 @@
 //! What a task's image needs to be restored here, besides what any image needs.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
-use pvm_abi::place;
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::socket::{MsgFlags, send};
+use pvm_abi::{CTX_TM, place};
 
 use super::Agent;
 use super::arrival::Arrived;
@@ -19,11 +20,12 @@ use super::reach::{Bridge, Reach};
 use super::unread::FarEnd;
 use crate::image::memory::Backing;
 use crate::image::process::Process;
-use crate::image::pvm::PvmTask;
+use crate::image::pvm::{Asked, PvmTask};
 use crate::image::store::Image;
 use crate::kernel::remote::Remote;
 use crate::pvm::client::{Client, Pvmd};
 use crate::pvm::tid::Tid;
+use crate::pvm::wire::{LONGEST_FRAGMENT, Message, XDR, tm};
 use crate::restore::{self, Guest, Replaced};
 
 /// A task on its way into this process.
@@ -176,9 +178,12 @@ impl Guest for Task<'_> {
     }
 
     fn may_run(&mut self, warnings: &[String]) -> Result<()> {
-        let (_, far) = self.ends.as_ref().context("no connection")?;
+        let (connection, far) = self.ends.as_ref().context("no connection")?;
         far.put(&self.unread)
             .context("what the task had not read")?;
+        if let Some(asked) = &self.task.asked {
+            ask_again(connection, self.r, asked).context("what the task asks its pvmd")?;
+        }
         let null = std::fs::File::options()
             .read(true)
             .write(true)
@@ -242,6 +247,27 @@ fn readdress(unread: &mut [u8], r: Tid) {
         }
         rest = behind.get_mut(len as usize..).unwrap_or_default();
     }
+}
+
+/// Writes a question of the task's into its connection, as libpvm had done in the old one.
+fn ask_again(connection: &OwnedFd, r: u32, asked: &Asked) -> Result<()> {
+    let mut body = asked.body.to_vec();
+    // Who asks: behind what is asked for.
+    let who = body.get_mut(4..8).context("the image is damaged")?;
+    who.copy_from_slice(&r.to_be_bytes());
+    let message = Message {
+        src: Tid(r),
+        dst: Tid::PVMD,
+        tag: tm::DB,
+        ctx: CTX_TM as u32,
+        wait: asked.wait_id,
+        encoding: XDR,
+        body,
+    };
+    let bytes = message.encode(LONGEST_FRAGMENT);
+    let sent = send(connection.as_raw_fd(), &bytes, MsgFlags::MSG_NOSIGNAL)?;
+    ensure!(sent == bytes.len(), "the pvmd takes nothing");
+    Ok(())
 }
 
 fn unread_of(image: &Image, task: &PvmTask) -> Result<Vec<u8>> {
