@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use anyhow::{Context, Result};
 use procfs::process::{MMPermissions, MMapPath, MemoryMap, Process, VmFlags};
 
-use super::tables::{Content, Tables};
+use super::tables::Tables;
 use crate::error::Failure;
 use crate::image::memory::{Backing, SharedKind, Vma};
 use crate::kernel::arch::TASK_SIZE;
@@ -135,7 +135,7 @@ fn behind(pid: i32, m: &MemoryMap, path: &str, tables: &mut Tables) -> Result<Ba
             Ok((meta.size(), SharedKind::Anonymous))
         })?;
         if new {
-            tables.contents.push(Content { memory, file });
+            tables.content(memory, file);
         }
         return Ok(Backing::Shared { memory });
     }
@@ -178,7 +178,7 @@ fn sysv(pid: i32, m: &MemoryMap, tables: &mut Tables) -> Result<Backing> {
         ))
     })?;
     if new {
-        tables.contents.push(Content { memory, file });
+        tables.content(memory, file);
     }
     Ok(Backing::Shared { memory })
 }

@@ -81,6 +81,7 @@ impl Tables {
         self.shared_memory.push(SharedMemory {
             space: self.next_space,
             size,
+            huge_page: None,
             kind,
         });
         self.next_space += 1;
@@ -97,9 +98,17 @@ impl Tables {
         })?;
         if new && meta.size() > 0 {
             let file = reopen_readable(fd).with_context(|| format!("{link}: open for reading"))?;
-            self.contents.push(Content { memory, file });
+            self.content(memory, file);
         }
         Ok(memory)
+    }
+
+    /// Notes the content of a new object of shared memory.
+    pub fn content(&mut self, memory: u32, file: File) {
+        if let Some(object) = self.shared_memory.get_mut(memory as usize) {
+            object.huge_page = huge_page(&file);
+        }
+        self.contents.push(Content { memory, file });
     }
 
     pub fn warn(&mut self, text: String) {
@@ -125,6 +134,12 @@ fn reopen_readable(fd: BorrowedFd<'_>) -> Result<File> {
 
 const HUGETLBFS_MAGIC: nix::sys::statfs::FsType = nix::sys::statfs::FsType(0x958458f6);
 
+/// Bytes of a page of a file of hugetlbfs.
+pub fn huge_page(file: &File) -> Option<u64> {
+    let fs = nix::sys::statfs::fstatfs(file).ok()?;
+    (fs.filesystem_type() == HUGETLBFS_MAGIC).then(|| fs.block_size() as u64)
+}
+
 fn shared_kind(fd: BorrowedFd<'_>, meta: &std::fs::Metadata, link: &str) -> Result<SharedKind> {
     let bare = link.strip_suffix(" (deleted)").unwrap_or(link);
     if meta.nlink() == 0
@@ -133,12 +148,15 @@ fn shared_kind(fd: BorrowedFd<'_>, meta: &std::fs::Metadata, link: &str) -> Resu
         // An O_PATH descriptor cannot be asked; reopened it can.
         let owned: OwnedFd = reopen_readable(fd)?.into();
         let seals = crate::kernel::fds::seals(owned.as_fd()).context("F_GET_SEALS")?;
-        let fs = nix::sys::statfs::fstatfs(&owned).context("fstatfs")?;
         return Ok(SharedKind::Memfd {
             name: name.to_owned(),
             seals,
-            hugetlb: fs.filesystem_type() == HUGETLBFS_MAGIC,
+            hugetlb: huge_page(&File::from(owned)).is_some(),
         });
+    }
+    // MAP_SHARED|MAP_ANONYMOUS|MAP_HUGETLB; who opened a file of this name would have it elsewhere.
+    if bare == "/anon_hugepage" {
+        return Ok(SharedKind::Anonymous);
     }
     Ok(SharedKind::DeletedFile {
         path: bare.to_owned(),

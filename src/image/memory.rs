@@ -67,6 +67,9 @@ pub struct SharedMemory {
     /// Where its bytes are in `pages` (addresses are offsets in the object).
     pub space: SpaceId,
     pub size: u64,
+    /// Bytes of a page, where that is one of hugetlbfs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub huge_page: Option<u64>,
     pub kind: SharedKind,
 }
 

@@ -1,8 +1,8 @@
 //! Shared memory without a file of its own: MAP_SHARED|MAP_ANONYMOUS, and System V segments (shmget(2)).
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use anyhow::{Context, Result};
 
@@ -14,16 +14,25 @@ fn check(r: i64, what: &str) -> Result<i64> {
     }
 }
 
-/// An object as MAP_SHARED|MAP_ANONYMOUS makes it, as a descriptor that can be mapped elsewhere.
-pub fn anonymous(size: u64) -> Result<OwnedFd> {
-    let len = usize::try_from(size.max(1)).context("size of shared memory")?;
+/// How mmap(2), memfd_create(2) and shmget(2) are told the size of huge pages: its logarithm, in the same bits.
+pub fn huge_flag(page: Option<u64>) -> i32 {
+    page.map_or(0, |p| (p.max(1).ilog2() << libc::MAP_HUGE_SHIFT) as i32)
+}
+
+/// An object as MAP_SHARED|MAP_ANONYMOUS makes it, as a descriptor that can be mapped elsewhere; of huge pages of
+/// this size where one is given.
+pub fn anonymous(size: u64, huge_page: Option<u64>) -> Result<OwnedFd> {
+    let page = huge_page.unwrap_or(4096).max(1);
+    let len = size.max(1).checked_next_multiple_of(page);
+    let len = usize::try_from(len.context("size of shared memory")?)?;
+    let huge = huge_page.map_or(0, |_| libc::MAP_HUGETLB) | huge_flag(huge_page);
     // SAFETY: a fresh mapping at an address the kernel chooses; nobody else knows it.
     let at = unsafe {
         libc::mmap(
             std::ptr::null_mut(),
             len,
             libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | huge,
             -1,
             0,
         )
@@ -32,7 +41,7 @@ pub fn anonymous(size: u64) -> Result<OwnedFd> {
         return Err(io::Error::last_os_error()).context("mapping shared memory");
     }
     let start = at as usize;
-    let end = start + len.next_multiple_of(4096);
+    let end = start + len;
     let path = format!("/proc/self/map_files/{start:x}-{end:x}");
     let file = OpenOptions::new().read(true).write(true).open(&path);
     // SAFETY: the mapping made above, which nothing refers to.
@@ -73,11 +82,13 @@ pub fn stat(id: i32) -> Result<Segment> {
     })
 }
 
-/// Makes a segment; with `id` if nobody has it and we may choose (CAP_CHECKPOINT_RESTORE).
-pub fn create(key: i32, size: u64, mode: u32, id: i32) -> Result<i32> {
+/// Makes a segment, of huge pages of this size where one is given; with `id` if nobody has it and we may choose
+/// (CAP_CHECKPOINT_RESTORE).
+pub fn create(key: i32, size: u64, huge_page: Option<u64>, mode: u32, id: i32) -> Result<i32> {
     // Without the right to choose, any id is taken.
     let _ = std::fs::write("/proc/sys/kernel/shm_next_id", id.to_string());
-    let flags = libc::IPC_CREAT | libc::IPC_EXCL | (mode & 0o777) as i32;
+    let huge = huge_page.map_or(0, |_| libc::SHM_HUGETLB) | huge_flag(huge_page);
+    let flags = libc::IPC_CREAT | libc::IPC_EXCL | (mode & 0o777) as i32 | huge;
     // SAFETY: plain numbers.
     let r = unsafe { libc::shmget(key, size as usize, flags) };
     Ok(check(
@@ -109,14 +120,40 @@ pub fn remove(id: i32) -> Result<()> {
     check(r.into(), &format!("removing shared memory segment {id}")).map(drop)
 }
 
-/// A segment attached to us, for writing its content.
-pub struct Attached {
+/// Shared memory mapped to us, for writing its content.
+pub struct Mapped {
     at: *mut u8,
     size: usize,
+    attached: bool,
 }
 
-impl Attached {
-    pub fn new(id: i32, size: u64) -> Result<Self> {
+impl Mapped {
+    /// A file, from its beginning.
+    pub fn new(file: &File, size: u64) -> Result<Self> {
+        let size = usize::try_from(size)?;
+        // SAFETY: a fresh mapping at an address the kernel chooses; nobody else knows it.
+        let at = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                size,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        if at == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error()).context("mapping shared memory");
+        }
+        Ok(Self {
+            at: at.cast(),
+            size,
+            attached: false,
+        })
+    }
+
+    /// A segment.
+    pub fn attach(id: i32, size: u64) -> Result<Self> {
         // SAFETY: a null address lets the kernel choose a free one.
         let at = unsafe { libc::shmat(id, std::ptr::null(), 0) };
         if at as isize == -1 {
@@ -126,24 +163,47 @@ impl Attached {
         Ok(Self {
             at: at.cast(),
             size: size as usize,
+            attached: true,
         })
     }
 
-    /// Writes `data` at `offset`; what lies outside the segment is left out.
-    pub fn write(&mut self, offset: u64, data: &[u8]) {
-        let Ok(offset) = usize::try_from(offset) else {
-            return;
-        };
+    /// Writes `data` at `offset`, of whole pages; what lies outside the object is left out.
+    ///
+    /// # Errors
+    /// There is no memory for it.
+    pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<()> {
+        let offset = usize::try_from(offset)?;
         let len = data.len().min(self.size.saturating_sub(offset));
-        // SAFETY: `offset + len` is at most the segment's size, which stays attached while we live; the
-        // source is ours and cannot overlap a mapping made after it.
-        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), self.at.add(offset), len) };
+        if len == 0 {
+            return Ok(());
+        }
+        // SAFETY: `offset + len` is at most the object's size, which stays mapped while we live; the source is
+        // ours and cannot overlap a mapping made after it. Pages that cannot be had are an error first, not a
+        // signal.
+        unsafe {
+            let to = self.at.add(offset);
+            if libc::madvise(to.cast(), len, libc::MADV_POPULATE_WRITE) < 0 {
+                let e = io::Error::last_os_error();
+                // Linux before 5.14 has no such advice.
+                if e.raw_os_error() != Some(libc::EINVAL) {
+                    return Err(e).context("getting pages of shared memory");
+                }
+            }
+            std::ptr::copy_nonoverlapping(data.as_ptr(), to, len);
+        }
+        Ok(())
     }
 }
 
-impl Drop for Attached {
+impl Drop for Mapped {
     fn drop(&mut self) {
-        // SAFETY: the address shmat gave; no reference into it is left.
-        unsafe { libc::shmdt(self.at.cast()) };
+        // SAFETY: what mmap or shmat gave; no reference into it is left.
+        unsafe {
+            if self.attached {
+                libc::shmdt(self.at.cast());
+            } else {
+                libc::munmap(self.at.cast(), self.size);
+            }
+        }
     }
 }

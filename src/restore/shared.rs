@@ -48,14 +48,20 @@ impl SharedObjects {
             return self.segment(image, i, object);
         }
         let fd = match object.kind {
-            SharedKind::Anonymous => shm::anonymous(object.size)?,
+            SharedKind::Anonymous => shm::anonymous(object.size, object.huge_page)?,
             _ => memfd::create(object, &mut self.warnings)?,
         };
         let file = File::from(fds::dup_above(fd.as_fd(), floor)?);
         drop(fd);
-        self.fill(image, object, &mut |at, data| {
-            Ok(file.write_all_at(data, at)?)
-        })?;
+        if object.huge_page.is_some() {
+            // Its file system reads and maps, and does not write.
+            let mut to = shm::Mapped::new(&file, object.size).with_context(|| few(object))?;
+            self.fill(image, object, &mut |at, data| to.write(at, data))?;
+        } else {
+            self.fill(image, object, &mut |at, data| {
+                Ok(file.write_all_at(data, at)?)
+            })?;
+        }
         let fd = OwnedFd::from(file);
         memfd::finish(object, fd.as_fd())?;
         self.fds.insert(i, fd);
@@ -98,12 +104,16 @@ impl SharedObjects {
             return Ok(());
         };
         let ephemeral = mode & shm::SHM_DEST != 0;
-        let there = shm::stat(shmid)
-            .ok()
-            .filter(|s| s.key == key && s.size == object.size && s.uid == uid && s.gid == gid);
+        let whole = |size: u64| size.next_multiple_of(object.huge_page.unwrap_or(1).max(1));
+        let there = shm::stat(shmid).ok().filter(|s| {
+            s.key == key && whole(s.size) == object.size && s.uid == uid && s.gid == gid
+        });
         let (id, attached) = match there {
             Some(s) => (shmid, s.attached),
-            None => (shm::create(key, object.size, mode, shmid)?, 0),
+            None => {
+                let made = shm::create(key, object.size, object.huge_page, mode, shmid);
+                (made.with_context(|| few(object))?, 0)
+            }
         };
         self.segments.insert(
             i,
@@ -123,11 +133,8 @@ impl SharedObjects {
             ));
             return Ok(());
         }
-        let mut to = shm::Attached::new(id, object.size)?;
-        self.fill(image, object, &mut |at, data| {
-            to.write(at, data);
-            Ok(())
-        })?;
+        let mut to = shm::Mapped::attach(id, object.size)?;
+        self.fill(image, object, &mut |at, data| to.write(at, data))?;
         if there.is_none() {
             shm::set_owner(id, uid, gid, mode)?;
         }
@@ -144,6 +151,19 @@ impl SharedObjects {
             }
         }
         Ok(())
+    }
+}
+
+/// What to do when an object cannot be had.
+fn few(object: &SharedMemory) -> String {
+    match object.huge_page {
+        Some(page) => format!(
+            "{} huge pages of {} KiB are needed here (/sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages)",
+            object.size.div_ceil(page.max(1)),
+            page >> 10,
+            page >> 10
+        ),
+        None => format!("{} bytes of memory are needed here", object.size),
     }
 }
 

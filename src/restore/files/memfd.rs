@@ -9,20 +9,20 @@ use anyhow::{Context, Result, bail};
 use nix::sys::memfd::MFdFlags;
 
 use crate::image::memory::{SharedKind, SharedMemory};
-use crate::kernel::fds;
+use crate::kernel::{fds, shm};
 
 /// Makes the object, of the right size and empty; its content is written through the descriptor, which is open for
 /// reading and writing, and then [`finish`] is called. For memfds and deleted files only.
 pub fn create(memory: &SharedMemory, warnings: &mut Vec<String>) -> Result<OwnedFd> {
     let fd = match &memory.kind {
-        SharedKind::Memfd { name, hugetlb, .. } => memfd(name, *hugetlb)?,
+        SharedKind::Memfd { name, hugetlb, .. } => memfd(name, *hugetlb, memory.huge_page)?,
         SharedKind::DeletedFile { path, .. } => match unnamed(path) {
             Ok(fd) => fd,
             Err(e) => {
                 warnings.push(format!(
                     "{path} (deleted): lives in memory now, for there can be no file in its directory: {e:#}"
                 ));
-                memfd(&last_name(path), false)?
+                memfd(&last_name(path), false, None)?
             }
         },
         other => bail!("{other:?} is no file"),
@@ -46,12 +46,13 @@ pub fn finish(memory: &SharedMemory, fd: BorrowedFd<'_>) -> Result<()> {
     }
 }
 
-fn memfd(name: &str, hugetlb: bool) -> Result<OwnedFd> {
+fn memfd(name: &str, hugetlb: bool, huge_page: Option<u64>) -> Result<OwnedFd> {
     // 249 bytes is the longest name (memfd_create(2)).
     let name = CString::new(name.get(..249).unwrap_or(name))?;
     let mut flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
     if hugetlb {
         flags |= MFdFlags::MFD_HUGETLB;
+        flags |= MFdFlags::from_bits_retain(shm::huge_flag(huge_page) as u32);
     }
     nix::sys::memfd::memfd_create(name.as_c_str(), flags).context("memfd_create")
 }
