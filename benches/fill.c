@@ -15,6 +15,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -158,7 +159,7 @@ static double fill(enum way way, size_t len)
 int main(int argc, char **argv)
 {
 	if (argc != 4) {
-		fprintf(stderr, "usage: fill write|fill FILE MIB\n");
+		fprintf(stderr, "usage: fill write|fork|fill FILE MIB\n");
 		return 2;
 	}
 	size_t len = strtoull(argv[3], 0, 10) << 20;
@@ -176,6 +177,21 @@ int main(int argc, char **argv)
 		if (fsync(fd))
 			die("fsync");
 		printf("{\"plain write\": %.3f}\n", now() - start);
+		return 0;
+	}
+	if (!strcmp(argv[1], "fork")) {
+		char *m = mmap(0, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		for (size_t at = 0; m != MAP_FAILED && at < len; at += 4096)
+			m[at] = 1;
+		double start = now();
+		pid_t child = syscall(SYS_fork);
+		if (!child)
+			_exit(0);
+		double took = now() - start;
+		if (child < 0)
+			die("fork");
+		waitpid(child, 0, 0);
+		printf("{\"plain fork\": %.3f}\n", took);
 		return 0;
 	}
 	fd = open(argv[2], O_RDONLY);

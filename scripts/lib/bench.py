@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 
+import late
+
 MIB = 1 << 20
 
 
@@ -133,6 +135,8 @@ class Bench:
         program = Program(self, mib, "sleep")
         plain = os.path.join(self.dir, "plain")
         for _ in range(dumps):
+            if mib >= 1024:
+                self.note(f"fork {name}", self.yardstick("fork", mib, plain)["plain fork"])
             if mib == 1024:
                 self.note("plain write", self.yardstick("write", mib, plain)["plain write"])
                 os.unlink(plain)
@@ -207,6 +211,8 @@ class Bench:
         reach = {"8 MiB": 3, "1 GiB": 30, "4 GiB": 110}
         for s in sizes:
             row(f"blackout, {s}", low(f"blackout {s}"), mid(f"blackout {s}"), reach[s], "ms", f"<= {reach[s]} ms")
+            if f"fork {s}" in self.figures:
+                row(f"  a plain fork of as much, {s}", low(f"fork {s}"), mid(f"fork {s}"), None, "ms", "")
             row(f"  longest gap the program saw, {s}", low(f"gap {s}"), mid(f"gap {s}"), None, "ms", "")
         if "cow us a page" in self.figures:
             row("  copy-on-write afterwards", low("cow us a page"), mid("cow us a page"), None, "us/page", "")
@@ -241,7 +247,11 @@ def main():
     p.add_argument("--out", required=True)
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--sizes", default="8,1024,4096")
+    p.add_argument("--times", action="store_true")
     args = p.parse_args()
+    if args.times:
+        late.table(args)
+        return
     bench = Bench(args)
     before = os.getloadavg()
     for mib in map(int, args.sizes.split(",")):

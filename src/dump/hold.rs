@@ -14,7 +14,8 @@ use crate::image::threads::Resume;
 use crate::kernel::arch::Regs;
 use crate::kernel::batch::Held;
 use crate::kernel::mem::Mem;
-use crate::kernel::tracee::{Stop, Tracee};
+use crate::kernel::sched::Urgent;
+use crate::kernel::tracee::{Stop, Tracee, monotonic_ns};
 
 /// How long a thread may take to stop. They take some ten microseconds.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -50,6 +51,7 @@ impl HeldProcess {
             tail,
             released: false,
         };
+        let _urgent = Urgent::new();
         let mut known = BTreeSet::new();
         loop {
             let new: Vec<i32> = thread_ids(pid)?
@@ -259,6 +261,7 @@ fn hold(
     tail: &mut Tail,
 ) -> Result<Option<Held>> {
     for _ in 0..TRIES {
+        let stopped_at = monotonic_ns();
         let stopped_by = match stop {
             Stop::Interrupt { signal } if signal != libc::SIGTRAP => Some(signal),
             _ => None,
@@ -270,6 +273,7 @@ fn hold(
             regs,
             program: regs,
             resume: Resume::Run,
+            stopped_at,
             deadline: None,
             noted: None,
             sigmask,

@@ -20,6 +20,7 @@ use crate::image::process::Process;
 use crate::image::pvm::PvmTask;
 use crate::image::{FORMAT_NAME, FORMAT_VERSION, Fd, Manifest, SpaceId, Vma};
 use crate::kernel::guardian::Guardian;
+use crate::kernel::sched::Urgent;
 use crate::kernel::{caps, pidfd};
 
 /// Processes that stand still, and what is known of them. Dropped, it lets them go on as if nothing had happened.
@@ -37,6 +38,8 @@ pub struct Session {
     opts: Options,
     guardian: Arc<Guardian>,
     stopped: Instant,
+    /// As long as the processes stand, and are not written meanwhile.
+    urgent: Option<Urgent>,
     pvm: Option<PvmTask>,
     report: Report,
 }
@@ -73,6 +76,7 @@ impl Session {
             opts: opts.clone(),
             guardian: Arc::new(guardian),
             stopped,
+            urgent: Some(Urgent::new()),
             pvm: None,
             report: Report {
                 pid: opts.pid,
@@ -131,6 +135,9 @@ impl Session {
         }
         self.subjects = subjects;
         self.looked = Some(looked);
+        if !self.has_copies() {
+            self.urgent = None;
+        }
         Ok(())
     }
 
@@ -150,6 +157,7 @@ impl Session {
             first = first.and(held.release());
         }
         self.note_blackout();
+        self.urgent = None;
         first
     }
 

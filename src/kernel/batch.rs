@@ -20,6 +20,7 @@ use nix::unistd::Pid;
 
 use super::arch::{Asm, CALL_SIZE, Call, R, Regs};
 use super::mem::Mem;
+use super::sched;
 use super::tracee::{Stop, Tracee};
 use crate::image::threads::Resume;
 
@@ -42,6 +43,8 @@ pub struct Held {
     pub program: Regs,
     /// What becomes of the call that the stop broke off.
     pub resume: Resume,
+    /// When it was seen to stand: CLOCK_MONOTONIC, nanoseconds.
+    pub stopped_at: i64,
     /// When that call is to time out: CLOCK_MONOTONIC, nanoseconds.
     pub deadline: Option<i64>,
     /// The deadline that a trampoline carries for us.
@@ -405,6 +408,8 @@ fn follow_clones(t: &Tracee, stub: u64) -> Result<Cloned> {
     let helper = Tracee {
         tid: t.event_message()?,
     };
+    // It is ours alone and gone in a moment: while it copies page tables the process stands.
+    sched::urge(helper.tid);
     let mut copy = None;
     loop {
         match helper.wait()? {

@@ -86,3 +86,45 @@ pub fn affinity(tid: i32) -> Result<Vec<u8>> {
     mask.truncate(n as usize);
     Ok(mask)
 }
+
+/// The calling thread comes before all that is not urgent too, as long as this lives: while others stand still
+/// for us, nobody else's work may keep them waiting.
+#[derive(Debug)]
+pub struct Urgent(Option<libc::sched_param>);
+
+impl Urgent {
+    /// Without the right to (CAP_SYS_NICE) it changes nothing, nor for a thread with a priority of its own.
+    pub fn new() -> Self {
+        let mut before = libc::sched_param { sched_priority: 0 };
+        // SAFETY: 0 is the calling thread; the structure is live.
+        let known = unsafe { libc::sched_getparam(0, &raw mut before) == 0 };
+        Self((known && urge(0)).then_some(before))
+    }
+}
+
+/// Lets a thread come before all that is not urgent too, where we may and it has no priority of its own; what it
+/// forks begins as usual.
+pub fn urge(tid: i32) -> bool {
+    let first = libc::sched_param { sched_priority: 1 };
+    let policy = libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK;
+    // SAFETY: the structure is live, and read only.
+    unsafe {
+        libc::sched_getscheduler(tid) == libc::SCHED_OTHER
+            && libc::sched_setscheduler(tid, policy, &raw const first) == 0
+    }
+}
+
+impl Default for Urgent {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Urgent {
+    fn drop(&mut self) {
+        if let Some(before) = &self.0 {
+            // SAFETY: as above.
+            unsafe { libc::sched_setscheduler(0, libc::SCHED_OTHER, before) };
+        }
+    }
+}

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use super::guardian::{Guardian, Undo};
+use super::timer_list::Ticks;
 use super::{calls, pidfd, sockopt};
 
 /// How long to wait for a thread to be back in its call. It does nothing else on the way there.
@@ -26,6 +27,19 @@ pub struct SocketTimeout {
 pub fn is_socket(pid: i32, fd: i32) -> bool {
     std::fs::read_link(format!("/proc/{pid}/fd/{fd}"))
         .is_ok_and(|l| l.to_string_lossy().starts_with("socket:"))
+}
+
+/// Nanoseconds of one tick of the clock that sockets time out by: what the kernel makes of a microsecond.
+pub fn tick_ns() -> Option<i64> {
+    let socket = super::socket::socket(libc::AF_UNIX, libc::SOCK_DGRAM, 0).ok()?;
+    let least = calls::timeval(1000);
+    sockopt::set(&socket, libc::SOL_SOCKET, libc::SO_RCVTIMEO, &least).ok()?;
+    let value = sockopt::get(&socket, libc::SOL_SOCKET, libc::SO_RCVTIMEO, 16).ok()?;
+    let us = value
+        .get(8..16)
+        .and_then(|b| b.try_into().ok())
+        .map(i64::from_le_bytes)?;
+    (us > 0).then_some(us * 1000)
 }
 
 impl SocketTimeout {
@@ -79,7 +93,8 @@ impl SocketTimeout {
         let undo = Undo::Options(vec![(libc::SOL_SOCKET, self.option, self.whole.to_vec())]);
         guardian.protect(&self.socket, &undo)?;
         self.guardian = Some(guardian);
-        self.set(&calls::timeval(left_ns.max(1000) as u64))
+        let wait = tick_ns().map_or(left_ns, |tick| Ticks::wait(tick, left_ns));
+        self.set(&calls::timeval(wait.max(1000) as u64))
     }
 
     /// Waits until the thread, which was let go, is in its call, and gives the socket its own time-out.

@@ -63,9 +63,104 @@ impl TimerList {
     }
 }
 
+/// The kernel's coarse clock (jiffies), by which sockets time out (kernel/time/timer.c).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ticks {
+    /// Nanoseconds from one to the next.
+    tick: i64,
+    /// CLOCK_MONOTONIC at one of them, and its number.
+    at: i64,
+    number: i64,
+}
+
+impl Ticks {
+    /// # Errors
+    /// As for [`TimerList::read`]; a text without ticks.
+    pub fn read(tick: i64) -> io::Result<Self> {
+        const TRIES: u32 = 4;
+        for _ in 0..TRIES {
+            let text = std::fs::read_to_string("/proc/timer_list")?;
+            if let Some(ticks) = Self::parse(&text, tick) {
+                return Ok(ticks);
+            }
+        }
+        Err(io::ErrorKind::InvalidData.into())
+    }
+
+    /// None close to a tick, where it is not sure which of the two numbers it is.
+    fn parse(text: &str, tick: i64) -> Option<Self> {
+        const SURE: i64 = 1_000_000;
+        let number = |line: &str, prefix: &str| -> Option<i64> {
+            let rest = line.trim().strip_prefix(prefix)?;
+            let digits = rest
+                .trim_start()
+                .split(|c: char| !c.is_ascii_digit())
+                .next()?;
+            digits.parse().ok()
+        };
+        let now = text.lines().find_map(|l| number(l, "now at"))?;
+        let jiffies = text.lines().filter_map(|l| number(l, "jiffies:")).max()?;
+        let mut lines = text.lines();
+        lines.find(|l| l.contains("tick_nohz_handler") || l.contains("tick_sched_timer"))?;
+        let next = lines.find_map(|l| number(l, "# expires at"))?;
+        let since = (now - next).checked_rem_euclid(tick)?;
+        let at = now - since;
+        ((SURE / 4)..(tick - SURE))
+            .contains(&since)
+            .then_some(Self {
+                tick,
+                at,
+                number: jiffies,
+            })
+    }
+
+    /// When a wait for `whole` nanoseconds that was begun at `since` ends: after whole ticks, and long ones with
+    /// several at a time (calc_wheel_index).
+    pub fn end(&self, since: i64, whole: i64) -> i64 {
+        const LEVELS: u32 = 8;
+        let begun = self.number + (since - self.at).div_euclid(self.tick);
+        let ticks = whole.max(0) / self.tick + i64::from(whole % self.tick > 0);
+        let level = (0..LEVELS)
+            .find(|n| ticks < 63 << (3 * n))
+            .unwrap_or(LEVELS);
+        let shift = 3 * level;
+        let end = (((begun + ticks) >> shift) + 1) << shift;
+        self.at + (end - self.number).saturating_mul(self.tick)
+    }
+
+    /// The time-out of a wait that begins now and is to end at the tick in `left` nanoseconds.
+    pub fn wait(tick: i64, left: i64) -> i64 {
+        let ticks = left.max(0) / tick + i64::from(left % tick > 0);
+        (ticks - 1).max(1) * tick
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn socket_time_outs_end_at_ticks() {
+        let text = "now at 1001500000 nsecs\n #0: <1>, tick_nohz_handler, S:01\n # expires at 1004000000-1004000000 nsecs\n\
+            jiffies: 4003\n";
+        let ticks = Ticks::parse(text, 4_000_000).unwrap();
+        assert_eq!((ticks.at, ticks.number), (1_000_000_000, 4003));
+        // Ten ticks: to the one behind the tenth. 175: to the next multiple of eight.
+        assert_eq!(ticks.end(1_001_000_000, 40_000_000), 1_044_000_000);
+        let end = ticks.end(1_001_000_000, 700_000_000);
+        assert_eq!(
+            (end - ticks.at) / 4_000_000 + 4003,
+            (4003 + 175) / 8 * 8 + 8
+        );
+        // What is left of it ends then too.
+        let later = 1_201_000_000;
+        let rest = Ticks::wait(4_000_000, end - later);
+        assert_eq!(ticks.end(later, rest), end);
+        assert_eq!(
+            Ticks::parse(&text.replace("1001500000", "1003900000"), 4_000_000),
+            None
+        );
+    }
 
     const TEXT: &str = "now at 5 nsecs\n\ncpu: 0\n clock 0:\n  .index:      0\n  .offset:     0 nsecs\n\
         active timers:\n #0: <00000000fd047d08>, hrtimer_wakeup, S:01\n \

@@ -13,17 +13,23 @@ use std::collections::BTreeMap;
 use crate::kernel::arch::{NR_RESTART_SYSCALL, Regs};
 use crate::kernel::calls;
 use crate::kernel::mem::Mem;
-use crate::kernel::timer_list::TimerList;
+use crate::kernel::socket_timeout;
+use crate::kernel::timer_list::{Ticks, TimerList};
 use crate::kernel::tracee::monotonic_ns;
 
 /// Between the end of a call's look at the clock and the timer it starts.
 const CLOSE_NS: i64 = 500_000;
+
+/// Between a thread's stop and our noticing it, when others keep the processors busy.
+const NOTICED_NS: i64 = 2_000_000;
 
 /// What threads were doing right before they were stopped.
 #[derive(Debug, Default)]
 pub struct Watch {
     pid: i32,
     timers: Option<TimerList>,
+    /// When some thread may be in a call that its socket's time-out ends.
+    ticks: Option<Ticks>,
     seen: BTreeMap<i32, Seen>,
 }
 
@@ -81,7 +87,16 @@ impl Watch {
         }
         let timed = seen.values().any(|s| s.timeout.is_some());
         let timers = if timed { TimerList::read().ok() } else { None };
-        Self { pid, timers, seen }
+        let by_socket = seen.values().any(|s| s.timeout.is_none());
+        let ticks = by_socket
+            .then(|| Ticks::read(socket_timeout::tick_ns()?).ok())
+            .flatten();
+        Self {
+            pid,
+            timers,
+            ticks,
+            seen,
+        }
     }
 
     /// Forgets what was seen of threads that have begun another call before they stopped.
@@ -102,13 +117,21 @@ impl Watch {
         self.seen.get(&tid).map(|s| s.nr)
     }
 
+    /// When the time-out of its socket, of `whole` nanoseconds, ends a thread's call; `stopped` if nobody knows
+    /// when that began.
+    pub fn socket_end(&self, tid: i32, whole: i64, stopped: i64) -> i64 {
+        let since = self.since(tid).unwrap_or(stopped);
+        self.ticks
+            .map_or(since.saturating_add(whole), |t| t.end(since, whole))
+    }
+
     /// When the sleep of a thread began.
     pub fn since(&self, tid: i32) -> Option<i64> {
         self.seen.get(&tid)?.since
     }
 
-    /// Deadlines of these threads, which were stopped in timed calls. `left` says for some how much
-    /// time the kernel says they had at `stopped`.
+    /// Deadlines of these threads, which were stopped in timed calls. `left` says for some when they end by
+    /// what the kernel has said was left when they stopped, which was seen up to [`NOTICED_NS`] late.
     pub fn deadlines(
         &self,
         tids: &[i32],
@@ -121,8 +144,7 @@ impl Watch {
             _ => Vec::new(),
         };
         let estimate = |tid: &i32| {
-            let by_kernel = left.get(tid).map(|l| stopped + l);
-            by_kernel.or_else(|| {
+            left.get(tid).copied().or_else(|| {
                 let s = self.seen.get(tid)?;
                 Some(s.since?.saturating_add(s.timeout?))
             })
@@ -144,7 +166,7 @@ impl Watch {
                 // The scheduler's clock may have lost time during the sleep.
                 let asleep = self.since(*tid).map_or(0, |s| stopped - s);
                 let lost = if left.contains_key(tid) {
-                    0
+                    NOTICED_NS
                 } else {
                     asleep / 10
                 };
@@ -296,6 +318,7 @@ mod tests {
         Watch {
             pid: 0,
             timers: None,
+            ticks: None,
             seen: seen
                 .iter()
                 .map(|&(tid, restarted, since, timeout)| {
@@ -331,7 +354,7 @@ mod tests {
         let w = watch(&[(1, false, 1000, 500)]);
         let all = w.deadlines(&[1, 2], 1200, &BTreeMap::new());
         assert_eq!(all, BTreeMap::from([(1, 1500)]));
-        let left = BTreeMap::from([(1, 77)]);
+        let left = BTreeMap::from([(1, 1277)]);
         assert_eq!(w.deadlines(&[1], 1200, &left)[&1], 1277);
     }
 }

@@ -237,6 +237,7 @@ pub fn settle(threads: &mut [Held], watch: &mut Watch, mem: &Mem, tail: &mut Tai
         .collect();
     watch.check(&sleepers);
     let mut timed = Vec::new();
+    // When they end, by what the kernel has said was left.
     let mut left = BTreeMap::new();
     for h in threads.iter_mut() {
         let tid = h.tracee.tid;
@@ -254,9 +255,11 @@ pub fn settle(threads: &mut [Held], watch: &mut Watch, mem: &Mem, tail: &mut Tai
         };
         match calls::timeout(nr, &h.program) {
             Some((t, Broken::Updated)) => {
-                h.deadline = calls::argument(t, &h.program, mem)
-                    .ok()
-                    .map(|l| stopped.saturating_add(l));
+                // The kernel has written what was left when it broke off.
+                timed.push(tid);
+                if let Ok(l) = calls::argument(t, &h.program, mem) {
+                    left.insert(tid, h.stopped_at.saturating_add(l));
+                }
             }
             Some((_, broken)) => {
                 timed.push(tid);
@@ -275,7 +278,7 @@ pub fn settle(threads: &mut [Held], watch: &mut Watch, mem: &Mem, tail: &mut Tai
                     && broken == Broken::RestartBlock
                     && let Ok(l) = calls::argument(rem, &as_first, mem)
                 {
-                    left.insert(tid, l);
+                    left.insert(tid, h.stopped_at.saturating_add(l));
                 }
             }
             None => {
@@ -284,8 +287,8 @@ pub fn settle(threads: &mut [Held], watch: &mut Watch, mem: &Mem, tail: &mut Tai
                     && matches!(h.resume, Resume::Timed { .. });
                 match socket {
                     Ok(Some(s)) if is_socket => {
-                        let since = watch.since(tid).unwrap_or(stopped);
-                        h.deadline = Some(since.saturating_add(s.whole_ns()));
+                        let end = watch.socket_end(tid, s.whole_ns(), h.stopped_at);
+                        h.deadline = Some(end);
                     }
                     _ => h.resume = Resume::Again { nr },
                 }
@@ -306,7 +309,7 @@ pub fn settle(threads: &mut [Held], watch: &mut Watch, mem: &Mem, tail: &mut Tai
     for h in threads.iter_mut() {
         if let Resume::Timed { nr, left_ns } = &mut h.resume {
             *left_ns = match (h.deadline, calls::timeout(*nr, &h.program)) {
-                (Some(d), _) => (d - stopped).max(0),
+                (Some(d), _) => (d - h.stopped_at).max(0),
                 (None, Some((t, _))) => calls::argument(t, &h.program, mem).unwrap_or(0),
                 (None, None) => 0,
             };
