@@ -54,6 +54,7 @@ def run(args, call, way):
     tool = os.path.join(args.tools, "late")
     # In the middle of a tick of 4 ms, for both.
     start = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + 60_000_000
+    start += 2_000_000 - start % 4_000_000
     one = Sleeper(tool, call, os.path.join(args.dir, "late-one"), start)
     twin = Sleeper(tool, call, os.path.join(args.dir, "late-twin"), start)
     while not one.words()[0]:

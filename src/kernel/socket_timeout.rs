@@ -105,8 +105,8 @@ impl SocketTimeout {
         while begun.elapsed() < PATIENCE {
             match std::fs::read_to_string(&path) {
                 Ok(text) if text.starts_with(&want) => break,
-                Ok(text) if text.starts_with("running") => std::thread::yield_now(),
-                Ok(_) => std::thread::sleep(Duration::from_micros(50)),
+                // A sleep, for to yield would not let it run when we come before it (kernel/sched.rs).
+                Ok(_) => std::thread::sleep(Duration::from_micros(20)),
                 Err(_) => break,
             }
         }
