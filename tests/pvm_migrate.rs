@@ -30,7 +30,7 @@ type Test = fn(&Stage) -> Result<()>;
 fn main() -> ExitCode {
     let mut args = Arguments::from_args();
     args.test_threads = Some(1);
-    let tests: [(&str, Test); 12] = [
+    let tests: [(&str, Test); 13] = [
         (
             "there_and_back_a_task_keeps_its_virtual_tid",
             there_and_back,
@@ -56,6 +56,9 @@ fn main() -> ExitCode {
         }),
         ("a_mover_that_is_killed_leaves_one_task", |s| {
             soak(s, 12, Some("mover"))
+        }),
+        ("an_agent_that_is_killed_leaves_one_task", |s| {
+            soak(s, 12, Some("agent"))
         }),
         ("a_lander_that_is_killed_leaves_one_task", |s| {
             soak(s, 12, Some("land"))
@@ -453,12 +456,20 @@ fn soak(stage: &Stage, seconds: u32, victim: Option<&str>) -> Result<()> {
         let task = workers[dice.roll(workers.len())].clone();
         let to = dice.other_host(&task.host);
         let delay = Duration::from_millis(20 * dice.roll(30) as u64);
-        let where_it_is = if victim == "mover" { &task.host } else { to };
+        let where_it_is = match victim {
+            "mover" => task.host.as_str(),
+            "land" => to,
+            _ => HOSTS[dice.roll(HOSTS.len())],
+        };
         let moved = std::thread::scope(|scope| {
             let kill = scope.spawn(move || {
                 // The moment is what is random here.
                 std::thread::sleep(delay);
-                stage.hosts.exec(where_it_is, &format!("pkill -KILL -f 'mistctl {victim}|/land'; pkill -KILL -f -- ' {victim}( |$)'; true"))
+                // In brackets, so that the shell that says it does not match.
+                let shell = format!("pkill -KILL -f -- '[ ]{victim}( --|$)'");
+                stage
+                    .hosts
+                    .try_verb(&["exec", where_it_is, "bash", "-c", &shell])
             });
             let moved = stage.json("h0", &format!("migrate --json {} {to}", task.v));
             let _ = kill.join();

@@ -170,6 +170,32 @@ impl Sender {
     }
 }
 
+/// Waits until the pvmd of a task that stands still has read all that it wrote: messages and output.
+///
+/// # Errors
+/// [`Failure::Busy`] when that is not so within `limit`.
+pub fn written(task: &Task, limit: Duration) -> Result<()> {
+    let until = Instant::now() + limit;
+    let mut wait = FIRST_WAIT;
+    loop {
+        let unsent = task.connection.unsent()?;
+        let output: usize = task.connection.pipes()?.iter().map(|(_, n)| n).sum();
+        if unsent == 0 && output == 0 {
+            return Ok(());
+        }
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(Failure::Busy.because(format!(
+                "the pvmd of task {} has not read {unsent} bytes that it sent and {output} of its output within {} s",
+                task.v,
+                limit.as_secs_f64()
+            )));
+        }
+        std::thread::sleep(wait.min(left));
+        wait = (wait * 2).min(LAST_WAIT);
+    }
+}
+
 /// Waits until a task that stands still has in its socket all that will ever come, and its pvmd all that it wrote:
 /// a marker from each of `agents`, of this kind and number, stands there; its own socket, and its output
 /// pipes to its pvmd, are empty. The buffers keep their size as long as the value returned lives.

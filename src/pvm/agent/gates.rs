@@ -7,7 +7,7 @@ use pvm_abi::block::state;
 use pvm_abi::table::{State, lease_clock, lease_over};
 
 use super::control::Answer;
-use super::{Agent, Ticket};
+use super::{Agent, Asker, Ticket};
 use crate::pvm::block::TaskBlock;
 use crate::pvm::flush::Drain;
 use crate::pvm::tid::Tid;
@@ -30,6 +30,10 @@ impl Agent {
         lease_ms: u64,
     ) -> Result<()> {
         self.table.close_gate(v, next, lease_ms)?;
+        if let Asker::Task(asker) = ticket.asker {
+            self.watch(asker)?;
+            self.closed_for.insert(v, asker);
+        }
         let r = Tid(self.table.r_of(v));
         self.last_drain += 1;
         let drain = Drain::begin(Tid(v), r, self.own, self.last_drain)?;
@@ -77,6 +81,7 @@ impl Agent {
     pub(super) fn open_gate(&mut self, v: u32, r: u32) -> Result<()> {
         self.table.open_gate(v, r)?;
         self.closing.retain(|closing| closing.v != v);
+        self.closed_for.remove(&v);
         self.nudge()
     }
 
@@ -87,6 +92,19 @@ impl Agent {
             let enrolled = |block: TaskBlock| block.state().ok() == Some(state::ENROLLED);
             if TaskBlock::find(task.pid).is_ok_and(|block| block.is_some_and(enrolled)) {
                 self.client.send_noop(task.tid, NUDGE, &[])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whoever had gates closed has ended, or (none given) an agent before us: they find out soon who lives. Soon,
+    /// not now: what had been decided may still have to be done.
+    pub(super) fn shorten_leases(&mut self, asker: Option<Tid>) -> Result<()> {
+        const SOON: u64 = 5000;
+        for entry in self.table.list() {
+            let his = asker.is_none() || self.closed_for.get(&entry.v).copied() == asker;
+            if entry.state == State::Moving && his {
+                self.table.close_gate(entry.v, entry.next, SOON)?;
             }
         }
         Ok(())

@@ -14,15 +14,16 @@ mod moves;
 pub use call::{Caller, ensure};
 pub use compare::look;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, DirBuilder};
 use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -34,7 +35,7 @@ use crate::pvm::client::{Client, Pvmd};
 use crate::pvm::local::{self, Seen};
 use crate::pvm::table::TidTable;
 use crate::pvm::tid::Tid;
-use crate::pvm::virtual_machine::{Task, noticed};
+use crate::pvm::virtual_machine::{Notify, Task, noticed};
 use crate::pvm::wire::{Body, Message, tc};
 use control::{Answer, Envelope, Failed, Known, LONGEST, Peer, Request, TAG, VERSION, What};
 use gates::Closing;
@@ -45,8 +46,10 @@ use moves::Moves;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How often a task that is drained is looked at.
 const LOOK: Duration = Duration::from_millis(1);
-/// Tag of pvmd's notices of landers that have ended.
+/// Tag of pvmd's notices of landers and agents that have ended.
 const ENDED: i32 = TAG + 1;
+/// Tag of its notices of hosts that were added.
+const ADDED: i32 = TAG + 2;
 
 /// Whose request it is, and its number there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,6 +87,7 @@ pub fn run() -> Result<()> {
         }
     };
     let mut agent = Agent::new(client, table)?;
+    agent.shorten_leases(None)?;
     let done = agent.serve();
     // Its movers notice by themselves; its landers, too.
     let _ = fs::remove_dir_all(&agent.dir);
@@ -110,10 +114,14 @@ struct Agent {
     signals: SignalFd,
     closing: Vec<Closing>,
     last_drain: u32,
+    /// Which agent had a gate closed.
+    closed_for: HashMap<u32, Tid>,
     landings: Landings,
     moves: Moves,
     /// Requests of movers that went to another agent, by our number.
-    relayed: HashMap<u64, Ticket>,
+    relayed: HashMap<u64, (Ticket, Tid)>,
+    /// Tasks of whose end we are told.
+    watched: HashSet<Tid>,
     /// Whose gates are to be opened when a task that lost its mover runs.
     gates_left: HashMap<u32, Vec<Peer>>,
     next: u64,
@@ -145,6 +153,7 @@ impl Agent {
         table.hide(own.0)?;
         let hosts = client.hosts()?;
         let host = hosts.into_iter().find(|h| h.tid.host() == own.host());
+        client.notify(Notify::HostAdd, ADDED, &[])?;
         Ok(Agent {
             host: host
                 .map(|h| h.name)
@@ -156,9 +165,11 @@ impl Agent {
             signals,
             closing: Vec::new(),
             last_drain: 0,
+            closed_for: HashMap::new(),
             landings: Landings::new(dir.clone(), socket),
             moves: Moves::default(),
             relayed: HashMap::new(),
+            watched: HashSet::new(),
             gates_left: HashMap::new(),
             next: 1,
             dir,
@@ -221,7 +232,12 @@ impl Agent {
     /// A message came in. Whatever it is, we go on.
     fn message(&mut self, message: &Message) -> Result<()> {
         if message.ctx == 0 && message.tag == ENDED as u32 && message.src.is_pvmd() {
-            return self.landers_ended(&noticed(message));
+            let ended = noticed(message);
+            self.landers_ended(&ended)?;
+            return self.agents_ended(&ended);
+        }
+        if message.ctx == 0 && message.tag == ADDED as u32 && message.src.is_pvmd() {
+            return self.hosts_added();
         }
         if message.ctx == CTX_TC as u32 && message.tag == tc::NOOP {
             return self.marker(message);
@@ -247,7 +263,11 @@ impl Agent {
             What::Request(request) => self.request(ticket, request),
             // Only of those who were asked.
             answer => match self.relayed.remove(&envelope.id) {
-                Some(ticket) => self.pass_on(ticket, answer),
+                Some((ticket, asked)) if asked == message.src => self.pass_on(ticket, answer),
+                Some(other) => {
+                    self.relayed.insert(envelope.id, other);
+                    Ok(())
+                }
                 None => Ok(()),
             },
         }
@@ -257,8 +277,40 @@ impl Agent {
     fn relay(&mut self, ticket: Ticket, to: Tid, request: Request) -> Result<()> {
         let id = self.next;
         self.next += 1;
-        self.relayed.insert(id, ticket);
+        self.relayed.insert(id, (ticket, to));
+        self.watch(to)?;
         self.post(to, id, What::Request(request))
+    }
+
+    /// Sees to it that we are told when another agent ends.
+    fn watch(&mut self, agent: Tid) -> Result<()> {
+        if self.watched.insert(agent) {
+            self.client.notify(Notify::TaskExit, ENDED, &[agent])?;
+        }
+        Ok(())
+    }
+
+    /// Other agents have ended: what they were asked they do not answer, and what they were doing is over soon.
+    fn agents_ended(&mut self, tids: &[Tid]) -> Result<()> {
+        for tid in tids {
+            if !self.watched.remove(tid) {
+                continue;
+            }
+            let asked = |(_, (_, to)): &(&u64, &(Ticket, Tid))| to == tid;
+            let open: Vec<u64> = self
+                .relayed
+                .iter()
+                .filter(asked)
+                .map(|(id, _)| *id)
+                .collect();
+            for id in open {
+                if let Some((ticket, _)) = self.relayed.remove(&id) {
+                    self.answer(ticket, Err(anyhow!("the agent {tid} has ended")))?;
+                }
+            }
+            self.shorten_leases(Some(*tid))?;
+        }
+        Ok(())
     }
 
     fn post(&mut self, to: Tid, id: u64, what: What) -> Result<()> {
@@ -404,6 +456,20 @@ impl Agent {
         let tasks = self.tasks()?;
         let seen = tasks.iter().map(|task| local::seen(task).transpose());
         seen.flatten().collect()
+    }
+
+    /// New hosts need to know who is where: the agent of the master's host sees to their agents.
+    fn hosts_added(&mut self) -> Result<()> {
+        if self.own.host_index() == 1 {
+            let own = std::env::current_exe().context("cannot tell where mistctl is")?;
+            // What comes of it does not concern us: whoever needs an agent there starts it.
+            let child = Command::new(own)
+                .args(["agent", "--everywhere"])
+                .stdin(Stdio::null())
+                .spawn();
+            drop(child);
+        }
+        Ok(())
     }
 
     /// Takes note of children that have ended.

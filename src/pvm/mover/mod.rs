@@ -243,28 +243,22 @@ impl<'j> Mover<'j> {
 
     /// Waits until nothing is on its way to the task, nor from it in this host's pvmd.
     fn flush(&mut self, link: &mut Link, session: &Session) -> Result<Raised> {
+        // What it had written goes first, so that what its agent asks others for is behind it.
+        flush::written(&self.task, PATIENCE)?;
         let marker = Request::Marker {
             r: self.job.r1,
             number: self.job.number,
         };
+        // Whoever answers has got this by way of the old pvmd, and what was before it.
         link.ask_all(&self.job.agents, &marker, PATIENCE)?;
         let agents: Vec<Tid> = self.job.agents.iter().map(|a| Tid(a.tid)).collect();
-        let raised = flush::arrived(
+        flush::arrived(
             &self.task,
             session.guardian(),
             (NOOP_MARKER, self.job.number),
             &agents,
             PATIENCE,
-        )?;
-        // What the old pvmd has for other hosts is there when this, which comes behind it, is.
-        let others: Vec<Peer> = self.others().cloned().collect();
-        link.ask_all(&others, &Request::Hello, PATIENCE)?;
-        Ok(raised)
-    }
-
-    fn others(&self) -> impl Iterator<Item = &Peer> {
-        let here = self.task.r.host().0;
-        self.job.agents.iter().filter(move |a| a.host != here)
+        )
     }
 
     fn send(
@@ -327,17 +321,17 @@ impl<'j> Mover<'j> {
                 first = first.and(hand_over(&mut self.client, &entry, r2, r1));
             }
         }
-        if self.landed {
-            let id = self.job.id.clone();
-            let done = link.ask(&self.job.to, Request::Abandon { id }, PATIENCE);
-            first = first.and(done.map(drop));
-        }
         if self.closed {
             let open = Request::OpenGate {
                 v: self.job.v,
                 r: self.job.r1,
             };
             first = first.and(link.ask_all(&self.job.agents, &open, PATIENCE));
+        }
+        if self.landed {
+            let id = self.job.id.clone();
+            let done = link.ask(&self.job.to, Request::Abandon { id }, PATIENCE);
+            first = first.and(done.map(drop));
         }
         first
     }
