@@ -5,10 +5,10 @@ mod common;
 mod image_fixture;
 
 use std::fs;
-use std::os::unix::fs::chown;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Output, Stdio};
+use std::process::{Child, Command, ExitCode, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -23,10 +23,11 @@ const LIMIT: Duration = Duration::from_secs(30);
 
 type Test = fn(&Scene) -> Result<()>;
 
-const TESTS: [(&str, Test); 7] = [
+const TESTS: [(&str, Test); 8] = [
     ("detached", detached),
     ("foreground", foreground),
     ("a_single_process_with_a_new_pid_is_its_own_peer", own_peer),
+    ("a_plain_user_restores_his_own", plain_user),
     ("a_users_image_names_no_root", forged_peer),
     ("same_pid_is_refused", same_pid_is_refused),
     ("without_rights_it_is_refused", without_rights_it_is_refused),
@@ -233,11 +234,6 @@ fn detached(scene: &Scene) -> Result<()> {
 
 fn foreground(scene: &Scene) -> Result<()> {
     let mut mistctl = scene.restore(&[]).spawn()?;
-    wait_for("mistctl to pass on signals", LIMIT, || {
-        let blocked = status_field(mistctl.id(), "SigBlk").unwrap_or_default();
-        let blocked = u64::from_str_radix(&blocked, 16).unwrap_or(0);
-        Ok((blocked & 1 << (libc::SIGTERM - 1) != 0).then_some(()))
-    })?;
     wait_for("the shell", LIMIT, || {
         let shell = scene
             .others()
@@ -245,6 +241,11 @@ fn foreground(scene: &Scene) -> Result<()> {
             .find(|p| inside(*p) == Some(scene.pid));
         let runs = shell.filter(|p| status_field(*p, "TracerPid").as_deref() == Some("0"));
         Ok(runs)
+    })?;
+    wait_for("mistctl to pass on signals", LIMIT, || {
+        let blocked = status_field(mistctl.id(), "SigBlk").unwrap_or_default();
+        let blocked = u64::from_str_radix(&blocked, 16).unwrap_or(0);
+        Ok((blocked & 1 << (libc::SIGTERM - 1) != 0).then_some(()))
     })?;
     send(mistctl.id(), Signal::SIGTERM)?;
     let status = common::wait_child(&mut mistctl, "mistctl restore", LIMIT)?;
@@ -256,13 +257,15 @@ fn foreground(scene: &Scene) -> Result<()> {
 
 /// Here mistctl gives another pid, and sockets that it makes again name that.
 fn own_peer(scene: &Scene) -> Result<()> {
-    asks_its_sockets(scene, 0, &|_| Ok(()))
+    let status = asks_its_sockets(scene, 0, &|_| Ok(()), &by_root)?;
+    ensure!(status.success(), "it ended with {}", ending(status));
+    Ok(())
 }
 
 /// A user's image that says that root has made its sockets, restored by root.
 fn forged_peer(scene: &Scene) -> Result<()> {
     const NOBODY: u32 = 65534;
-    asks_its_sockets(scene, NOBODY, &|image| {
+    let forge = |image: &Path| {
         let path = image.join("manifest.json");
         let mut manifest: serde_json::Value = serde_json::from_slice(&fs::read(&path)?)?;
         let sockets = manifest["sockets"].as_array_mut().context("no sockets")?;
@@ -274,11 +277,54 @@ fn forged_peer(scene: &Scene) -> Result<()> {
             creds["gid"] = 0.into();
         }
         image_fixture::forge(image, "manifest.json", &serde_json::to_vec(&manifest)?);
-        for entry in fs::read_dir(image)? {
-            chown(entry?.path(), Some(NOBODY), Some(NOBODY))?;
+        give(image, NOBODY)
+    };
+    let status = asks_its_sockets(scene, NOBODY, &forge, &by_root)?;
+    ensure!(status.success(), "it ended with {}", ending(status));
+    Ok(())
+}
+
+fn by_root() -> Command {
+    let mut command = mistctl();
+    command.arg("restore");
+    command
+}
+
+/// Makes a file or directory, with all that is in it, this user's.
+fn give(path: &Path, uid: u32) -> Result<()> {
+    chown(path, Some(uid), Some(uid))?;
+    if path.is_dir() {
+        for entry in fs::read_dir(path)? {
+            give(&entry?.path(), uid)?;
         }
-        Ok(chown(image, Some(NOBODY), Some(NOBODY))?)
-    })
+    }
+    Ok(())
+}
+
+/// Without any capability a program gets another pid and keeps mistctl as /proc/PID/exe; it goes on all the same.
+fn plain_user(scene: &Scene) -> Result<()> {
+    const NOBODY: u32 = 65534;
+    let open = |path: &Path| fs::set_permissions(path, fs::Permissions::from_mode(0o755));
+    open(&scene.dir)?;
+    // Where the user finds it.
+    let exe = scene.dir.join("mistctl");
+    fs::copy(env!("CARGO_BIN_EXE_mistctl"), &exe)?;
+    open(&exe)?;
+    let restore = || {
+        let mut command = Command::new("/usr/bin/setpriv");
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
+        command.arg(&exe).arg("restore").current_dir("/");
+        command
+    };
+    // Its sockets name a process that made them and is gone.
+    const ANOTHER_PEER: i32 = 3;
+    let status = asks_its_sockets(scene, NOBODY, &|image| give(image, NOBODY), &restore)?;
+    ensure!(
+        status.code() == Some(ANOTHER_PEER),
+        "it ended with {}",
+        ending(status)
+    );
+    Ok(())
 }
 
 /// A program with sockets that waits for a signal.
@@ -295,10 +341,19 @@ fn waits(pid: &str) -> bool {
     call.starts_with(&libc::SYS_rt_sigtimedwait.to_string())
 }
 
-/// A program of this user, restored beside itself after `change` has had its image, says whether its sockets name it.
-fn asks_its_sockets(scene: &Scene, uid: u32, change: &dyn Fn(&Path) -> Result<()>) -> Result<()> {
+/// A program of this user, restored beside itself after `change` has had its image, says by its status whether its
+/// sockets name it.
+fn asks_its_sockets(
+    scene: &Scene,
+    uid: u32,
+    change: &dyn Fn(&Path) -> Result<()>,
+    restore: &dyn Fn() -> Command,
+) -> Result<ExitStatus> {
     let mut program = Command::new(own_peer_program()?)
         .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
         .uid(uid)
         .gid(uid)
         .spawn()?;
@@ -311,7 +366,7 @@ fn asks_its_sockets(scene: &Scene, uid: u32, change: &dyn Fn(&Path) -> Result<()
     dump.args(["dump", &pid.to_string(), "-o"]).arg(&image);
     succeeded(&run(dump, &scene.dir, "dump", LIMIT)?)?;
     change(&image)?;
-    let mut restored = mistctl().arg("restore").arg(&image).spawn()?;
+    let mut restored = restore().arg(&image).spawn()?;
     let new = wait_for("the restored program", LIMIT, || {
         let is_it = |p: &u32| status_field(*p, "Name").as_deref() == Some("own_peer");
         let mut others = scene.others().into_iter().filter(|p| *p != pid);
@@ -321,9 +376,7 @@ fn asks_its_sockets(scene: &Scene, uid: u32, change: &dyn Fn(&Path) -> Result<()
     program.kill()?;
     program.wait()?;
     send(new?, Signal::SIGUSR1)?;
-    let status = common::wait_child(&mut restored, "mistctl restore", LIMIT)?;
-    ensure!(status.success(), "it ended with {}", ending(status));
-    Ok(())
+    common::wait_child(&mut restored, "mistctl restore", LIMIT)
 }
 
 fn same_pid_is_refused(scene: &Scene) -> Result<()> {
@@ -343,18 +396,21 @@ fn same_pid_is_refused(scene: &Scene) -> Result<()> {
 }
 
 fn without_rights_it_is_refused(scene: &Scene) -> Result<()> {
-    let mut command = Command::new("/usr/bin/setpriv");
-    command.arg("--bounding-set=-sys_admin");
-    command.arg(env!("CARGO_BIN_EXE_mistctl"));
-    command.args(["restore", "--detach"]).arg(&scene.image);
-    let output = run(command, &scene.dir, "restore", LIMIT)?;
-    ensure!(!output.status.success(), "it was restored");
-    let said = both(&output);
-    ensure!(
-        said.contains("cannot have a pid namespace of its own") && said.contains("as root"),
-        "{said}"
-    );
-    scene.nothing_is_left()
+    for lacks in ["sys_admin", "sys_chroot"] {
+        let mut command = Command::new("/usr/bin/setpriv");
+        command.arg(format!("--bounding-set=-{lacks}"));
+        command.arg(env!("CARGO_BIN_EXE_mistctl"));
+        command.args(["restore", "--detach"]).arg(&scene.image);
+        let output = run(command, &scene.dir, "restore", LIMIT)?;
+        ensure!(!output.status.success(), "it was restored");
+        let said = both(&output);
+        ensure!(
+            said.contains("cannot have a pid namespace of its own") && said.contains("as root"),
+            "{said}"
+        );
+        scene.nothing_is_left()?;
+    }
+    Ok(())
 }
 
 fn killed(scene: &Scene) -> Result<()> {

@@ -36,6 +36,8 @@ pub struct Session {
     pids: Vec<i32>,
     tables: Tables,
     opts: Options,
+    /// The processes have a pid namespace of their own.
+    inside: bool,
     guardian: Arc<Guardian>,
     stopped: Instant,
     /// As long as the processes stand, and are not written meanwhile.
@@ -65,6 +67,8 @@ impl Session {
         for pid in &pids {
             process::check(*pid, &pids, opts.tree)?;
         }
+        // Nobody changes his own.
+        let inside = namespace::is_inside(process::living_thread(opts.pid));
         let guardian = Guardian::start().context("starting the guardian process")?;
         let (pids, holds, stopped) = stop_all(opts, stop_first)?;
         Ok(Self {
@@ -74,6 +78,7 @@ impl Session {
             holds,
             pids,
             opts: opts.clone(),
+            inside,
             guardian: Arc::new(guardian),
             stopped,
             urgent: Some(Urgent::new()),
@@ -111,14 +116,13 @@ impl Session {
     /// # Errors
     /// Classified; what cannot be carried is named.
     pub fn look(&mut self, sink: &dyn Sink) -> Result<()> {
-        let inside = namespace::is_inside(self.first()?.via());
         let (mut subjects, mut looked) = look::look(
             &self.opts,
             &self.pids,
             &mut self.holds,
             &mut self.tables,
             &self.guardian,
-            inside,
+            self.inside,
         )?;
         let wants_copy = self.opts.after == After::Run;
         look::ask(
@@ -130,7 +134,7 @@ impl Session {
         )?;
         self.report.bytes_memory +=
             memory::copy_contents(&self.tables.contents, &self.tables.shared_memory, sink)?;
-        if inside {
+        if self.inside {
             namespace::translate(&mut subjects, &mut looked);
         }
         self.subjects = subjects;

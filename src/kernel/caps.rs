@@ -68,6 +68,11 @@ pub fn held(capability: Capability) -> bool {
     caps::has_cap(None, CapSet::Permitted, capability).unwrap_or(false)
 }
 
+/// Whether mistctl may choose ids and name the program of a process (clone3(2), PR_SET_MM_MAP).
+pub fn checkpoint_restore() -> bool {
+    held(Capability::CAP_CHECKPOINT_RESTORE) || held(Capability::CAP_SYS_ADMIN)
+}
+
 /// Whether a program on this host can get the capability at all (capabilities(7), bounding set).
 pub fn obtainable(capability: Capability) -> bool {
     caps::has_cap(None, CapSet::Bounding, capability).unwrap_or(false)

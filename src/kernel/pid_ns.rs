@@ -67,7 +67,7 @@ impl PidNamespace {
     /// a single-threaded program.
     ///
     /// # Errors
-    /// Needs CAP_SYS_ADMIN, and a system that lets /proc be mounted.
+    /// Needs CAP_SYS_ADMIN and CAP_SYS_CHROOT, and a system that lets /proc be mounted.
     pub fn start(first: i32, highest: i32) -> Result<Self> {
         let (line, theirs) = UnixStream::pair().context("making a pair of sockets")?;
         let flags = (libc::CLONE_NEWPID | libc::CLONE_NEWNS) as u64;
@@ -155,6 +155,10 @@ fn set_up(highest: i32) -> Result<SignalFd> {
         .context("making mounts of one's own")?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("proc"), "/proc", Some("proc"), flags, none).context("mounting a /proc")?;
+    // What the first process is going to do.
+    let mounts = File::open("/proc/self/ns/mnt").context("/proc/self/ns/mnt")?;
+    setns(mounts, CloneFlags::CLONE_NEWNS)
+        .context("joining mounts, which needs CAP_SYS_ADMIN and CAP_SYS_CHROOT")?;
     nix::unistd::chdir("/").context("chdir /")?;
     // Low numbers would be given to what is born later; programs from outside this namespace know better ones.
     let _ = std::fs::write("/proc/sys/kernel/ns_last_pid", highest.to_string());

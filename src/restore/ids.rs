@@ -7,8 +7,8 @@ use anyhow::Result;
 use super::{Options, Report};
 use crate::error::Failure;
 use crate::image::process::Process;
-use crate::kernel::body;
 use crate::kernel::pid_ns::PidNamespace;
+use crate::kernel::{body, caps};
 
 /// The ids that processes and threads get.
 #[derive(Debug)]
@@ -37,8 +37,20 @@ impl Ids {
         let taken: BTreeSet<i32> = all(processes)
             .filter(|id| Some(*id) != has && !body::is_free(*id))
             .collect();
-        if taken.is_empty() {
+        let has_all = all(processes).all(|id| Some(id) == has);
+        if taken.is_empty() && (has_all || caps::checkpoint_restore()) {
             return Ok(Self::Same);
+        }
+        if taken.is_empty() {
+            let why = "choosing ids needs CAP_CHECKPOINT_RESTORE (see `mistctl check`)";
+            if opts.same_pid || processes.len() > 1 {
+                return Err(Failure::Restore
+                    .because(format!("the processes cannot have the ids they had: {why}")));
+            }
+            report
+                .warnings
+                .push(format!("the program gets new ids: {why}"));
+            return Ok(Self::New { first: None });
         }
         let taken: Vec<String> = taken.iter().map(i32::to_string).collect();
         let taken = taken.join(", ");
@@ -66,6 +78,13 @@ impl Ids {
              will be confused)"
         ));
         Ok(Self::New { first: None })
+    }
+
+    /// Gives the first process this id, if it gets a new one and may be given any.
+    pub fn choose_first(&mut self, id: Option<i32>) {
+        if let Self::New { first } = self {
+            *first = id.filter(|_| caps::checkpoint_restore());
+        }
     }
 
     /// Whether everybody has the id that he had, as he sees it.

@@ -12,6 +12,7 @@ use crate::image::memory::{Backing, SpaceId, Vma};
 use crate::image::pages::PagesReader;
 use crate::image::process::Process;
 use crate::kernel::arch::{Asm, Call, PAGE, TASK_SIZE};
+use crate::kernel::caps;
 use crate::kernel::mem::Mem;
 use crate::kernel::remote::{self, Arg, Remote};
 use crate::kernel::vdso;
@@ -426,6 +427,17 @@ pub fn advise(body: &mut Remote, p: &Process) -> Result<()> {
 /// Where code and data, heap, stack, arguments and environment are (prctl(2), PR_SET_MM_MAP), auxv, exe.
 pub fn set_mm(body: &mut Remote, p: &Process, exe_fd: Option<i32>, vdso: u64) -> Result<()> {
     const AT_SYSINFO_EHDR: u64 = 33;
+    let exe_fd = exe_fd.filter(|_| {
+        let may = caps::checkpoint_restore();
+        if !may {
+            body.warnings.push(format!(
+                "process {}: /proc/{}/exe names mistctl (its own program needs CAP_CHECKPOINT_RESTORE)",
+                p.pid,
+                body.pid()
+            ));
+        }
+        may
+    });
     let m = &p.mm;
     let mut auxv = m.auxv.clone();
     for pair in auxv.chunks_mut(2) {

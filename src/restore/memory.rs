@@ -22,10 +22,16 @@ const PIECE: usize = 256 << 10;
 const WINDOW: u64 = 2 << 20;
 const WORKERS: usize = 2;
 
-/// A userfaultfd of the body, with us and with it.
-pub fn attach(body: &mut Remote) -> Result<Uffd> {
+/// A userfaultfd of the body, with us and with it. `lazy`: faults of the kernel are to be answered too, which takes
+/// privilege.
+pub fn attach(body: &mut Remote, lazy: bool) -> Result<Uffd> {
+    const UFFD_USER_MODE_ONLY: i32 = 1;
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-    let fd = body.call(libc::SYS_userfaultfd, &[flags.into()])?;
+    let mut fd = body.call(libc::SYS_userfaultfd, &[flags.into()])?;
+    if fd == -i64::from(libc::EPERM) && !lazy {
+        let flags = flags | UFFD_USER_MODE_ONLY;
+        fd = body.call(libc::SYS_userfaultfd, &[flags.into()])?;
+    }
     if fd < 0 {
         return Err(std::io::Error::from_raw_os_error(-fd as i32))
             .context("userfaultfd (needs CAP_SYS_PTRACE or vm.unprivileged_userfaultfd)");

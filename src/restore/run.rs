@@ -127,9 +127,7 @@ fn restore(opts: &Options, mut guest: Option<&mut dyn Guest>, started: Instant) 
     report.warnings.append(&mut makers.warnings);
     // Their ids are wanted now.
     drop(makers);
-    if let Ids::New { first } = &mut ids {
-        *first = chosen;
-    }
+    ids.choose_first(chosen);
     let opened = Opened::new(&image, std::mem::take(&mut replaced.files), floor)?;
     let area = layout::area(processes)?;
     let mut bulk = Bulk::new(Arc::clone(&image), !opts.lazy);
@@ -296,7 +294,7 @@ impl Site<'_> {
     /// Memory, or the promise of it. Bytes that are there now.
     fn fill(&self, body: &mut Remote, p: &Process, undertaker: &mut Undertaker) -> Result<u64> {
         let pages = self.image.pages();
-        let uffd = memory::attach(body)?;
+        let uffd = memory::attach(body, self.filler.is_some())?;
         let Some(filler) = self.filler else {
             let bar = ProgressBar::hidden();
             return memory::fill(&uffd, body.mem(), p, pages, self.bulk, &bar);
