@@ -29,7 +29,7 @@ type Test = fn(&Scene) -> Result<()>;
 fn main() -> ExitCode {
     let mut args = Arguments::from_args();
     args.test_threads = Some(1);
-    let tests: [(&str, Test); 12] = [
+    let tests: [(&str, Test); 14] = [
         ("a_task_comes_back_and_its_partners_go_on", comes_back),
         ("a_task_comes_back_on_another_host", on_another_host),
         (
@@ -39,6 +39,11 @@ fn main() -> ExitCode {
         ("a_task_that_lives_is_not_restored", living),
         ("megabytes_that_were_not_read_move_along", much_unread),
         ("a_task_that_waits_for_info_asks_again", waits_for_info),
+        ("last_words_of_restored_tasks_arrive", last_words),
+        (
+            "killed_at_any_moment_a_lander_leaves_nothing_or_a_task",
+            killed_landers,
+        ),
         ("a_move_runs_when_the_old_one_has_ended", runs_when_ended),
         (
             "a_lease_that_ends_beside_a_living_task_ends_the_new_one",
@@ -407,6 +412,79 @@ fn much_unread(scene: &Scene) -> Result<()> {
     let got = worker.ask("recv -1 8");
     ensure!(got.contains("text last"), "{got}");
     worker.leave();
+    boss.leave();
+    Ok(())
+}
+
+fn last_words(scene: &Scene) -> Result<()> {
+    // MIST_DEATHS=100 is what it takes to be sure.
+    let deaths = std::env::var("MIST_DEATHS").ok();
+    let deaths: u32 = deaths.and_then(|n| n.parse().ok()).unwrap_or(12);
+    let mut boss = scene.actor("h1", "boss")?;
+    boss.ask("catchout");
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    let pid = worker.pid();
+    let image = scene.dump("h1", pid, "image", "--kill")?;
+    let of = |what: &str| format!("[t{v:x}] {what}");
+    // One that has said nothing shows no beginning.
+    let mut expected = Vec::new();
+    for n in 0..deaths {
+        restore(scene, "h1", &image, "")?;
+        worker.tell(&format!("last words-{n}"));
+        worker.answer();
+        wait_for("its end", LIMIT, || {
+            Ok((boss.ask(&format!("pstat {v:x}")) == "-31").then_some(()))
+        })?;
+        expected.extend([of("BEGIN"), of(&format!("words-{n}")), of("EOF")]);
+    }
+    ensure!(boss.ask("exit") == "0");
+    ensure!(boss.said == expected, "{:?}", boss.said);
+    Ok(())
+}
+
+fn killed_landers(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor(HOST, "boss")?;
+    let (mut worker, v) = scene.worker(&mut boss, HOST, "worker")?;
+    let pid = worker.pid();
+    let image = scene.dump(HOST, pid, "image", "--kill")?;
+    let pvmd = scene.hosts.exec(HOST, "pgrep -x pvmd")?;
+    let (mut came, mut gone) = (0, 0);
+    for delay in (0..40).step_by(2) {
+        // Whoever has it in hand; or itself, as long as it is not the task.
+        let script = format!(
+            "until p=$(pgrep -P {pvmd}); do :; done; sleep 0.{delay:03};
+             t=$(sed -n 's/^TracerPid:[[:space:]]*//p' /proc/$p/status);
+             if [ ${{t:-0}} != 0 ]; then kill -9 $t; fi
+             case $(readlink /proc/$p/exe) in *mistctl) kill -9 $p; esac; true"
+        );
+        let mut killer = scene.hosts.command(HOST, &script).spawn()?;
+        scene.land(
+            &mut boss,
+            HOST,
+            &image,
+            if delay % 4 == 0 { "" } else { "--lazy" },
+        )?;
+        common::wait_child(&mut killer, "the killer", LIMIT)?;
+        wait_for("the end of all mistctls", LIMIT, || {
+            let left = "! ls -l /proc/[0-9]*/exe 2>/dev/null | grep mistctl";
+            Ok(scene.hosts.root(HOST, left).ok())
+        })?;
+        let task = scene.hosts.exec(HOST, &format!("pgrep -P {pvmd}; true"))?;
+        if task.is_empty() {
+            gone += 1;
+            continue;
+        }
+        came += 1;
+        ensure!(worker.ask("mytid") == format!("{v:x}"));
+        worker.tell("quit");
+        worker.answer();
+        wait_for("its end", LIMIT, || {
+            let gone = format!("! pgrep -P {pvmd}");
+            Ok(scene.hosts.exec(HOST, &gone).ok())
+        })?;
+    }
+    println!("{gone} ended, {came} came through");
+    ensure!(gone > 0);
     boss.leave();
     Ok(())
 }

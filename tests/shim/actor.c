@@ -331,7 +331,11 @@ static int run(int argc, char **argv)
 		say("ok");
 	} else if (!strcmp(c, "exit"))
 		say("%d", pvm_exit());
-	else if (!strcmp(c, "quit"))
+	else if (!strcmp(c, "last")) {
+		/* still in a buffer when the program ends */
+		printf("%s\n", ARG(1));
+		return 0;
+	} else if (!strcmp(c, "quit"))
 		return 0;
 	else
 		say("what is %s?", c);
