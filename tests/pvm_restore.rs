@@ -29,7 +29,7 @@ type Test = fn(&Scene) -> Result<()>;
 fn main() -> ExitCode {
     let mut args = Arguments::from_args();
     args.test_threads = Some(1);
-    let tests: [(&str, Test); 14] = [
+    let tests: [(&str, Test); 16] = [
         ("a_task_comes_back_and_its_partners_go_on", comes_back),
         ("a_task_comes_back_on_another_host", on_another_host),
         (
@@ -39,6 +39,10 @@ fn main() -> ExitCode {
         ("a_task_that_lives_is_not_restored", living),
         ("megabytes_that_were_not_read_move_along", much_unread),
         ("a_task_that_waits_for_info_asks_again", waits_for_info),
+        ("a_family_comes_back_eagerly", |scene| family(scene, "")),
+        ("a_family_comes_back_lazily", |scene| {
+            family(scene, "--lazy")
+        }),
         ("last_words_of_restored_tasks_arrive", last_words),
         (
             "killed_at_any_moment_a_lander_leaves_nothing_or_a_task",
@@ -104,9 +108,12 @@ impl Scene {
         for name in ["bin", "links"] {
             fs::create_dir(dir.path().join(name))?;
         }
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/shim/actor.c");
-        let built = common::build_c(&source, &["-lgpvm3".into(), "-lpvm3".into()])?;
-        fs::copy(built, dir.path().join("bin/actor"))?;
+        for name in ["actor", "family"] {
+            let source = format!("{}/tests/shim/{name}.c", env!("CARGO_MANIFEST_DIR"));
+            let libraries = ["-lgpvm3", "-lpvm3", "-lpthread"].map(String::from);
+            let built = common::build_c(Path::new(&source), &libraries)?;
+            fs::copy(built, dir.path().join("bin").join(name))?;
+        }
         symlink(mistctl.path(), dir.path().join("links/actor"))?;
         let scene = Scene {
             hosts,
@@ -413,6 +420,42 @@ fn much_unread(scene: &Scene) -> Result<()> {
     ensure!(got.contains("text last"), "{got}");
     worker.leave();
     boss.leave();
+    Ok(())
+}
+
+/// A task with memory, a thread and a child, on one host and then the other.
+fn family(scene: &Scene, more: &str) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    boss.ask("catchout");
+    let program = scene.path("bin/family");
+    // On real hosts ids are seldom taken.
+    for (host, id) in [("h0", 20_000), ("h1", 10_000)] {
+        let above = format!("echo {id} >/proc/sys/kernel/ns_last_pid");
+        scene.hosts.root(host, &above)?;
+    }
+    let v = spawned(&boss.ask(&format!("spawnat h1 {}", program.display())))?;
+    let check = |boss: &mut Actor| -> Result<()> {
+        boss.ask(&format!("send {v:x} 1 check"));
+        let said = boss.ask("recv -1 2");
+        ensure!(
+            said.contains(&format!("from {v:x} tag 2 text ok")),
+            "{said}"
+        );
+        Ok(())
+    };
+    check(&mut boss)?;
+    for (from, to) in [("h1", "h0"), ("h0", "h1")] {
+        let pid = scene.hosts.exec(from, "pgrep -o -x family")?;
+        until_receives(scene, from, pid.parse()?)?;
+        let image = scene.dump(from, pid.parse()?, &format!("{from}{to}"), "--kill --tree")?;
+        restore(scene, "h0", &image, &format!("{more} --host {to}"))?;
+        check(&mut boss)?;
+        check(&mut boss)?;
+    }
+    boss.ask(&format!("kill {v:x}"));
+    ensure!(boss.ask("exit") == "0");
+    let rounds = boss.said.iter().filter(|line| line.contains("ok")).count();
+    ensure!(rounds == 5, "{:?}", boss.said);
     Ok(())
 }
 

@@ -67,21 +67,31 @@ impl Ready<'_> {
 /// # Errors
 /// Classified (see [`crate::error`]); nothing half-restored is left.
 pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
-    restore(opts, None, started)
+    let image = Arc::new(Image::open(&opts.image)?);
+    restore(opts, image, None, started)
 }
 
-/// Restores an image into this very process, which keeps its pid, its parent, its session and group. What
+/// Restores an image, opened from `opts.image`, into this very process, which keeps its pid, its parent, its session and group. What
 /// returns is its tracer, another process: it has to live on until memory is filled ([`Outcome::filling`]), and
 /// then to end.
 ///
 /// # Errors
 /// As for [`run`]. Where it has stepped aside already, the process ends.
-pub fn here(opts: &Options, guest: &mut dyn Guest, started: Instant) -> Result<Outcome> {
-    restore(opts, Some(guest), started)
+pub fn here(
+    opts: &Options,
+    image: Arc<Image>,
+    guest: &mut dyn Guest,
+    started: Instant,
+) -> Result<Outcome> {
+    restore(opts, image, Some(guest), started)
 }
 
-fn restore(opts: &Options, mut guest: Option<&mut dyn Guest>, started: Instant) -> Result<Outcome> {
-    let image = Arc::new(Image::open(&opts.image)?);
+fn restore(
+    opts: &Options,
+    image: Arc<Image>,
+    mut guest: Option<&mut dyn Guest>,
+    started: Instant,
+) -> Result<Outcome> {
     let manifest = &image.manifest;
     let processes = &manifest.processes;
     let ours = creds::ours()?;

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -28,12 +29,19 @@ use crate::pvm::tid::Tid;
 use crate::pvm::wire::{LONGEST_FRAGMENT, Message, XDR, tm};
 use crate::restore::{self, Guest, Replaced};
 
+/// The new incarnation: this process, enrolled.
+pub struct Incarnated {
+    pub pvmd: Pvmd,
+    pub client: Client,
+    pub far: FarEnd,
+}
+
 /// A task on its way into this process.
 pub struct Task<'a> {
     pvmd: Pvmd,
     table: PathBuf,
     task: PvmTask,
-    image: Image,
+    image: Arc<Image>,
     /// Taken away, if it is ours, when the task runs; what is still to be filled has its pages open.
     arrived: Option<Arrived>,
     commit: Commit,
@@ -55,20 +63,23 @@ pub struct Task<'a> {
 }
 
 impl<'a> Task<'a> {
-    /// `client` has enrolled as the new incarnation.
     pub fn new(
-        pvmd: Pvmd,
-        mut client: Client,
+        new: Incarnated,
+        image: Arc<Image>,
         task: PvmTask,
         arrived: Arrived,
         commit: Commit,
         agent: Option<&'a mut Agent>,
         warnings: Vec<String>,
     ) -> Result<Self> {
+        let Incarnated {
+            pvmd,
+            mut client,
+            far,
+        } = new;
         if let Commit::WhenEnded { r1, .. } = commit {
             client.notify_unseen(Tid(r1))?;
         }
-        let image = Image::open(&arrived.path())?;
         let mut unread = unread_of(&image, &task)?;
         readdress(&mut unread, client.tid());
         let (r, fragment, scheduler) = (
@@ -76,7 +87,6 @@ impl<'a> Task<'a> {
             client.fragment() as u32,
             client.scheduler().0,
         );
-        let far = FarEnd::find()?;
         let connection = client.into_connection()?;
         unread.extend(connection.read);
         Ok(Self {

@@ -17,6 +17,7 @@ mod unread;
 use std::io::BufReader;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -29,8 +30,9 @@ use crate::pvm::client::{Client, Pvmd};
 use crate::pvm::table::TidTable;
 use crate::restore::{self, Options, Outcome};
 use arrival::{Arrived, Door};
-use guest::Task;
+use guest::{Incarnated, Task};
 use protocol::{Commit, Order, ToAgent, ToLander, hear, say};
+use unread::FarEnd;
 
 /// Who gives the orders.
 #[derive(Debug, Clone)]
@@ -88,6 +90,7 @@ pub fn run(orders: &Orders, started: Instant) -> Result<Outcome> {
 fn land(orders: &Orders, agent: &mut Option<Agent>, started: Instant) -> Result<Outcome> {
     let pvmd = Pvmd::find()?.context("no pvmd runs here (PVMSOCK, PVM_TMP, PVM_VMID)")?;
     let mut client = Client::enrol(&pvmd, cookie())?;
+    let far = FarEnd::find()?;
     let (arrived, lazy, order) = match (orders, &mut *agent) {
         (Orders::Image { path, lazy }, _) => (Arrived::There(path.clone()), *lazy, None),
         (Orders::Agent { .. }, None) => anyhow::bail!("there is no agent"),
@@ -108,7 +111,8 @@ fn land(orders: &Orders, agent: &mut Option<Agent>, started: Instant) -> Result<
         }
     };
     let path = arrived.path();
-    let task = task_of(&path, order.as_ref())?;
+    let image = Arc::new(Image::open(&path)?);
+    let task = task_of(&image, order.as_ref())?;
     if order.is_none() {
         publish(&pvmd, &task, client.tid().0)?;
     }
@@ -122,8 +126,8 @@ fn land(orders: &Orders, agent: &mut Option<Agent>, started: Instant) -> Result<
         Commit::WhenEnded { .. } => Vec::new(),
     };
     let mut guest = Task::new(
-        pvmd,
-        client,
+        Incarnated { pvmd, client, far },
+        Arc::clone(&image),
         task,
         arrived,
         commit,
@@ -138,7 +142,7 @@ fn land(orders: &Orders, agent: &mut Option<Agent>, started: Instant) -> Result<
         stopped: false,
         progress: false,
     };
-    restore::here(&options, &mut guest, started)
+    restore::here(&options, image, &mut guest, started)
 }
 
 /// PVMEPID: by it pvmd knows whom it has forked. Without it we are a task that nobody spawned.
@@ -151,9 +155,9 @@ fn cookie() -> i32 {
 }
 
 /// Whom the image holds.
-fn task_of(path: &Path, order: Option<&Order>) -> Result<PvmTask> {
-    let image = Image::open(path)?;
+fn task_of(image: &Image, order: Option<&Order>) -> Result<PvmTask> {
     caps::caller()?.may_restore(&image.manifest, image.owner()?)?;
+    let path = image.path();
     let Some(task) = image.manifest.pvm.clone() else {
         return Err(Failure::Refused.because(format!(
             "{} is no image of a PVM task; `mistctl restore` restores it",
