@@ -29,7 +29,7 @@ type Test = fn(&Scene) -> Result<()>;
 fn main() -> ExitCode {
     let mut args = Arguments::from_args();
     args.test_threads = Some(1);
-    let tests: [(&str, Test); 16] = [
+    let tests: [(&str, Test); 17] = [
         ("a_task_comes_back_and_its_partners_go_on", comes_back),
         ("a_task_comes_back_on_another_host", on_another_host),
         (
@@ -48,6 +48,7 @@ fn main() -> ExitCode {
             "killed_at_any_moment_a_lander_leaves_nothing_or_a_task",
             killed_landers,
         ),
+        ("partners_of_a_task_that_is_away_wait_for_it", away),
         ("a_move_runs_when_the_old_one_has_ended", runs_when_ended),
         (
             "a_lease_that_ends_beside_a_living_task_ends_the_new_one",
@@ -300,6 +301,48 @@ fn waits_for_info(scene: &Scene) -> Result<()> {
     ensure!(worker.ask("mytid") == format!("{v:x}"));
     worker.leave();
     boss.leave();
+    Ok(())
+}
+
+fn away(scene: &Scene) -> Result<()> {
+    let (mut boss, mut other) = (scene.actor("h0", "boss")?, scene.actor("h1", "other")?);
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    let pid = worker.pid();
+    // PvmTaskExit
+    boss.ask(&format!("notify 1 66 {v:x}"));
+    boss.ask(&format!("send {v:x} 7 before"));
+    // One that cannot be saved now is there for its partners as before (PvmMboxWaitForInfo, PvmMboxReadAndDelete).
+    let block = TaskBlock::find(inside(scene, "h1", pid)?)?.context("no block")?;
+    worker.tell("get later 0 48");
+    stage::until("the task to wait for its pvmd", || {
+        block.asking().unwrap() == 1
+    });
+    ensure!(scene.dump("h1", pid, "no", "--kill --away").is_err());
+    ensure!(boss.ask(&format!("send {v:x} 8 still")) == "0");
+    boss.ask("put later now 4");
+    ensure!(worker.answer().contains("text now"));
+    ensure!(worker.ask("recv -1 8").contains("text still"));
+    let image = scene.dump("h1", pid, "image", "--kill --away")?;
+    let gone = scene.hosts.exec("h1", &format!("kill -0 {pid}"));
+    ensure!(gone.is_err(), "it lives");
+    for (actor, host) in [(&mut boss, "h0"), (&mut other, "h1")] {
+        let pid = actor.pid();
+        actor.tell(&format!("send {v:x} 7 {host}"));
+        let block = TaskBlock::find(inside(scene, host, pid)?)?.context("no block")?;
+        stage::until_waits(&block, mistctl::pvm::shimabi::block::wait::GATE);
+    }
+    restore(scene, "h0", &image, "")?;
+    ensure!(boss.answer() == "0" && other.answer() == "0");
+    let got: Vec<String> = (0..3).map(|_| worker.ask("recv -1 7")).collect();
+    ensure!(got[0].contains("text before"), "{got:?}");
+    for text in ["text h0", "text h1"] {
+        ensure!(got.iter().any(|said| said.contains(text)), "{got:?}");
+    }
+    ensure!(boss.ask("nnotice 66") == "none", "it was told of an end");
+    worker.leave();
+    ensure!(boss.ask("notice 66").contains(&format!("{v:x}")));
+    boss.leave();
+    other.leave();
     Ok(())
 }
 

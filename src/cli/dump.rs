@@ -52,6 +52,13 @@ pub struct Args {
     #[arg(long, conflicts_with = "stop")]
     kill: bool,
 
+    /// With --kill: the PVM task comes back, and its partners are to wait for it
+    ///
+    /// On all hosts messages to it wait until it is restored, and nobody is told of its end. Without this it ends for its
+    /// partners as any task does: what they send before it is restored is lost.
+    #[arg(long, requires = "kill")]
+    away: bool,
+
     /// Leave the process stopped (SIGSTOP) once the image is complete
     ///
     /// `kill -CONT PID` lets it go on.
@@ -142,7 +149,8 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         (Some(dir), Some(keep)) => {
             let store = stores::Locked::open(dir)?;
             let image = store.next_path()?;
-            let report = mistctl::pvm::dump::run(&options(args, pid, image, Some(dir.clone())))?;
+            let report =
+                mistctl::pvm::dump::run(&options(args, pid, image, Some(dir.clone())), args.away)?;
             store.keep_newest(keep as usize)?;
             // Silent, with warnings too: what they say is the same every time, and `show` says it.
             if args.json {
@@ -160,7 +168,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
                     image.display()
                 )));
             }
-            let report = mistctl::pvm::dump::run(&options(args, pid, image, None))?;
+            let report = mistctl::pvm::dump::run(&options(args, pid, image, None), args.away)?;
             if args.json {
                 out::object(&report)?;
             } else {

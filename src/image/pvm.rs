@@ -26,6 +26,9 @@ pub struct PvmTask {
     /// Where pvmd sends its output and traces: tid (real), context, tag.
     pub output_to: (u32, u32, i32),
     pub trace_to: (u32, u32, i32),
+    /// Its partners wait for it, and have not been told of its end.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub away: bool,
     /// What it waits for an answer to, and is to be asked again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub asked: Option<Asked>,

@@ -189,6 +189,7 @@ impl Task {
             unread: keep(unread, sink)?,
             output_to,
             trace_to,
+            away: false,
             asked: asked::question(&self.block, mem)
                 .with_context(|| format!("what task {} asks its pvmd", self.v))?,
             mailbox: self.mailbox(client)?,

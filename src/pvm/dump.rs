@@ -5,22 +5,30 @@ use std::time::Instant;
 use anyhow::Result;
 
 use crate::dump::{self, Options, Report, Session};
+use crate::error::Failure;
 use crate::image::ImageWriter;
+use crate::pvm::away::Away;
 use crate::pvm::capture::Task;
+use crate::pvm::client::Client;
 use crate::pvm::quiet;
 
-/// Dumps a process, whatever it is: a PVM task as such, any other as [`dump::run`] does.
+/// Dumps a process, whatever it is: a PVM task as such, any other as [`dump::run`] does. `away`: the task is killed
+/// and comes back, and its partners are to wait for it.
 ///
 /// # Errors
 /// Classified; the process runs on as before, and nothing is left under the image's name.
-pub fn run(opts: &Options) -> Result<Report> {
+pub fn run(opts: &Options, away: bool) -> Result<Report> {
     match Task::find(opts.pid)? {
-        Some(task) => run_task(&task, opts),
+        Some(task) => run_task(&task, opts, away),
+        None if away => Err(Failure::Refused.because(format!(
+            "process {} is no PVM task: it has no partners that could wait for it; leave --away out",
+            opts.pid
+        ))),
         None => dump::run(opts),
     }
 }
 
-fn run_task(task: &Task, opts: &Options) -> Result<Report> {
+fn run_task(task: &Task, opts: &Options, away: bool) -> Result<Report> {
     let started = Instant::now();
     let opts = Options {
         pvmd: Some(task.connection.ino),
@@ -29,12 +37,45 @@ fn run_task(task: &Task, opts: &Options) -> Result<Report> {
     // While the task runs: enrolling takes its time.
     let mut client = task.client()?;
     let writer = ImageWriter::create(&opts.image, opts.store.as_deref(), opts.compress)?;
-    let session = Session::stop_with(&opts, &mut |_| quiet::stop(task, quiet::PATIENCE))?;
-    let report = dump::finish(session, writer, &opts, started, &mut |session, sink| {
-        let captured = task.capture(session, &mut client, sink)?;
-        session.set_pvm(captured);
-        Ok(())
-    })?;
+    let away = match away {
+        true => Some(Away::begin(task, &mut client)?),
+        false => None,
+    };
+    let done = save(task, &opts, &mut client, away.as_ref(), writer, started);
+    let mut report = match (done, &away) {
+        (Err(e), Some(away)) => return Err(away.call_off(&mut client, e)),
+        (done, _) => done?,
+    };
+    if let Some(away) = &away
+        && let Err(e) = away.stays(&mut client)
+    {
+        report.warnings.push(format!(
+            "partners wait for task {} for a limited time only: {e:#}",
+            task.v
+        ));
+    }
     client.exit()?;
     Ok(report)
+}
+
+fn save(
+    task: &Task,
+    opts: &Options,
+    client: &mut Client,
+    away: Option<&Away>,
+    writer: ImageWriter,
+    started: Instant,
+) -> Result<Report> {
+    let session = Session::stop_with(opts, &mut |_| quiet::stop(task, quiet::PATIENCE))?;
+    // Its socket's buffers stay large until it has ended.
+    let mut raised = None;
+    dump::finish(session, writer, opts, started, &mut |session, sink| {
+        if let Some(away) = away {
+            raised = Some(away.flush(task, session, client)?);
+        }
+        let mut captured = task.capture(session, client, sink)?;
+        captured.away = away.is_some();
+        session.set_pvm(captured);
+        Ok(())
+    })
 }

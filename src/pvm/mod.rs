@@ -2,6 +2,7 @@
 
 pub mod agent;
 pub mod asked;
+pub mod away;
 pub mod block;
 pub mod capture;
 pub mod client;

@@ -64,7 +64,7 @@ pub fn run(path: &Path, task: &PvmTask, host: Option<&str>, lazy: bool) -> Resul
         host,
     };
     landing.refuse_living(v)?;
-    let done = landing.land(path, task, lazy, !begins_anew);
+    let done = landing.land(path, task, lazy, !begins_anew && !task.away);
     match done {
         Ok(restored) => {
             landing.client.exit()?;

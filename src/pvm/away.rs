@@ -1,0 +1,119 @@
+//! A task that is saved, ends, and is to come back: its partners wait for it meanwhile, on all hosts.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use pvm_abi::NOOP_MARKER;
+
+use crate::dump::Session;
+use crate::pvm::agent::control::{Peer, Request};
+use crate::pvm::agent::{Caller, ensure};
+use crate::pvm::capture::Task;
+use crate::pvm::client::Client;
+use crate::pvm::connection::Raised;
+use crate::pvm::flush;
+use crate::pvm::tid::Tid;
+
+/// How long an agent may take.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How long gates stay closed should we die: this, and a millisecond for each so many bytes to save.
+const LEASE_MS: u64 = 60_000;
+const BYTES_A_MS: u64 = 20_000;
+
+/// The gates of one task, closed everywhere.
+pub struct Away {
+    agents: Vec<Peer>,
+    v: Tid,
+    r: Tid,
+    /// Of our markers.
+    number: u32,
+}
+
+impl Away {
+    /// Closes the gates of the task on all hosts. When this returns, nobody is inside a send to it. Should we die,
+    /// they open by themselves after a while, if it lives.
+    ///
+    /// # Errors
+    /// When an agent cannot be started, or some task does not come to an end of its send. The gates are open then.
+    pub fn begin(task: &Task, client: &mut Client) -> Result<Away> {
+        let agents = ensure(client).context(
+            "partners are to wait for the task, which needs mistctl's agents on all hosts",
+        )?;
+        let away = Away {
+            agents,
+            v: task.v,
+            r: task.r,
+            number: client.tid().0,
+        };
+        let status = procfs::process::Process::new(task.connection.pid).and_then(|p| p.status());
+        let bytes = status.map_or(0, |s| s.rssanon.unwrap_or(0) * 1024);
+        let close = Request::CloseGate {
+            v: away.v.0,
+            next: 0,
+            lease_ms: LEASE_MS + bytes / BYTES_A_MS,
+        };
+        if let Err(e) = away.ask_all(client, &close) {
+            return Err(away.call_off(client, e));
+        }
+        Ok(away)
+    }
+
+    fn ask_all(&self, client: &mut Client, request: &Request) -> Result<()> {
+        let mut caller = Caller::new(client);
+        for agent in &self.agents {
+            caller
+                .ask(Tid(agent.tid), request.clone(), PATIENCE)
+                .with_context(|| format!("the agent of {}", agent.name))?;
+        }
+        Ok(())
+    }
+
+    /// Waits, while the task stands still, until all that was sent to it is in its socket, and all that it sent has
+    /// left its host. The socket keeps its large buffers as long as what is returned lives.
+    ///
+    /// # Errors
+    /// When that does not come about in time.
+    pub fn flush(&self, task: &Task, session: &Session, client: &mut Client) -> Result<Raised> {
+        let marker = Request::Marker {
+            r: self.r.0,
+            number: self.number,
+        };
+        self.ask_all(client, &marker)?;
+        let agents: Vec<Tid> = self.agents.iter().map(|a| Tid(a.tid)).collect();
+        flush::arrived(
+            task,
+            session.guardian(),
+            (NOOP_MARKER, self.number),
+            &agents,
+            PATIENCE,
+        )
+    }
+
+    /// The task has ended: its partners wait until it is restored.
+    ///
+    /// # Errors
+    /// When an agent does not answer.
+    pub fn stays(&self, client: &mut Client) -> Result<()> {
+        let close = Request::CloseGate {
+            v: self.v.0,
+            next: 0,
+            lease_ms: 0,
+        };
+        self.ask_all(client, &close)
+    }
+
+    /// Opens the gates; `why` the task was not saved, which it returns.
+    pub fn call_off(&self, client: &mut Client, why: anyhow::Error) -> anyhow::Error {
+        let open = Request::OpenGate {
+            v: self.v.0,
+            r: self.r.0,
+        };
+        match self.ask_all(client, &open) {
+            Ok(()) => why,
+            Err(e) => why.context(format!(
+                "messages to {} wait for a while, until its gates open by themselves ({e:#})",
+                self.v
+            )),
+        }
+    }
+}
