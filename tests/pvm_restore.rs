@@ -39,6 +39,7 @@ fn main() -> ExitCode {
         ("a_task_that_lives_is_not_restored", living),
         ("megabytes_that_were_not_read_move_along", much_unread),
         ("a_task_that_waits_for_info_asks_again", waits_for_info),
+        ("a_task_goes_on_seeing_its_clocks", own_clocks),
         ("a_family_comes_back_eagerly", |scene| family(scene, "")),
         ("a_family_comes_back_lazily", |scene| {
             family(scene, "--lazy")
@@ -463,6 +464,44 @@ fn much_unread(scene: &Scene) -> Result<()> {
     ensure!(got.contains("text last"), "{got}");
     worker.leave();
     boss.leave();
+    Ok(())
+}
+
+/// A task of another boot, or of a time namespace, whose clocks are far from this host's.
+fn own_clocks(scene: &Scene) -> Result<()> {
+    let (stage, args) = Stage::new(scene.dir.path(), "worker");
+    let shim = scene
+        .mistctl
+        .path()
+        .replace("bin/mistctl", "lib/libmistshim.so");
+    scene.hosts.root(
+        HOST,
+        &format!(
+            "cd /; setsid unshare --time --monotonic 1000000 --boottime 1000000 --fork \
+             setpriv --reuid mist --regid mist --init-groups \
+             env LD_PRELOAD={shim} {} {args} </dev/null >/dev/null 2>&1 &",
+            scene.path("bin/actor").display()
+        ),
+    )?;
+    let mut worker = stage.actor();
+    let v = worker.enrol();
+    let pid = worker.pid();
+    let before: i64 = worker.ask("clock").parse()?;
+    let image = scene.dump(HOST, pid, "image", "--kill")?;
+    let said = restore(scene, HOST, &image, "")?;
+    ensure!(said["virtual_tid"] == format!("t{v:x}"), "{said}");
+    ensure!(
+        said["warnings"].as_array().is_some_and(Vec::is_empty),
+        "{said}"
+    );
+    let after: i64 = worker.ask("clock").parse()?;
+    // The host's own is a million seconds behind.
+    ensure!(
+        (before..before + 1000).contains(&after),
+        "{before}, then {after}"
+    );
+    ensure!(worker.ask("mytid") == format!("{v:x}"));
+    worker.leave();
     Ok(())
 }
 

@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/time.h>
+#include <time.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -130,7 +131,11 @@ static int run(int argc, char **argv)
 
 	if (!strcmp(c, "mytid"))
 		say("%x", pvm_mytid());
-	else if (!strcmp(c, "raw"))
+	else if (!strcmp(c, "clock")) {
+		struct timespec now;
+		clock_gettime(CLOCK_MONOTONIC, &now);
+		say("%ld", (long)now.tv_sec);
+	} else if (!strcmp(c, "raw"))
 		say("%x", pvmmytid);
 	else if (!strcmp(c, "pid"))
 		say("%d", getpid());
