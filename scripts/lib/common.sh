@@ -34,3 +34,14 @@ need_packages() {
             "${apt[@]}" install -y --no-install-recommends "${missing[@]}" >&2; } ||
         die "apt could not install ${missing[*]}: see above"
 }
+
+# lay_out FILE DIR: mistctl FILE and the shim beside it in DIR as scripts/install does, for all test hosts.
+lay_out() {
+    local line
+    need_packages libcap2-bin
+    install -D -m 755 "$1" "$2/bin/mistctl"
+    install -D -m 644 "$(dirname "$1")/libmistshim.so" "$2/lib/libmistshim.so"
+    line=$(setpriv --reuid=65534 --regid=65534 --clear-groups "$2/bin/mistctl" check |
+        sed -n 's/^ *sudo setcap \([^ ]*\) .*/\1/p')
+    [ -z "$line" ] || setcap "$line" "$2/bin/mistctl"
+}
