@@ -247,11 +247,17 @@ pub(super) fn list(image: BorrowedFd) -> Result<Vec<String>> {
 
 /// BLAKE3 hash of a file's content; its position stays where it is.
 pub fn hash_of(file: &File) -> Result<blake3::Hash> {
+    hash_of_first(file, u64::MAX)
+}
+
+/// The same of its first `len` bytes, or of all when it has less.
+pub fn hash_of_first(file: &File, len: u64) -> Result<blake3::Hash> {
     let mut hasher = blake3::Hasher::new();
     let mut buffer = vec![0; PIECE];
     let mut at = 0;
     loop {
-        let n = read_some(file, &mut buffer, at)?;
+        let room = (len - at).min(PIECE as u64) as usize;
+        let n = read_some(file, buffer.get_mut(..room).unwrap_or_default(), at)?;
         let piece = buffer.get(..n).unwrap_or_default();
         if piece.is_empty() {
             return Ok(hasher.finalize());

@@ -7,31 +7,37 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use super::control::FileLook;
-use crate::image::objects::hash_of;
+use crate::image::objects::hash_of_first;
 
 /// Files over this size are compared by size alone: to read them would take longer than to move the task.
 const HASHED: u64 = 64 << 20;
 
-/// What there is to compare of a file.
+/// What there is to compare of a file; `written`: somebody may be writing to it.
 ///
 /// # Errors
 /// When it cannot be looked at.
-pub fn look(path: &Path) -> Result<FileLook> {
+pub fn look(path: &Path, written: bool) -> Result<FileLook> {
+    look_at(path, written, None)
+}
+
+/// The same, of at most its first `len` bytes.
+fn look_at(path: &Path, written: bool, len: Option<u64>) -> Result<FileLook> {
     let meta = std::fs::metadata(path).with_context(|| format!("{}: stat", path.display()))?;
     let kind = meta.file_type();
     let device = kind.is_char_device() || kind.is_block_device();
-    let hash = match kind.is_file() && meta.len() <= HASHED {
-        true => Some(
-            hash_of(&File::open(path).with_context(|| format!("{}: open", path.display()))?)?
-                .to_hex()
-                .to_string(),
-        ),
+    let size = meta.len().min(len.unwrap_or(u64::MAX));
+    let hash = match kind.is_file() && size <= HASHED {
+        true => {
+            let file = File::open(path).with_context(|| format!("{}: open", path.display()))?;
+            Some(hash_of_first(&file, size)?.to_hex().to_string())
+        }
         false => None,
     };
     Ok(FileLook {
         path: path.to_owned(),
-        size: kind.is_file().then_some(meta.len()),
+        size: kind.is_file().then_some(size),
         hash,
+        written,
         rdev: device.then(|| meta.rdev()),
     })
 }
@@ -39,7 +45,9 @@ pub fn look(path: &Path) -> Result<FileLook> {
 /// Those that are missing here or different, and why.
 pub fn different(files: &[FileLook]) -> Vec<(PathBuf, String)> {
     let differs = |wanted: &FileLook| {
-        let found = match look(&wanted.path) {
+        // What has been added since the other look does not count.
+        let len = wanted.size.filter(|_| wanted.written);
+        let found = match look_at(&wanted.path, wanted.written, len) {
             Ok(found) => found,
             Err(e) => return Some(format!("{:#}", e.root_cause())),
         };
@@ -75,8 +83,11 @@ mod tests {
         std::fs::write(path("gone"), "text").unwrap();
         std::fs::create_dir(path("dir")).unwrap();
         let names = ["same", "other", "longer", "gone", "dir"];
-        let looks: Vec<FileLook> = names.iter().map(|n| look(&path(n)).unwrap()).collect();
-        let null = look(Path::new("/dev/null")).unwrap();
+        let looks: Vec<FileLook> = names
+            .iter()
+            .map(|n| look(&path(n), false).unwrap())
+            .collect();
+        let null = look(Path::new("/dev/null"), true).unwrap();
         assert_eq!(different(&looks), []);
         assert_eq!(different(&[null]), []);
         std::fs::write(path("other"), "TEXT").unwrap();
@@ -91,5 +102,19 @@ mod tests {
         assert_eq!(told[1], ("longer", "it has 5 bytes there, and 4 here"));
         assert_eq!(told[2].0, "gone");
         assert_eq!(told.len(), 3);
+    }
+    #[test]
+    fn a_file_that_is_written_to_may_have_grown() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        std::fs::write(&path, "one\n").unwrap();
+        let [still, written] = [false, true].map(|written| look(&path, written).unwrap());
+        std::fs::write(&path, "one\ntwo\n").unwrap();
+        assert_eq!(different(std::slice::from_ref(&written)), []);
+        assert_eq!(different(&[still]).len(), 1);
+        std::fs::write(&path, "two\none\n").unwrap();
+        assert_eq!(different(std::slice::from_ref(&written)).len(), 1);
+        std::fs::write(&path, "on").unwrap();
+        assert_eq!(different(&[written]).len(), 1);
     }
 }

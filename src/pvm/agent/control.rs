@@ -125,8 +125,10 @@ pub struct FileLook {
     pub path: PathBuf,
     /// Bytes; none for what is no regular file.
     pub size: Option<u64>,
-    /// BLAKE3 of the content, in hexadecimal, of regular files.
+    /// BLAKE3 of that many bytes, in hexadecimal, of regular files.
     pub hash: Option<String>,
+    /// The task may be writing to it: where both hosts see the same file, it is longer at the second look.
+    pub written: bool,
     /// The device, for device nodes.
     pub rdev: Option<u64>,
 }

@@ -1,6 +1,6 @@
 //! The files that a task has open must be there where it goes: compared before anything is stopped.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -12,12 +12,15 @@ use procfs::process::MMapPath;
 use super::link::Link;
 use super::protocol::Job;
 use crate::dump::Carried;
+use crate::dump::files::FdInfo;
 use crate::error::Failure;
 use crate::pvm::agent::control::{Answer, Request};
 use crate::pvm::agent::look;
 
 /// Most time that comparing may take: files are read on both hosts.
 const LIMIT: Duration = Duration::from_secs(300);
+/// How often a file is compared that the task may be writing to.
+const LOOKS: usize = 4;
 
 /// Refuses when files that the task has open are missing on the target, or different, with the list. Tells whether
 /// the programs and libraries that it maps have to go along.
@@ -27,17 +30,29 @@ const LIMIT: Duration = Duration::from_secs(300);
 pub fn compare(job: &Job, table: &Path, link: &mut Link) -> Result<Carried> {
     let open = open_files(job.pid)?;
     let mapped = mapped_files(job.pid, table)?;
-    let mut files = Vec::new();
-    for path in open.union(&mapped) {
-        files.push(look(path)?);
+    let written = |path: &PathBuf| open.get(path).copied().unwrap_or(false);
+    let mut paths: BTreeSet<&PathBuf> = open.keys().chain(&mapped).collect();
+    let mut different: Vec<(PathBuf, String)> = Vec::new();
+    for _ in 0..LOOKS {
+        let mut files = Vec::new();
+        for path in &paths {
+            files.push(look(path, written(path))?);
+        }
+        let answer = link.ask(&job.to, Request::Compare { files }, LIMIT)?;
+        let Answer::Compared { different: found } = answer else {
+            bail!("the agent of {} answers {answer:?}", job.to.name);
+        };
+        // What was written to between the two looks is looked at again.
+        paths.retain(|path| written(path) && found.iter().any(|(differs, _)| differs == *path));
+        different.retain(|(path, _)| !written(path));
+        different.extend(found);
+        if paths.is_empty() {
+            break;
+        }
     }
-    let answer = link.ask(&job.to, Request::Compare { files }, LIMIT)?;
-    let Answer::Compared { different } = answer else {
-        bail!("the agent of {} answers {answer:?}", job.to.name);
-    };
     let list: Vec<String> = different
         .iter()
-        .filter(|(path, _)| open.contains(path))
+        .filter(|(path, _)| open.contains_key(path))
         .map(|(path, why)| format!("{} ({why})", path.display()))
         .collect();
     if !list.is_empty() {
@@ -70,15 +85,27 @@ fn mapped_files(pid: i32, table: &Path) -> Result<BTreeSet<PathBuf>> {
     Ok(found)
 }
 
-/// Files by name that process `pid` has open, and its directory. What has no name (any more) travels with it.
-fn open_files(pid: i32) -> Result<BTreeSet<PathBuf>> {
+/// Files by name that process `pid` has open, with whether it can write to them; and its directory. What has no name
+/// (any more) travels with it.
+fn open_files(pid: i32) -> Result<BTreeMap<PathBuf, bool>> {
     let dir = format!("/proc/{pid}/fd");
-    let mut found = BTreeSet::new();
+    let mut found = BTreeMap::new();
     for entry in fs::read_dir(&dir).with_context(|| format!("cannot read {dir}"))? {
-        let link = entry.with_context(|| format!("cannot read {dir}"))?.path();
-        found.extend(named(&link));
+        let entry = entry.with_context(|| format!("cannot read {dir}"))?;
+        let number = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok());
+        let (Some(path), Some(fd)) = (named(&entry.path()), number) else {
+            continue;
+        };
+        // What is closed meanwhile does not matter.
+        let flags = FdInfo::read(&pid.to_string(), fd).map_or(0, |info| info.flags);
+        *found.entry(path).or_insert(false) |= flags & libc::O_ACCMODE != libc::O_RDONLY;
     }
-    found.extend(named(Path::new(&format!("/proc/{pid}/cwd"))));
+    if let Some(cwd) = named(Path::new(&format!("/proc/{pid}/cwd"))) {
+        found.entry(cwd).or_insert(false);
+    }
     Ok(found)
 }
 
