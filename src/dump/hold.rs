@@ -43,6 +43,8 @@ impl HeldProcess {
         let mem = Mem::open(via).map_err(|e| gone_or(pid, e))?;
         wait_for_vfork(pid)?;
         let tail = Tail::find(via, &mem);
+        // Clocks are compared from here on.
+        let _urgent = Urgent::new();
         let mut watch = Watch::before(pid, &thread_ids(pid)?, &mem);
         let mut held = Self {
             pid,
@@ -51,7 +53,6 @@ impl HeldProcess {
             tail,
             released: false,
         };
-        let _urgent = Urgent::new();
         let mut known = BTreeSet::new();
         loop {
             let new: Vec<i32> = thread_ids(pid)?

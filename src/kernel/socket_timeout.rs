@@ -93,8 +93,12 @@ impl SocketTimeout {
         let undo = Undo::Options(vec![(libc::SOL_SOCKET, self.option, self.whole.to_vec())]);
         guardian.protect(&self.socket, &undo)?;
         self.guardian = Some(guardian);
-        let wait = tick_ns().map_or(left_ns, |tick| Ticks::wait(tick, left_ns));
-        self.set(&calls::timeval(wait.max(1000) as u64))
+        self.set(&calls::timeval(left_ns.max(1000) as u64))
+    }
+
+    /// The same for calls that are to end at the tick in `left_ns`, and not behind it.
+    pub fn shorten_to_tick(&mut self, left_ns: i64) -> Result<()> {
+        self.shorten(tick_ns().map_or(left_ns, |tick| Ticks::wait(tick, left_ns)))
     }
 
     /// Waits until the thread, which was let go, is in its call, and gives the socket its own time-out.

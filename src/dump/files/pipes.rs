@@ -29,8 +29,9 @@ pub(super) fn kind(seen: &Seen<'_>, tables: &mut Tables) -> Result<Kind> {
         content: Vec::new(),
     };
     let link = &seen.place.link;
-    let named = std::fs::symlink_metadata(link)
-        .is_ok_and(|m| (m.dev(), m.ino()) == (seen.meta.dev(), seen.meta.ino()));
+    let named = link.starts_with('/')
+        && std::fs::symlink_metadata(link)
+            .is_ok_and(|m| (m.dev(), m.ino()) == (seen.meta.dev(), seen.meta.ino()));
     if named {
         let file = tables.file(link, seen.meta, false);
         return Ok(Kind::Fifo { file, pipe });

@@ -237,6 +237,7 @@ pub fn settle(threads: &mut [Held], watch: &mut Watch, mem: &Mem, tail: &mut Tai
         .collect();
     watch.check(&sleepers);
     let mut timed = Vec::new();
+    let mut exact = BTreeMap::new();
     // When they end, by what the kernel has said was left.
     let mut left = BTreeMap::new();
     for h in threads.iter_mut() {
@@ -287,13 +288,17 @@ pub fn settle(threads: &mut [Held], watch: &mut Watch, mem: &Mem, tail: &mut Tai
                     && matches!(h.resume, Resume::Timed { .. });
                 match socket {
                     Ok(Some(s)) if is_socket => {
-                        let end = watch.socket_end(tid, s.whole_ns(), h.stopped_at);
-                        h.deadline = Some(end);
+                        let (whole, stopped) = (s.whole_ns(), h.stopped_at);
+                        h.deadline = Some(watch.socket_end(tid, whole, stopped));
+                        // A call that begins elsewhere is rounded up to other ticks there.
+                        let since = watch.since(tid).unwrap_or(stopped);
+                        exact.insert(tid, since.saturating_add(whole));
                     }
                     _ => h.resume = Resume::Again { nr },
                 }
                 if let Some(d) = h.noted {
                     h.deadline = h.deadline.map(|_| d);
+                    exact.remove(&tid);
                 }
             }
         }
@@ -309,7 +314,10 @@ pub fn settle(threads: &mut [Held], watch: &mut Watch, mem: &Mem, tail: &mut Tai
     for h in threads.iter_mut() {
         if let Resume::Timed { nr, left_ns } = &mut h.resume {
             *left_ns = match (h.deadline, calls::timeout(*nr, &h.program)) {
-                (Some(d), _) => (d - h.stopped_at).max(0),
+                (Some(d), _) => {
+                    let d = exact.get(&h.tracee.tid).copied().unwrap_or(d);
+                    (d - h.stopped_at).max(0)
+                }
                 (None, Some((t, _))) => calls::argument(t, &h.program, mem).unwrap_or(0),
                 (None, None) => 0,
             };
@@ -438,7 +446,7 @@ pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Vec<SocketTime
                     None => {
                         let fd = h.program.arg(0) as i32;
                         if let Ok(Some(mut s)) = SocketTimeout::of(h.tracee.tid, nr, fd)
-                            && s.shorten(left).is_ok()
+                            && s.shorten_to_tick(left).is_ok()
                         {
                             sockets.push(s);
                             if !tail.holds(h.regs.rip)
