@@ -2,12 +2,16 @@
 
 use std::fs::DirBuilder;
 use std::net::TcpListener;
+use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::Agent;
 use super::protocol::Source;
 use crate::pvm::stream::{self, Key, Stream};
 
@@ -77,15 +81,45 @@ impl Door {
     ///
     /// # Errors
     /// When nobody comes, or what comes is none; nothing of it is left.
-    pub fn receive(self, source: &Source, id: &str) -> Result<Arrived> {
+    pub fn receive(self, source: &Source, id: &str, agent: &mut Agent) -> Result<Arrived> {
         let key = match source {
             Source::Image { path } => return Ok(Arrived::There(path.clone())),
             Source::Stream { key } => Key::from_hex(key)?,
         };
-        let mut stream = Stream::accept(&self.listener, &key, id, Instant::now() + PATIENCE)?;
+        let until = Instant::now() + PATIENCE;
+        self.wait(agent, until)?;
+        let mut stream = Stream::accept(&self.listener, &key, id, until)?;
         let dir = Folder::make()?;
         stream::receive(&mut stream, &image_in(&dir.0))?;
         Ok(Arrived::Received(dir))
+    }
+}
+
+impl Door {
+    /// Waits until somebody knocks.
+    fn wait(&self, agent: &mut Agent, until: Instant) -> Result<()> {
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let ms = left.as_millis().min(60_000) as u16;
+            let mut fds = [
+                PollFd::new(self.listener.as_fd(), PollFlags::POLLIN),
+                PollFd::new(agent.reader.get_ref().as_fd(), PollFlags::POLLIN),
+            ];
+            match poll(&mut fds, PollTimeout::from(ms)) {
+                Ok(0) => bail!("no mover came within {} s", PATIENCE.as_secs()),
+                Err(Errno::EINTR) => continue,
+                other => other.context("poll")?,
+            };
+            let told = |fd: &PollFd<'_>| fd.any().unwrap_or(false);
+            let [knocks, says] = fds.each_ref().map(told);
+            if says {
+                let said = agent.hear()?;
+                bail!("the agent has called it off ({said:?})");
+            }
+            if knocks {
+                return Ok(());
+            }
+        }
     }
 }
 

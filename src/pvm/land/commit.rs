@@ -113,11 +113,8 @@ impl Waiting<'_> {
         let mut assembler = Assembler::new(bytes.len());
         assembler.push(bytes.get(..got).unwrap_or_default());
         while let Some(m) = assembler.message()? {
-            let notice = (m.ctx, m.tag, m.src.0) == (CTX_TC as u32, tc::NOOP, Tid::PVMD.0);
-            if (notice || m.src.0 & pvm_abi::TID_PVMD != 0)
-                && m.tag == tc::NOOP
-                && m.reader().tid().is_ok_and(|tid| tid == r1)
-            {
+            let notice = m.src.is_pvmd() && (m.ctx, m.tag) == (CTX_TC as u32, tc::NOOP);
+            if notice && m.reader().tid().is_ok_and(|tid| tid == r1) {
                 return Ok(true);
             }
         }

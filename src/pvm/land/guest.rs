@@ -18,7 +18,7 @@ use super::identity::{self, Incarnation};
 use super::keeper::Keeper;
 use super::protocol::{Commit, ToAgent};
 use super::reach::{Bridge, Reach};
-use super::unread::FarEnd;
+use super::unread::{self, FarEnd};
 use crate::image::memory::Backing;
 use crate::image::process::Process;
 use crate::image::pvm::{Asked, PvmTask};
@@ -285,11 +285,15 @@ fn unread_of(image: &Image, task: &PvmTask) -> Result<Vec<u8>> {
     let Some(object) = &task.unread.object else {
         return Ok(task.unread.inline.to_vec());
     };
-    let mut bytes = Vec::new();
-    image
-        .object_verified(object)?
-        .read_to_end(&mut bytes)
-        .context("what the task had not read")?;
+    let file = image.object_verified(object)?;
+    let what = "what the task had not read";
+    let len = file.metadata().context(what)?.len();
+    if len > unread::MOST as u64 {
+        bail!("{what} is too long: {len} bytes");
+    }
+    let mut bytes = Vec::with_capacity(len as usize);
+    let mut limited = file.take(len);
+    limited.read_to_end(&mut bytes).context(what)?;
     Ok(bytes)
 }
 

@@ -107,7 +107,11 @@ fn land(orders: &Orders, agent: &mut Option<Agent>, started: Instant) -> Result<
                 Some(ToLander::Run) => anyhow::bail!("the agent says `run` before its order"),
                 Some(ToLander::Abandon) | None => anyhow::bail!("the agent has called it off"),
             };
-            (door.receive(&order.source, id)?, order.lazy, Some(order))
+            (
+                door.receive(&order.source, id, agent)?,
+                order.lazy,
+                Some(order),
+            )
         }
     };
     let path = arrived.path();

@@ -10,7 +10,7 @@ use crate::kernel::sockopt;
 use crate::pvm::connection::Daemons;
 
 /// Most bytes that a socket's buffer is raised for.
-const MOST: usize = 256 << 20;
+pub const MOST: usize = 256 << 20;
 
 /// The pvmd's end of the connection.
 pub struct FarEnd(OwnedFd);
