@@ -1,11 +1,13 @@
 //! A dump in steps, for whoever has something to do in between.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use indicatif::ProgressBar;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use super::hold::HeldProcess;
 use super::look::{self, Holds, Looked, Subject};
@@ -21,7 +23,7 @@ use crate::image::pvm::PvmTask;
 use crate::image::{FORMAT_NAME, FORMAT_VERSION, Fd, Manifest, SpaceId, Vma};
 use crate::kernel::guardian::Guardian;
 use crate::kernel::sched::Urgent;
-use crate::kernel::{caps, pidfd};
+use crate::kernel::{caps, pidfd, socket};
 
 /// Processes that stand still, and what is known of them. Dropped, it lets them go on as if nothing had happened.
 ///
@@ -43,6 +45,7 @@ pub struct Session {
     /// As long as the processes stand, and are not written meanwhile.
     urgent: Option<Urgent>,
     pvm: Option<PvmTask>,
+    hang_up: Option<OwnedFd>,
     report: Report,
 }
 
@@ -83,6 +86,7 @@ impl Session {
             stopped,
             urgent: Some(Urgent::new()),
             pvm: None,
+            hang_up: None,
             report: Report {
                 pid: opts.pid,
                 image: opts.image.clone(),
@@ -207,17 +211,21 @@ impl Session {
             bail!("process {} has not been looked at", self.opts.pid);
         };
         let process = &mut subject.process;
-        details(
-            process,
-            via,
-            false,
-            &mut self.tables,
-            self.opts.carried,
-            sink,
-        )?;
         let space = process.space;
-        let (mut runs, round) =
-            tracker.last(&process.vmas, &mut |at, data| sink.put(space, at, data))?;
+        // Both walk over all page tables: at the same time.
+        let mut flagged = process.vmas.clone();
+        let vmas = &mut process.vmas;
+        let (flags, last) = std::thread::scope(|scope| {
+            let flags = scope.spawn(|| maps::add_flags(&mut flagged, via, false));
+            let last = tracker.last(vmas, &mut |at, data| sink.put(space, at, data));
+            (flags.join(), last)
+        });
+        flags.unwrap_or_else(|_| bail!("the thread that reads the flags of mappings panicked"))?;
+        for (v, flagged) in process.vmas.iter_mut().zip(flagged) {
+            v.flags = flagged.flags;
+        }
+        let (mut runs, round) = last?;
+        carry::files(via, process, &mut self.tables, self.opts.carried, sink)?;
         // It came with `look`.
         let is_vdso = |v: &&Vma| matches!(&v.backing, Backing::Kernel { which } if which == "vdso");
         runs.extend(
@@ -241,6 +249,12 @@ impl Session {
     /// What the image says of the PVM task that the first process is.
     pub fn set_pvm(&mut self, task: PvmTask) {
         self.pvm = Some(task);
+    }
+
+    /// A socket of the first process whose other end is to see at once that the process has been killed, however long
+    /// its end takes.
+    pub fn hang_up(&mut self, socket: OwnedFd) {
+        self.hang_up = Some(socket);
     }
 
     /// Everything but memory; what is not in it yet is taken from here.
@@ -282,6 +296,16 @@ impl Session {
             connections.finish_kill(&pidfds.iter().map(AsFd::as_fd).collect::<Vec<_>>())?;
         }
         self.looked = None;
+        if after == After::Kill
+            && let Some(connection) = self.hang_up.take()
+        {
+            for held in self.holds.iter().flatten() {
+                kill(Pid::from_raw(held.pid), Signal::SIGKILL)
+                    .with_context(|| format!("killing process {}", held.pid))?;
+            }
+            // A process gives its memory back before it closes anything.
+            let _ = socket::shutdown(&connection, 3);
+        }
         for held in self.holds.iter_mut().filter_map(Option::take) {
             match after {
                 After::Kill => held.kill()?,

@@ -230,39 +230,32 @@ impl Tracker {
     }
 
     /// The last round, of a process that stands still: gives `take` what is new or has changed since the last one,
-    /// and returns all runs of pages that hold something. To be called by the thread that traces it.
+    /// and returns all runs of pages that hold something. Notes guard pages in `vmas`. To be called by the thread that
+    /// traces it.
     ///
     /// # Errors
     /// When memory cannot be read, and those of `take`.
-    pub fn last(&mut self, vmas: &[Vma], take: &mut Take) -> Result<(Vec<Run>, Round)> {
+    pub fn last(&mut self, vmas: &mut [Vma], take: &mut Take) -> Result<(Vec<Run>, Round)> {
         if self.mem.is_over() {
             return Err(self.gone());
         }
         let pagemap = Pagemap::open(self.via)?;
         let owed = union(&std::mem::take(&mut self.owed), &[]);
         let (mut populated, mut changed) = (Vec::new(), Vec::new());
-        for v in vmas.iter().filter(|v| is_private(v)) {
-            let mut all = Vec::new();
-            pagemap.private(v.start, v.end, &mut |start, end| {
-                add(&mut all, (start, end));
-                Ok(())
-            })?;
-            let mut written = Vec::new();
-            let how = Tracked {
-                only_written: true,
-                protect: false,
-            };
-            let known = self.uffd.is_some()
-                && pagemap.tracked(v.start, v.end, how, &mut |start, end| {
-                    add(&mut written, (start, end));
+        for v in vmas.iter_mut().filter(|v| !v.is_kernel()) {
+            if !is_private(v) {
+                let mut guards = Vec::new();
+                pagemap.guards(v.start, v.end, &mut |start, end| {
+                    guards.push((start, end));
                     Ok(())
                 })?;
-            if known {
-                changed.extend(union(&written, &intersection(&all, &owed)));
-            } else {
-                changed.extend(&all);
+                v.guards = guards;
+                continue;
             }
-            populated.extend(all);
+            let pages = pagemap.look(v.start, v.end, self.uffd.is_some())?;
+            changed.extend(union(&pages.written, &intersection(&pages.private, &owed)));
+            populated.extend(pages.private);
+            v.guards = pages.guards;
         }
         let mut round = Round::default();
         for (start, end) in changed {

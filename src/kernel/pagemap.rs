@@ -146,6 +146,51 @@ impl Pagemap {
         Ok(true)
     }
 
+    /// All that is to be known of a range, in one walk over its page tables. `tracked`: whether writes to it are
+    /// followed; if they are not, everything counts as written.
+    ///
+    /// # Errors
+    /// Those of PAGEMAP_SCAN but EPERM.
+    pub fn look(&self, start: u64, end: u64, tracked: bool) -> Result<Pages> {
+        let guard = if self.knows_guards { GUARD } else { 0 };
+        let mut pages = Pages::default();
+        let mut regions = [Region::default(); 512];
+        let mut at = start;
+        while at < end {
+            let mut arg = ScanArg {
+                flags: if tracked { CHECK_WPASYNC } else { 0 },
+                start: at,
+                end,
+                category_anyof_mask: PRESENT | SWAPPED | guard,
+                return_mask: WRITTEN | FILE | PRESENT | SWAPPED | PFNZERO | guard,
+                ..ScanArg::default()
+            };
+            let n = match self.ioctl(&mut arg, &mut regions) {
+                Err(nix::errno::Errno::EPERM) if tracked => return self.look(start, end, false),
+                n => n.with_context(|| {
+                    format!("scanning pages {at:#x}-{end:#x} of process {}", self.pid)
+                })?,
+            };
+            for r in regions.iter().take(n) {
+                let is = |category: u64| r.categories & category != 0;
+                let run = (r.start, r.end);
+                if is(guard) {
+                    add(&mut pages.guards, run);
+                } else if !is(FILE | PFNZERO) {
+                    add(&mut pages.private, run);
+                    if is(WRITTEN) || !tracked {
+                        add(&mut pages.written, run);
+                    }
+                }
+            }
+            if arg.walk_end <= at {
+                break;
+            }
+            at = arg.walk_end;
+        }
+        Ok(pages)
+    }
+
     /// Address of the first page that [`Pagemap::private`] would give.
     pub fn first_private(&self, start: u64, end: u64) -> Result<Option<u64>> {
         // Told to stop at one page: the region of a large mapping is found by walking all of its tables.
@@ -272,6 +317,24 @@ impl Pagemap {
         // SAFETY: `arg` is a live pm_scan_arg and `vec` points to `vec_len` writable regions.
         let n = unsafe { pagemap_scan(self.file.as_raw_fd(), arg) }?;
         Ok(n as usize)
+    }
+}
+
+/// What [`Pagemap::look`] finds, as sorted runs of addresses.
+#[derive(Debug, Default)]
+pub struct Pages {
+    /// As [`Pagemap::private`] gives them.
+    pub private: Vec<(u64, u64)>,
+    /// Those of them that were written to since they were protected.
+    pub written: Vec<(u64, u64)>,
+    pub guards: Vec<(u64, u64)>,
+}
+
+/// Appends a run that begins where the last one ends, or behind it.
+fn add(runs: &mut Vec<(u64, u64)>, run: (u64, u64)) {
+    match runs.last_mut() {
+        Some(last) if last.1 >= run.0 => last.1 = last.1.max(run.1),
+        _ => runs.push(run),
     }
 }
 

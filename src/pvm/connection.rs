@@ -128,6 +128,14 @@ impl Connection {
         self.pvmd_end
     }
 
+    /// A duplicate of the task's end.
+    ///
+    /// # Errors
+    /// When there is no descriptor left.
+    pub fn task_end(&self) -> Result<OwnedFd> {
+        self.task_end.try_clone().context("dup of a socket")
+    }
+
     /// What the pvmd has written and the task has not read; nothing is consumed.
     ///
     /// # Errors

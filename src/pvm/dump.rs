@@ -76,6 +76,7 @@ fn save(
         let mut captured = task.capture(session, client, sink)?;
         captured.away = away.is_some();
         session.set_pvm(captured);
+        session.hang_up(task.connection.task_end()?);
         Ok(())
     })
 }

@@ -271,6 +271,7 @@ impl<'j> Mover<'j> {
         let captured = self.task.capture(session, &mut self.client, sender)?;
         self.given.clone_from(&captured.mailbox);
         session.set_pvm(captured);
+        session.hang_up(self.task.connection.task_end()?);
         let (runs, _) = session.changes(tracker, sender)?;
         sender.populated(SPACE, &runs)?;
         self.moved.rounds += 1;
