@@ -26,17 +26,24 @@ const PASSED_ON: [Signal; 9] = [
 /// Signals that wait until [`Signals::follow`] passes them on.
 pub struct Signals(SignalFd);
 
+/// Lets the program's signals wait, from before it runs: one of them must not end us in its place.
+pub fn hold_back() {
+    let mut blocked = SigSet::from_iter(PASSED_ON);
+    blocked.add(Signal::SIGCHLD);
+    blocked.add(Signal::SIGTTOU); // else handing over the terminal would stop us
+    // It fails for unknown signals only.
+    let _ = blocked.thread_block();
+}
+
 impl Signals {
     /// Begins to hold signals back. From here on they are the program's.
     ///
     /// # Errors
     /// No descriptor is free.
     pub fn hold() -> nix::Result<Signals> {
+        hold_back();
         let mut set = SigSet::from_iter(PASSED_ON);
         set.add(Signal::SIGCHLD);
-        let mut blocked = set;
-        blocked.add(Signal::SIGTTOU); // else handing over the terminal would stop us
-        blocked.thread_block()?;
         SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC).map(Signals)
     }
 

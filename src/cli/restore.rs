@@ -170,6 +170,7 @@ fn newest_sound(args: &Args, started: Instant) -> anyhow::Result<Outcome> {
             lazy: args.lazy,
             stopped: args.stopped,
             progress: !args.json && out::progress(),
+            before_release: (!args.detach).then_some(foreground::hold_back),
         };
         match mistctl::restore::run(&options, started) {
             Ok(outcome) => return Ok(outcome),

@@ -41,6 +41,8 @@ pub struct Options {
     pub stopped: bool,
     /// Draw a progress bar on standard error.
     pub progress: bool,
+    /// Called right before the first process runs.
+    pub before_release: Option<fn()>,
 }
 
 /// What a restore did, as --json prints it.

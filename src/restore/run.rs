@@ -227,6 +227,9 @@ fn restore(
             return Err(e);
         }
     }
+    if let Some(f) = opts.before_release {
+        f();
+    }
     for r in &ready {
         release(r, parked, opts)?;
     }

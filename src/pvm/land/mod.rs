@@ -144,6 +144,7 @@ fn land(orders: &Orders, agent: &mut Option<Agent>, started: Instant) -> Result<
         same_pid: false,
         lazy,
         stopped: false,
+        before_release: None,
         progress: false,
     };
     restore::here(&options, image, &mut guest, started)
