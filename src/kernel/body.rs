@@ -65,8 +65,7 @@ pub fn fork_with(flags: u64, pid: Option<i32>, life: &mut dyn FnMut()) -> io::Re
 /// When no process can be made; we are who we were then.
 pub fn step_aside(first: &mut dyn FnMut()) -> Result<(i32, OwnedFd)> {
     let body = std::process::id() as i32;
-    let pipe =
-        || nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).context("making a pipe");
+    let pipe = || nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).context("making a pipe");
     let (alive, tracer) = pipe()?;
     let (ready, not_ready) = pipe()?;
     match fork_silently().context("forking")? {
@@ -93,10 +92,9 @@ pub fn step_aside(first: &mut dyn FnMut()) -> Result<(i32, OwnedFd)> {
             }
         }
     }
-    drop((tracer, ready));
+    drop((tracer, ready, not_ready));
     // A panic must not run on into what our caller would do next.
     let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(first));
-    drop(not_ready);
     let mut byte = [0];
     // Nothing is ever written: this ends with the tracer, if that has not taken us in hand before.
     while nix::unistd::read(&alive, &mut byte) == Err(nix::errno::Errno::EINTR) {}
