@@ -163,7 +163,7 @@ fn child_four_gigabytes() {
     }
     let run = |i: u64| {
         let at = START + (i << 16) + PAGE;
-        (at, at + if i % 8 == 0 { 2 } else { 1 } * PAGE)
+        (at, at + if i.is_multiple_of(8) { 2 } else { 1 } * PAGE)
     };
     let populated: Populated = [(0, (0..blocks).map(run).collect())].into();
     writer.finish(&manifest, &populated, false).expect("finish");

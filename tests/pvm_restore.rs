@@ -725,6 +725,17 @@ impl Parking<'_> {
         Ok(tracer)
     }
 
+    /// Nobody traces the parked process any more, and it stands still.
+    fn stands_alone(&self) -> Result<()> {
+        wait_for("the task to stand alone", LIMIT, || {
+            Ok(self.tracer().is_err().then_some(()))
+        })?;
+        let state = format!("grep '^State' /proc/{}/status", self.landed);
+        let state = self.scene.hosts.exec(HOST, &state)?;
+        ensure!(state.contains("T (stopped)"), "{state}");
+        Ok(())
+    }
+
     /// The new one is the task, with what the old one had not read.
     fn runs_here(&mut self) -> Result<()> {
         let (r, v) = (self.r, self.v);
@@ -823,9 +834,7 @@ fn agent_dies(scene: &Scene) -> Result<()> {
 fn tracer_dies_committed(scene: &Scene) -> Result<()> {
     let mut parking = Parking::new(scene, LONG)?;
     parking.kill(parking.tracer()?)?;
-    wait_for("the task to stand alone", LIMIT, || {
-        Ok(parking.tracer().is_err().then_some(()))
-    })?;
+    parking.stands_alone()?;
     parking.kill(parking.pid)?;
     parking.runs_here()?;
     parking.end();
@@ -833,8 +842,9 @@ fn tracer_dies_committed(scene: &Scene) -> Result<()> {
 }
 
 fn tracer_dies_uncommitted(scene: &Scene) -> Result<()> {
-    let mut parking = Parking::new(scene, 1000)?;
+    let mut parking = Parking::new(scene, 3000)?;
     parking.kill(parking.tracer()?)?;
+    parking.stands_alone()?;
     parking.runs_there()?;
     parking.end();
     Ok(())
