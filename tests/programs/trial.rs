@@ -354,9 +354,17 @@ impl Test {
             bail!("{why}");
         }
         let rounds = self.spec.dumps.unwrap_or(3);
+        let mut read = Vec::new();
         for _ in 0..rounds {
-            tracker.round(&mut |at, data| writer.put(0, at, data))?;
+            let round = tracker.round(&mut |at, data| writer.put(0, at, data))?;
+            read.push(round.bytes);
             writer.settle()?;
+        }
+        // Programs that wait write little; those that are dumped another number of times do not wait.
+        if let (Some(first), Some(last), None) = (read.first(), read.last(), self.spec.dumps)
+            && *last > first / 2 + (256 << 10)
+        {
+            bail!("changes are not followed: the rounds read {read:?} bytes");
         }
         self.unharmed()?;
         // A child that is there now may be gone in a moment.
