@@ -9,6 +9,7 @@ mod memory;
 mod namespace;
 mod process;
 mod queries;
+mod ready;
 mod resume;
 mod run;
 mod session;

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use procfs::process::{Process as Proc, Stat};
 
 use super::tables::Tables;
-use super::{namespace, queries, threads};
+use super::{namespace, queries, ready, threads};
 use crate::error::{Classify, Failure};
 use crate::image::process::{EndedLeader, Limit, MmLayout, Process, State};
 
@@ -94,6 +94,8 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<()> {
             status.name
         ));
     }
+    ready::wait(via)?;
+    let status = Proc::new(via).and_then(|p| p.status()).unwrap_or(status);
     if status.tracerpid != 0 {
         return Err(Failure::Busy.because(format!(
             "process {pid} is being traced by process {} (a debugger or another mistctl); nothing \
