@@ -279,11 +279,13 @@ fn completions_and_manual_pages_come_out_of_the_same_definition() {
         .collect();
     pages.sort();
     let commands = [
+        "agent",
         "check",
         "completions",
         "dump",
         "exec",
         "man",
+        "migrate",
         "ps",
         "pvm",
         "pvm-start",

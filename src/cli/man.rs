@@ -34,8 +34,7 @@ pub fn run(args: &Args, command: &Command) -> anyhow::Result<ExitCode> {
     let mut pages = vec![(built.get_name().to_owned(), &built)];
     let mut at = 0;
     while let Some((name, command)) = pages.get(at).cloned() {
-        let below = command.get_subcommands().filter(|c| c.get_name() != "help");
-        pages.extend(below.map(|c| (format!("{name}-{}", c.get_name()), c)));
+        pages.extend(below(command).map(|c| (format!("{name}-{}", c.get_name()), c)));
         at += 1;
     }
     for (name, command) in pages {
@@ -46,6 +45,12 @@ pub fn run(args: &Args, command: &Command) -> anyhow::Result<ExitCode> {
             .with_context(|| format!("{}: cannot write", file.display()))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The commands that people type.
+fn below(command: &Command) -> impl Iterator<Item = &Command> {
+    let commands = command.get_subcommands();
+    commands.filter(|c| c.get_name() != "help" && !c.is_hide_set())
 }
 
 /// One page. What the help says behind the options becomes sections: its headings are in capitals.
@@ -61,7 +66,7 @@ fn page(command: &Command) -> anyhow::Result<Vec<u8>> {
     if command.has_subcommands() {
         writeln!(page, ".SH COMMANDS")?;
         let own = command.get_display_name().unwrap_or(command.get_name());
-        for c in command.get_subcommands().filter(|c| c.get_name() != "help") {
+        for c in below(command) {
             writeln!(page, ".TP\n.BR {}\\-{} (1)", escaped(own), c.get_name())?;
             writeln!(
                 page,
