@@ -10,7 +10,6 @@ use procfs::process::{MMPermissions, MMapPath};
 
 use super::hold::HeldProcess;
 use super::memory::is_private;
-use super::ready;
 use crate::error::Failure;
 use crate::image::Vma;
 use crate::kernel::arch::{PAGE, TASK_SIZE};
@@ -57,7 +56,6 @@ impl Tracker {
     /// # Errors
     /// Those of [`HeldProcess::stop`]; the process runs on.
     pub fn start(pid: i32) -> Result<Self> {
-        ready::wait(pid)?;
         let held = HeldProcess::stop(pid)?;
         let via = held.via();
         let made = crate::kernel::lend::descriptor(

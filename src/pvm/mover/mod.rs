@@ -126,7 +126,8 @@ impl<'j> Mover<'j> {
     /// All of it.
     fn bring(&mut self, link: &mut Link) -> Result<()> {
         let carried = files::compare(self.job, &self.task.block.table_path()?, link)?;
-        self.wait_until_filled()?;
+        // Of a task that has come here, or was restored, lately.
+        crate::dump::wait_until_whole(self.job.pid)?;
         let sender = self.land(link)?;
         let mut tracker = Tracker::start(self.job.pid)?;
         self.rounds(&mut tracker, &sender)?;
@@ -186,34 +187,6 @@ impl<'j> Mover<'j> {
         let stream = Stream::connect(address(&job.to, port)?, &key, &job.id, PATIENCE)
             .with_context(|| format!("the lander on {}", job.to.name))?;
         Ok(ImageSender::new(stream))
-    }
-
-    /// Waits until the memory of a task that has come here, or was restored, lately is all there: what is filled
-    /// behind its back looks as if it were not.
-    fn wait_until_filled(&self) -> Result<()> {
-        const LIMIT: Duration = Duration::from_secs(60);
-        let path = format!("/proc/{}/smaps", self.job.pid);
-        let until = Instant::now() + LIMIT;
-        loop {
-            let smaps =
-                std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
-            // proc(5): missing pages are told to a userfaultfd.
-            let missing = |line: &str| {
-                let flags = line.strip_prefix("VmFlags:");
-                flags.is_some_and(|flags| flags.split_whitespace().any(|flag| flag == "um"))
-            };
-            if !smaps.lines().any(missing) {
-                return Ok(());
-            }
-            if Instant::now() > until {
-                return Err(Failure::Busy.because(format!(
-                    "the memory of task {} is still being filled, {} s after it was asked for; try again",
-                    self.task.v,
-                    LIMIT.as_secs()
-                )));
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
     }
 
     /// Bytes of memory the task has.
