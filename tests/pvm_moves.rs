@@ -1,4 +1,4 @@
-//! Tasks of real applications move about three hosts at random while they work, and nobody notices.
+//! Tasks that talk to each other in every way PVM has move about three hosts at random, a hundred times.
 //!
 //! MIST_MOVES: how many moves the soak has to bear (default 100); MIST_SEED: which ones.
 
@@ -44,20 +44,7 @@ type Test = fn(&Stage) -> Result<()>;
 fn main() -> ExitCode {
     let mut args = Arguments::from_args();
     args.test_threads = Some(1);
-    let tests: [(&str, Test); 6] = [
-        ("heat_gives_the_same_with_moves", |s| {
-            same(s, "heat", "-n 600 -s 6000")
-        }),
-        ("matmul_gives_the_same_with_moves", |s| {
-            same(s, "matmul", "-n 240 -r 400")
-        }),
-        ("wave_in_fortran_gives_the_same_with_moves", |s| {
-            same(s, "wave", "20000 40000")
-        }),
-        ("ring_passes_every_hop_with_moves", ring),
-        ("farm_counts_primes_with_moves", farm),
-        ("soak_finds_nothing_in_a_hundred_moves", soak),
-    ];
+    let tests: [(&str, Test); 1] = [("soak_finds_nothing_in_a_hundred_moves", soak)];
     // One stage for all, set up by the first that needs it, and struck below.
     let stage = Arc::new(Mutex::new(None));
     let trials = tests
@@ -151,9 +138,7 @@ impl Stage {
     /// Ends whatever still runs of an application that failed.
     fn clear(&self) {
         for host in HOSTS {
-            let _ = self
-                .hosts
-                .exec(host, "pkill -KILL 'heat|matmul|wave|ring|farm|soak'");
+            let _ = self.hosts.exec(host, "pkill -KILL soak");
         }
     }
 
@@ -265,42 +250,6 @@ impl Stage {
                 .with_context(|| format!("after {moves} moves"))?;
         }
     }
-}
-
-/// The same last line as when the program computes alone, without PVM.
-fn same(stage: &Stage, program: &str, options: &str) -> Result<()> {
-    let alone = match program {
-        "wave" => format!("{program} {options} 0"),
-        _ => format!("{program} {options} -w 0"),
-    };
-    let expected = stage
-        .hosts
-        .exec("h0", &format!("{}/{alone}", stage.examples.dir()))?;
-    let expected = expected.lines().last().unwrap_or_default().to_owned();
-    let (moves, said) = stage.until_it_ends(&format!("{program} {options}"))?;
-    ensure!(
-        said == expected,
-        "'{said}', not '{expected}', after {moves} moves"
-    );
-    ensure!(moves > 0, "it ended before anything moved");
-    Ok(())
-}
-
-fn ring(stage: &Stage) -> Result<()> {
-    let (moves, said) = stage.until_it_ends("ring -l 4000 -b 20000")?;
-    ensure!(said.starts_with("ring: OK, 4 tasks, 4000 laps"), "{said}");
-    ensure!(moves > 0, "it ended before anything moved");
-    Ok(())
-}
-
-fn farm(stage: &Stage) -> Result<()> {
-    let (moves, said) = stage.until_it_ends("farm -n 8000000 -j 200 -w 6")?;
-    ensure!(
-        said == "farm: 539777 primes below 8000000, 200 jobs",
-        "{said}"
-    );
-    ensure!(moves > 0, "it ended before anything moved");
-    Ok(())
 }
 
 fn soak(stage: &Stage) -> Result<()> {
