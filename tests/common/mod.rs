@@ -58,8 +58,9 @@ pub fn build_c(source: &Path, flags: &[String]) -> Result<PathBuf> {
     {
         return Ok(built);
     }
-    // Under another name first: two test runs may build the same program at once.
-    let fresh = dir.join(format!(".{stem}.{}", std::process::id()));
+    // Elsewhere first: two test runs may build the same program at once, in pid namespaces with the same pids.
+    let place = tempfile::tempdir_in(&dir)?;
+    let fresh = place.path().join(stem);
     let output = Command::new("cc")
         .args(["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-o"])
         .arg(&fresh)
