@@ -313,7 +313,7 @@ pub fn word(word: &str) -> PathBuf {
     match word.strip_prefix('@') {
         None => PathBuf::from(word),
         Some(name) => match name.rsplit_once('.') {
-            Some((stem, "c")) => build_dir().join(stem),
+            Some((stem, "c")) => build_dir().join("real").join(stem),
             Some((_, "java")) => build_dir(),
             _ => source(name),
         },

@@ -40,10 +40,14 @@ pub fn build_c(source: &Path, flags: &[String]) -> Result<PathBuf> {
     // One at a time: threads may want the same program.
     static BUILDING: Mutex<()> = Mutex::new(());
     let _one = BUILDING.lock().unwrap_or_else(|e| e.into_inner());
-    let dir = build_dir();
+    // Sources in different folders may have one name.
+    let folder = source.parent().unwrap_or(Path::new("."));
+    let dir = match folder.file_name() {
+        Some(name) if name != "programs" => build_dir().join(name),
+        _ => build_dir(),
+    };
     fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
     let built = dir.join(stem);
-    let folder = source.parent().unwrap_or(Path::new("."));
     let mut newest = fs::metadata(source)
         .and_then(|m| m.modified())
         .with_context(|| format!("cannot read {}", source.display()))?;

@@ -110,6 +110,12 @@ impl<'j> Mover<'j> {
         let done = self.bring(link);
         if let Err(e) = done {
             let undone = self.undo(link);
+            if undone.is_ok() && has_ended(self.job.pid) {
+                return Err(Failure::NoSuchProcess.with(e.context(format!(
+                    "task {} has ended before it was moved",
+                    Tid(self.job.v)
+                ))));
+            }
             return Err(match undone {
                 Ok(()) => e.context(format!("task {} was not moved, and runs on", Tid(self.job.v))),
                 Err(also) => e.context(format!(
@@ -357,4 +363,10 @@ fn address(host: &Peer, port: u16) -> Result<SocketAddr> {
     found
         .find(SocketAddr::is_ipv4)
         .ok_or_else(|| anyhow!("host {name} has no address"))
+}
+
+/// Whether a process is dead, or nothing but a status for its parent.
+fn has_ended(pid: i32) -> bool {
+    let stat = procfs::process::Process::new(pid).and_then(|p| p.stat());
+    stat.map_or(true, |stat| matches!(stat.state, 'Z' | 'X'))
 }
