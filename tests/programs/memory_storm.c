@@ -4,6 +4,7 @@
 // mist: dumps 12
 // mist: variants plain forks
 // mist: may-refuse has children
+// mist: no-twice the second dump may come while it has a child
 #include "mist.h"
 
 #define PAGES 512
