@@ -18,6 +18,7 @@ mod threads;
 mod tracker;
 
 pub use hold::HeldProcess;
+pub use process::has_ended;
 pub use ready::wait as wait_until_whole;
 pub use run::{finish, run};
 pub use session::Session;

@@ -1,6 +1,7 @@
 //! Unix sockets: pairs, names, connections that wait, queues with descriptors in flight.
 
 mod dump;
+mod names;
 mod restore;
 
 pub use dump::peek_bytes;

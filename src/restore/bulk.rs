@@ -7,12 +7,12 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
 
-use super::memory::{by_uffd, put};
+use super::memory::{by_uffd, put, share, windows};
 use crate::image::memory::Vma;
 use crate::image::process::Process;
 use crate::image::store::Image;
@@ -25,7 +25,6 @@ const LARGE: u64 = 16 << 20;
 const MOST: usize = 1024;
 /// Bytes read and checked at once: they stay in a second-level cache meanwhile.
 const PIECE: usize = 256 << 10;
-const WORKERS: usize = 2;
 
 /// What the first body fills, and what it has filled.
 pub struct Bulk {
@@ -168,36 +167,14 @@ fn fill(image: &Image, space: u32, ranges: &[(u64, u64)]) -> Result<u64> {
     for (start, end) in ranges {
         uffd.register_missing(*start, end - start)?;
     }
-    let windows = Mutex::new(ranges.iter().flat_map(|(start, end)| {
-        let first = start - start % HUGE;
-        (first..*end)
-            .step_by(HUGE as usize)
-            .map(|at| (at.max(*start), (at + HUGE).min(*end)))
-    }));
     let bytes = AtomicU64::new(0);
-    let work = || -> Result<()> {
+    let windows = ranges.iter().flat_map(|(start, end)| windows(*start, *end));
+    share(windows, &|next| {
         let mut worker = Worker::new(image, space, &uffd)?;
-        loop {
-            let next = windows
-                .lock()
-                .map_err(|_| anyhow!("a filling thread panicked"))?
-                .next();
-            let Some((start, end)) = next else {
-                return Ok(());
-            };
+        while let Some((start, end)) = next()? {
             bytes.fetch_add(worker.window(start, end)?, Ordering::Relaxed);
         }
-    };
-    std::thread::scope(|scope| {
-        let others: Vec<_> = (1..WORKERS).map(|_| scope.spawn(work)).collect();
-        let mut result = work();
-        for w in others {
-            result = result.and(
-                w.join()
-                    .unwrap_or_else(|_| Err(anyhow!("a filling thread panicked"))),
-            );
-        }
-        result
+        Ok(())
     })?;
     for (start, end) in ranges {
         uffd.unregister(*start, end - start)?;

@@ -71,50 +71,58 @@ pub fn fill(
         uffd.register_missing(v.start, v.len())?;
     }
     let total = AtomicU64::new(write_copies(mem, p, pages)?);
-    // A window is what one page of page tables maps, and so what one thread's lock covers.
-    let windows = Mutex::new(p.vmas.iter().filter(|v| by_uffd(v)).flat_map(|v| {
-        (v.start - v.start % WINDOW..v.end)
-            .step_by(WINDOW as usize)
-            .map(|at| (at.max(v.start), (at + WINDOW).min(v.end)))
-    }));
-    std::thread::scope(|scope| {
-        let work = || -> Result<()> {
-            let mut buffer = vec![0u8; PIECE];
-            let mut scratch = Vec::new();
-            loop {
-                let next = windows
-                    .lock()
-                    .map_err(|_| anyhow!("a filling thread panicked"))?
-                    .next();
-                let Some((start, end)) = next else {
-                    return Ok(());
-                };
-                for run in pages.runs(p.space, start, end, PIECE) {
-                    let run: Run = run?;
-                    let out = buffer
-                        .get_mut(..run.bytes())
-                        .with_context(|| format!("a run of {} bytes", run.bytes()))?;
-                    pages.read_run(&run, out, &mut scratch)?;
-                    put(uffd, run.addr(), out)?;
-                    total.fetch_add(out.len() as u64, Ordering::Relaxed);
-                    bar.inc(out.len() as u64);
-                }
+    let private = p.vmas.iter().filter(|v| by_uffd(v));
+    let windows = private.flat_map(|v| windows(v.start, v.end));
+    share(windows, &|next| {
+        let mut buffer = vec![0u8; PIECE];
+        let mut scratch = Vec::new();
+        while let Some((start, end)) = next()? {
+            for run in pages.runs(p.space, start, end, PIECE) {
+                let run: Run = run?;
+                let out = buffer
+                    .get_mut(..run.bytes())
+                    .with_context(|| format!("a run of {} bytes", run.bytes()))?;
+                pages.read_run(&run, out, &mut scratch)?;
+                put(uffd, run.addr(), out)?;
+                total.fetch_add(out.len() as u64, Ordering::Relaxed);
+                bar.inc(out.len() as u64);
             }
-        };
-        let second: Vec<_> = (1..WORKERS).map(|_| scope.spawn(work)).collect();
-        let mut result = work();
-        for w in second {
-            result = result.and(
-                w.join()
-                    .unwrap_or_else(|_| Err(anyhow!("a filling thread panicked"))),
-            );
         }
-        result
+        Ok(())
     })?;
     for v in p.vmas.iter().filter(|v| by_uffd(v)) {
         uffd.unregister(v.start, v.len())?;
     }
     Ok(total.into_inner())
+}
+
+/// A range, cut into what one page of page tables maps, and so what one thread's lock covers.
+pub fn windows(start: u64, end: u64) -> impl Iterator<Item = (u64, u64)> {
+    (start - start % WINDOW..end)
+        .step_by(WINDOW as usize)
+        .map(move |at| (at.max(start), (at + WINDOW).min(end)))
+}
+
+/// Hands out the next window; none when all are taken.
+pub type NextWindow<'a> = dyn Fn() -> Result<Option<(u64, u64)>> + 'a;
+
+/// Lets threads work through windows: `work` is called in each.
+pub fn share(
+    windows: impl Iterator<Item = (u64, u64)> + Send,
+    work: &(dyn Fn(&NextWindow) -> Result<()> + Sync),
+) -> Result<()> {
+    let panicked = || anyhow!("a filling thread panicked");
+    let windows = Mutex::new(windows);
+    let next = || Ok(windows.lock().map_err(|_| panicked())?.next());
+    let each = || work(&next);
+    std::thread::scope(|scope| {
+        let others: Vec<_> = (1..WORKERS).map(|_| scope.spawn(each)).collect();
+        let mut result = each();
+        for other in others {
+            result = result.and(other.join().unwrap_or_else(|_| Err(panicked())));
+        }
+        result
+    })
 }
 
 /// Modified copies of file pages, and huge TLB pages: written over what the mapping shows, whatever its

@@ -31,7 +31,7 @@ use pvm_abi::table::State;
 use pvm_abi::{CTX_TC, NOOP_MARKER};
 
 use crate::error::Failure;
-use crate::pvm::client::{Client, Pvmd};
+use crate::pvm::client::{self, Client, Pvmd};
 use crate::pvm::local::{self, Seen};
 use crate::pvm::table::TidTable;
 use crate::pvm::tid::Tid;
@@ -76,7 +76,7 @@ enum Asker {
 /// When there is no virtual machine, or what an agent needs cannot be had; `Busy` when this host has an agent.
 pub fn run() -> Result<()> {
     let pvmd = Pvmd::find()?.context("no virtual machine is running here")?;
-    let mut client = Client::enrol(&pvmd, cookie())?;
+    let mut client = Client::enrol(&pvmd, client::own_cookie())?;
     client.set_patience(PATIENCE);
     let path = pvmd.table_path()?;
     let table = match TidTable::open(&path) {
@@ -92,15 +92,6 @@ pub fn run() -> Result<()> {
     // Its movers notice by themselves; its landers, too.
     let _ = fs::remove_dir_all(&agent.dir);
     done
-}
-
-/// PVMEPID: by it pvmd knows whom it has forked. Without it we are a task that nobody spawned.
-fn cookie() -> i32 {
-    std::env::var("PVMEPID")
-        .ok()
-        .and_then(|text| text.parse().ok())
-        .filter(|pid| *pid == std::process::id() as i32)
-        .unwrap_or(0)
 }
 
 struct Agent {

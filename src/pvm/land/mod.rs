@@ -26,7 +26,7 @@ use crate::error::Failure;
 use crate::image::pvm::PvmTask;
 use crate::image::store::Image;
 use crate::kernel::caps;
-use crate::pvm::client::{Client, Pvmd};
+use crate::pvm::client::{self, Client, Pvmd};
 use crate::pvm::table::TidTable;
 use crate::restore::{self, Options, Outcome};
 use arrival::{Arrived, Door};
@@ -89,7 +89,7 @@ pub fn run(orders: &Orders, started: Instant) -> Result<Outcome> {
 
 fn land(orders: &Orders, agent: &mut Option<Agent>, started: Instant) -> Result<Outcome> {
     let pvmd = Pvmd::find()?.context("no pvmd runs here (PVMSOCK, PVM_TMP, PVM_VMID)")?;
-    let mut client = Client::enrol(&pvmd, cookie())?;
+    let mut client = Client::enrol(&pvmd, client::own_cookie())?;
     let far = FarEnd::find()?;
     let (arrived, lazy, order) = match (orders, &mut *agent) {
         (Orders::Image { path, lazy }, _) => (Arrived::There(path.clone()), *lazy, None),
@@ -148,15 +148,6 @@ fn land(orders: &Orders, agent: &mut Option<Agent>, started: Instant) -> Result<
         progress: false,
     };
     restore::here(&options, image, &mut guest, started)
-}
-
-/// PVMEPID: by it pvmd knows whom it has forked. Without it we are a task that nobody spawned.
-fn cookie() -> i32 {
-    std::env::var("PVMEPID")
-        .ok()
-        .and_then(|text| text.parse().ok())
-        .filter(|pid| *pid == std::process::id() as i32)
-        .unwrap_or(0)
 }
 
 /// Whom the image holds.

@@ -110,7 +110,7 @@ impl<'j> Mover<'j> {
         let done = self.bring(link);
         if let Err(e) = done {
             let undone = self.undo(link);
-            if undone.is_ok() && has_ended(self.job.pid) {
+            if undone.is_ok() && crate::dump::has_ended(self.job.pid) {
                 return Err(Failure::NoSuchProcess.with(e.context(format!(
                     "task {} has ended before it was moved",
                     Tid(self.job.v)
@@ -363,10 +363,4 @@ fn address(host: &Peer, port: u16) -> Result<SocketAddr> {
     found
         .find(SocketAddr::is_ipv4)
         .ok_or_else(|| anyhow!("host {name} has no address"))
-}
-
-/// Whether a process is dead, or nothing but a status for its parent.
-fn has_ended(pid: i32) -> bool {
-    let stat = procfs::process::Process::new(pid).and_then(|p| p.stat());
-    stat.map_or(true, |stat| matches!(stat.state, 'Z' | 'X'))
 }
