@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use common::{both, processes, status_field, wait_for};
-use libtest_mimic::{Arguments, Completion, Trial};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use testhosts::Hosts;
@@ -22,8 +21,6 @@ const LIMIT: Duration = Duration::from_secs(30);
 type Test = fn(&Hosts) -> Result<()>;
 
 fn main() -> ExitCode {
-    let mut args = Arguments::from_args();
-    args.test_threads = Some(1);
     let tests: [(&str, Test); 11] = [
         ("hosts_look_like_hosts", hosts_look_like_hosts),
         ("each_host_has_its_own_tmp_run_and_shm", own_directories),
@@ -37,21 +34,7 @@ fn main() -> ExitCode {
         ("killed_parts_are_cleaned_up_and_replaced", killed_parts),
         ("mistakes_are_explained", mistakes),
     ];
-    let trials = tests
-        .into_iter()
-        .map(|(name, test)| {
-            Trial::ignorable_test(name, move || {
-                if let Some(why) = testhosts::cannot_run() {
-                    println!("SKIPPED: {why}");
-                    return Ok(Completion::ignored_with(why));
-                }
-                let hosts = Hosts::up(3).map_err(|e| format!("{e:#}"))?;
-                test(&hosts).map_err(|e| format!("{e:#}"))?;
-                Ok(Completion::Completed)
-            })
-        })
-        .collect();
-    libtest_mimic::run(&args, trials).exit_code()
+    testhosts::main(tests, || Ok(()), |(), test| test(&Hosts::up(3)?))
 }
 
 fn hosts_look_like_hosts(hosts: &Hosts) -> Result<()> {

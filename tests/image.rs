@@ -4,9 +4,10 @@ mod image_fixture;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
 
-use image_fixture::{END, START, check, child, manifest, noise, same};
+use image_fixture::{
+    END, START, check, child_role, manifest, noise, peak_of_child, print_peak, same,
+};
 use mistctl::image::pages::{BLOCK, Codec, PAGE};
 use mistctl::image::{Compress, Image, ImageWriter};
 use proptest::prelude::*;
@@ -177,19 +178,19 @@ fn pages_outside_of_mappings_are_not_written() {
     }
 }
 
-/// Run in a process of its own by the test below: 200,000 blocks are more than are sorted in memory.
+/// 200,000 blocks are more than are sorted in memory.
 #[test]
-#[ignore = "run by memory_stays_small"]
-fn child_many_blocks() {
-    let Some(path) = std::env::var_os("IMAGE") else {
+fn memory_stays_small() {
+    let Some(path) = child_role() else {
+        let peak = peak_of_child("memory_stays_small");
+        assert!(peak < 32 << 10, "{peak} kB");
         return;
     };
-    let path = Path::new(&path);
     let blocks = 200_000u64;
     let mut manifest = manifest();
     manifest.processes[0].vmas.truncate(2);
     manifest.processes[0].vmas[1].end = START + blocks * 2 * PAGE as u64;
-    let writer = ImageWriter::create(path, None, Compress::None).expect("create");
+    let writer = ImageWriter::create(&path, None, Compress::None).expect("create");
     let page = vec![0; PAGE];
     for i in 0..blocks {
         // Each block comes once, out of order.
@@ -198,7 +199,7 @@ fn child_many_blocks() {
         writer.pages().put_over(0, addr, &page).expect("put");
     }
     writer.finish(&manifest).expect("finish");
-    let image = Image::open(path).expect("open");
+    let image = Image::open(&path).expect("open");
     image.verify(&mut |_, _| {}).expect("verify");
     let mut next = START;
     for block in image.pages().blocks(0) {
@@ -218,30 +219,5 @@ fn child_many_blocks() {
                 .is_none()
         );
     }
-    let status = fs::read_to_string("/proc/self/status").expect("status");
-    let peak = status
-        .lines()
-        .find(|l| l.starts_with("VmHWM"))
-        .expect("VmHWM");
-    println!("PEAK {peak}");
-}
-
-#[test]
-fn memory_stays_small() {
-    let dir = tempfile::tempdir().expect("tempdir");
-    let out = child("child_many_blocks", &dir.path().join("image"))
-        .output()
-        .expect("child");
-    let text = String::from_utf8_lossy(&out.stdout);
-    assert!(
-        out.status.success(),
-        "{text}{}",
-        String::from_utf8_lossy(&out.stderr)
-    );
-    let peak: u64 = text
-        .split_once("PEAK VmHWM:")
-        .and_then(|(_, s)| s.split_whitespace().next())
-        .and_then(|n| n.parse().ok())
-        .expect("peak");
-    assert!(peak < 32 << 10, "{peak} kB");
+    print_peak();
 }

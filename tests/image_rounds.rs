@@ -5,7 +5,7 @@ mod image_fixture;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use image_fixture::{START, check, child, manifest};
+use image_fixture::{START, check, child_role, manifest, peak_of_child, print_peak};
 use mistctl::image::rounds::Populated;
 use mistctl::image::{Manifest, RoundsWriter};
 use proptest::prelude::*;
@@ -141,14 +141,15 @@ fn zeros_over_a_file_count() {
     assert!(read(&path, START).is_empty());
 }
 
-/// Run in a process of its own by the test below: 4 GiB, some of it twice.
+/// 4 GiB, some of it twice.
 #[test]
-#[ignore = "run by memory_stays_small"]
-fn child_four_gigabytes() {
-    let Some(path) = std::env::var_os("IMAGE") else {
+fn memory_stays_small() {
+    let Some(path) = child_role() else {
+        let peak = peak_of_child("memory_stays_small");
+        assert!(peak < 32 << 10, "{peak} kB");
         return;
     };
-    let writer = RoundsWriter::create(Path::new(&path)).expect("create");
+    let writer = RoundsWriter::create(&path).expect("create");
     let mut manifest = without_others(manifest());
     manifest.processes[0].vmas.truncate(2);
     let blocks = 65536u64;
@@ -167,26 +168,5 @@ fn child_four_gigabytes() {
     };
     let populated: Populated = [(0, (0..blocks).map(run).collect())].into();
     writer.finish(&manifest, &populated, false).expect("finish");
-    let status = std::fs::read_to_string("/proc/self/status").expect("status");
-    let peak = status
-        .lines()
-        .find(|l| l.starts_with("VmHWM"))
-        .expect("VmHWM");
-    println!("PEAK {peak}");
-}
-
-#[test]
-fn memory_stays_small() {
-    let dir = tempfile::tempdir().expect("tempdir");
-    let out = child("child_four_gigabytes", &dir.path().join("image"))
-        .output()
-        .expect("child");
-    let text = String::from_utf8_lossy(&out.stdout);
-    assert!(out.status.success(), "{text}");
-    let peak: u64 = text
-        .split_once("PEAK VmHWM:")
-        .and_then(|(_, s)| s.split_whitespace().next())
-        .and_then(|n| n.parse().ok())
-        .expect("peak");
-    assert!(peak < 32 << 10, "{peak} kB");
+    print_peak();
 }

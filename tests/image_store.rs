@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, SystemTime};
 
-use image_fixture::{START, check, child, error, manifest, noise, write};
+use image_fixture::{START, check, child, child_role, error, manifest, noise, write};
 use mistctl::image::dated::{self, Look};
 use mistctl::image::{Compress, Image, ImageWriter};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -154,30 +154,28 @@ fn a_content_is_carried_once() {
     assert_eq!(written.bytes_written, files + 8);
 }
 
-/// Run by the test below: writes one image after the other until it is killed.
-#[test]
-#[ignore = "run by a_killed_writer_leaves_no_half_image"]
-fn child_writer() {
-    let Some(path) = std::env::var_os("IMAGE") else {
-        return;
-    };
-    for i in 0..1000 {
-        let name = format!("{}-{i}", path.display());
-        write(Path::new(&name), None, Compress::Zstd);
-    }
-}
-
 #[test]
 fn a_killed_writer_leaves_no_half_image() {
+    // The writer makes one image after the other until it is killed.
+    if let Some(path) = child_role() {
+        for i in 0..1000 {
+            let name = format!("{}-{i}", path.display());
+            write(Path::new(&name), None, Compress::Zstd);
+        }
+        return;
+    }
     let (mut partials, mut images) = (0, 0);
     for round in 0..100u64 {
         // In memory, where the steps follow each other fast and all are met.
         let dir = tempfile::tempdir_in("/dev/shm").expect("tempdir");
-        let mut child = child("child_writer", &dir.path().join("image"))
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("spawn");
+        let mut child = child(
+            "a_killed_writer_leaves_no_half_image",
+            &dir.path().join("image"),
+        )
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("spawn");
         // No event is waited for: the moment is to be a random one.
         let delay = noise(round, 2);
         std::thread::sleep(Duration::from_micros(

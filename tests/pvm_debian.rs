@@ -7,14 +7,11 @@ mod testhosts;
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
-use std::process::{Command, ExitCode};
-use std::sync::{Arc, Mutex};
+use std::process::ExitCode;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use common::both;
-use libtest_mimic::{Arguments, Completion, Trial};
-use testhosts::Hosts;
+use testhosts::{Hosts, shared_folder, shim};
 
 /// One way to run some of the programs.
 struct Scenario {
@@ -131,39 +128,11 @@ struct Stage {
 }
 
 fn main() -> ExitCode {
-    let mut args = Arguments::from_args();
-    args.test_threads = Some(1);
-    // One stage for all, set up by the first that needs it, and struck below.
-    let stage = Arc::new(Mutex::new(None));
-    let trials = SCENARIOS
-        .iter()
-        .map(|scenario| {
-            let stage = Arc::clone(&stage);
-            Trial::ignorable_test(scenario.name, move || {
-                if let Some(why) = testhosts::cannot_run() {
-                    println!("SKIPPED: {why}");
-                    return Ok(Completion::ignored_with(why));
-                }
-                let mut stage = stage.lock().map_err(|e| e.to_string())?;
-                on_stage(&mut stage, scenario).map_err(|e| format!("{e:#}"))?;
-                Ok(Completion::Completed)
-            })
-        })
-        .collect();
-    let conclusion = libtest_mimic::run(&args, trials);
-    if let Ok(mut stage) = stage.lock() {
-        *stage = None;
-    }
-    conclusion.exit_code()
+    let tests = SCENARIOS.iter().map(|scenario| (scenario.name, scenario));
+    testhosts::main(tests, set_up, same_under_the_shim)
 }
 
-fn on_stage(stage: &mut Option<Stage>, scenario: &Scenario) -> Result<()> {
-    if stage.is_none() {
-        *stage = Some(set_up()?);
-    }
-    let Some(Stage { hosts, dir }) = stage else {
-        bail!("no stage");
-    };
+fn same_under_the_shim(Stage { hosts, dir }: &Stage, scenario: &Scenario) -> Result<()> {
     let library = dir.path().join("libmistshim.so");
     // PVM_EXPORT makes pvm_spawn hand the variable on to the tasks, on whatever host.
     let shim = format!(
@@ -185,22 +154,9 @@ fn on_stage(stage: &mut Option<Stage>, scenario: &Scenario) -> Result<()> {
 fn set_up() -> Result<Stage> {
     let hosts = Hosts::up(3)?;
     hosts.start_pvm("")?;
-    // Not /tmp, which is each host's own; not the checkout, which the user may not read.
-    let dir = tempfile::tempdir_in("/var/tmp")?;
-    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755))?;
-    let mut build = Command::new(env!("CARGO"));
-    build
-        .args(["build", "--quiet", "--package", "pvm-shim"])
-        .current_dir(env!("CARGO_MANIFEST_DIR"));
-    let output = build.output()?;
-    ensure!(
-        output.status.success(),
-        "cargo build --package pvm-shim: {}",
-        both(&output)
-    );
-    let built = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("debug/libmistshim.so");
+    let dir = shared_folder(0o755)?;
     let library = dir.path().join("libmistshim.so");
-    fs::copy(&built, &library)?;
+    fs::copy(shim()?, &library)?;
     fs::set_permissions(&library, fs::Permissions::from_mode(0o755))?;
     Ok(Stage { hosts, dir })
 }

@@ -4,31 +4,25 @@
 mod common;
 mod testhosts;
 
-use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::{Command, ExitCode};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use common::{both, wait_for};
-use libtest_mimic::{Arguments, Completion, Trial};
-use testhosts::Hosts;
+use testhosts::{Examples, Hosts};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// Hosts with a virtual machine, and the examples where the test user can read them.
 struct Stage {
     hosts: Hosts,
-    bin: tempfile::TempDir,
+    examples: Examples,
 }
 
 type Test = fn(&Stage) -> Result<()>;
 
 fn main() -> ExitCode {
-    let mut args = Arguments::from_args();
-    args.test_threads = Some(1);
     let tests: [(&str, Test); 12] = [
         ("heat_is_the_same_for_any_number_of_workers", heat),
         ("farm_counts_primes", farm),
@@ -56,69 +50,26 @@ fn main() -> ExitCode {
             sees(s, "stray", &["MISATTRIBUTED", "LOST"])
         }),
     ];
-    // One stage for all, set up by the first that needs it, and struck below.
-    let stage = Arc::new(Mutex::new(None));
-    let trials = tests
-        .into_iter()
-        .map(|(name, test)| {
-            let stage = Arc::clone(&stage);
-            Trial::ignorable_test(name, move || {
-                if let Some(why) = testhosts::cannot_run() {
-                    println!("SKIPPED: {why}");
-                    return Ok(Completion::ignored_with(why));
-                }
-                let mut stage = stage.lock().map_err(|e| e.to_string())?;
-                on_stage(&mut stage, test).map_err(|e| format!("{e:#}"))?;
-                Ok(Completion::Completed)
-            })
-        })
-        .collect();
-    let conclusion = libtest_mimic::run(&args, trials);
-    if let Ok(mut stage) = stage.lock() {
-        *stage = None;
-    }
-    conclusion.exit_code()
-}
-
-fn on_stage(stage: &mut Option<Stage>, test: Test) -> Result<()> {
-    if stage.is_none() {
-        *stage = Some(set_up()?);
-    }
-    match stage {
-        Some(stage) => test(stage),
-        None => bail!("no stage"),
-    }
+    testhosts::main(tests, set_up, |stage, test| test(stage))
 }
 
 fn set_up() -> Result<Stage> {
     let hosts = Hosts::up(3)?;
     hosts.start_pvm("")?;
-    // Not /tmp, which is each host's own; not the checkout, which the user may not read.
-    let bin = tempfile::tempdir_in("/var/tmp")?;
-    fs::set_permissions(bin.path(), fs::Permissions::from_mode(0o755))?;
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut make = Command::new("make");
-    make.arg("-C")
-        .arg(root.join("examples"))
-        .arg(format!("OUT={}", bin.path().display()));
+    let examples = Examples::build()?;
     let mut cc = Command::new("cc");
-    cc.args(["-Wall", "-Wextra", "-shared", "-fPIC", "-o"])
-        .arg(bin.path().join("fault.so"))
-        .arg(root.join("tests/testhosts/fault.c"));
-    for command in [make, cc] {
-        let what = format!("{command:?}");
-        let output = hosts.run(command)?;
-        let said = both(&output);
-        ensure!(output.status.success(), "{what} failed:\n{said}");
-        ensure!(!said.contains("warning"), "{what}:\n{said}");
-    }
-    Ok(Stage { hosts, bin })
+    cc.args(["-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o"])
+        .arg(examples.path().join("fault.so"))
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/testhosts/fault.c"));
+    let output = hosts.run(cc)?;
+    ensure!(output.status.success(), "cc fault.c: {}", both(&output));
+    Ok(Stage { hosts, examples })
 }
 
 impl Stage {
     /// The last line that an example prints, whatever its exit code.
     fn example(&self, command: &str) -> Result<String> {
-        let shell = format!("{}/{command}", self.bin.path().display());
+        let shell = format!("{}/{command}", self.examples.dir());
         let output = self.hosts.try_verb(&["exec", "h0", "bash", "-c", &shell])?;
         let said = String::from_utf8_lossy(&output.stdout);
         said.lines()
@@ -160,7 +111,7 @@ fn farm_loses_one(stage: &Stage) -> Result<()> {
     let hosts = &stage.hosts;
     let shell = format!(
         "{}/farm -n 8000000 -j 200 -w 6 >/tmp/farm 2>&1",
-        stage.bin.path().display()
+        stage.examples.dir()
     );
     let mut farm = hosts.command("h0", &shell).spawn()?;
     // The first worker on another host that can be seen is the one to die.
@@ -209,7 +160,7 @@ fn soak(stage: &Stage, options: &str) -> Result<()> {
 
 /// With one fault made on purpose, soak reports that kind of fault, or one of those kinds.
 fn sees(stage: &Stage, fault: &str, verdicts: &[&str]) -> Result<()> {
-    let bin = stage.bin.path().display();
+    let bin = stage.examples.dir();
     // PVM_EXPORT makes pvm_spawn hand these variables on to the tasks. Two tasks and a long phase:
     // the next message of the same pair, which shows the fault, comes soon and for certain.
     let shell = format!(

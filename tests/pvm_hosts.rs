@@ -8,23 +8,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use common::wait_for;
-use libtest_mimic::{Arguments, Completion, Trial};
 use serde_json::Value;
 use testhosts::{Hosts, Installed};
 
 const LIMIT: Duration = Duration::from_secs(30);
 
 fn main() -> ExitCode {
-    let args = Arguments::from_args();
-    let trial = Trial::ignorable_test("every_task_on_every_host_gets_the_shim", || {
-        if let Some(why) = testhosts::cannot_run() {
-            println!("SKIPPED: {why}");
-            return Ok(Completion::ignored_with(why));
-        }
-        every_host().map_err(|e| format!("{e:#}"))?;
-        Ok(Completion::Completed)
-    });
-    libtest_mimic::run(&args, vec![trial]).exit_code()
+    let tests = [("every_task_on_every_host_gets_the_shim", ())];
+    testhosts::main(tests, || Ok(()), |(), ()| every_host())
 }
 
 fn every_host() -> Result<()> {

@@ -6,12 +6,10 @@ mod testhosts;
 
 use std::fmt::Write as _;
 use std::process::{Child, ExitCode, Output, Stdio};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use common::{both, wait_for};
-use libtest_mimic::{Arguments, Completion, Trial};
 use serde_json::Value;
 use testhosts::{Examples, Hosts, Installed};
 
@@ -28,8 +26,6 @@ struct Stage {
 type Test = fn(&Stage) -> Result<()>;
 
 fn main() -> ExitCode {
-    let mut args = Arguments::from_args();
-    args.test_threads = Some(1);
     let tests: [(&str, Test); 13] = [
         (
             "there_and_back_a_task_keeps_its_virtual_tid",
@@ -64,39 +60,19 @@ fn main() -> ExitCode {
             soak(s, 12, Some("land"))
         }),
     ];
-    let stage = Arc::new(Mutex::new(None));
-    let trials = tests
-        .into_iter()
-        .map(|(name, test)| {
-            let stage = Arc::clone(&stage);
-            Trial::ignorable_test(name, move || {
-                if let Some(why) = testhosts::cannot_run() {
-                    println!("SKIPPED: {why}");
-                    return Ok(Completion::ignored_with(why));
-                }
-                let mut stage = stage.lock().map_err(|e| e.to_string())?;
-                on_stage(&mut stage, test).map_err(|e| format!("{e:#}"))?;
-                Ok(Completion::Completed)
-            })
-        })
-        .collect();
-    let conclusion = libtest_mimic::run(&args, trials);
-    if let Ok(mut stage) = stage.lock() {
-        *stage = None;
-    }
-    conclusion.exit_code()
+    testhosts::main(tests, set_up, on_stage)
+}
+
+fn set_up() -> Result<Stage> {
+    Ok(Stage {
+        hosts: Hosts::up(HOSTS.len())?,
+        installed: Installed::new()?,
+        examples: Examples::build()?,
+    })
 }
 
 /// One set of hosts for all tests, a virtual machine of its own for each.
-fn on_stage(stage: &mut Option<Stage>, test: Test) -> Result<()> {
-    let stage = match stage {
-        Some(stage) => stage,
-        None => stage.insert(Stage {
-            hosts: Hosts::up(HOSTS.len())?,
-            installed: Installed::new()?,
-            examples: Examples::build()?,
-        }),
-    };
+fn on_stage(stage: &Stage, test: Test) -> Result<()> {
     let hostfile = HOSTS.join("\\n");
     let mistctl = stage.installed.path();
     stage.hosts.exec(

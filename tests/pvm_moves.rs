@@ -7,16 +7,13 @@ mod testhosts;
 
 use std::cell::Cell;
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Child, ExitCode};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use common::wait_child;
-use libtest_mimic::{Arguments, Completion, Trial};
 use serde_json::Value;
-use testhosts::{Examples, Hosts, Installed};
+use testhosts::{Examples, Hosts, Installed, shared_folder};
 
 const HOSTS: [&str; 3] = ["h0", "h1", "h2"];
 /// How long an application may take that tasks of are moved meanwhile.
@@ -42,48 +39,14 @@ struct Task {
 type Test = fn(&Stage) -> Result<()>;
 
 fn main() -> ExitCode {
-    let mut args = Arguments::from_args();
-    args.test_threads = Some(1);
     let tests: [(&str, Test); 1] = [("soak_finds_nothing_in_a_hundred_moves", soak)];
-    // One stage for all, set up by the first that needs it, and struck below.
-    let stage = Arc::new(Mutex::new(None));
-    let trials = tests
-        .into_iter()
-        .map(|(name, test)| {
-            let stage = Arc::clone(&stage);
-            Trial::ignorable_test(name, move || {
-                if let Some(why) = testhosts::cannot_run() {
-                    println!("SKIPPED: {why}");
-                    return Ok(Completion::ignored_with(why));
-                }
-                let mut stage = stage.lock().map_err(|e| e.to_string())?;
-                on_stage(&mut stage, test).map_err(|e| format!("{e:#}"))?;
-                Ok(Completion::Completed)
-            })
-        })
-        .collect();
-    let conclusion = libtest_mimic::run(&args, trials);
-    if let Ok(mut stage) = stage.lock() {
-        *stage = None;
-    }
-    conclusion.exit_code()
-}
-
-fn on_stage(stage: &mut Option<Stage>, test: Test) -> Result<()> {
-    if stage.is_none() {
-        *stage = Some(set_up()?);
-    }
-    match stage {
-        Some(stage) => test(stage),
-        None => bail!("no stage"),
-    }
+    testhosts::main(tests, set_up, |stage, test| test(stage))
 }
 
 fn set_up() -> Result<Stage> {
     let mistctl = Installed::new()?;
     let examples = Examples::build()?;
-    let shared = tempfile::tempdir_in("/var/tmp")?;
-    fs::set_permissions(shared.path(), fs::Permissions::from_mode(0o1777))?;
+    let shared = shared_folder(0o1777)?;
     let hosts = Hosts::up(HOSTS.len())?;
     hosts.exec(
         "h0",

@@ -15,7 +15,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use common::wait_for;
-use libtest_mimic::{Arguments, Completion, Trial};
 use mistctl::pvm::block::TaskBlock;
 use mistctl::pvm::land::protocol::{self, Commit, Order, Source, ToAgent, ToLander};
 use serde_json::Value;
@@ -27,8 +26,6 @@ const LIMIT: Duration = Duration::from_secs(30);
 type Test = fn(&Scene) -> Result<()>;
 
 fn main() -> ExitCode {
-    let mut args = Arguments::from_args();
-    args.test_threads = Some(1);
     let tests: &[(&str, Test)] = &[
         ("a_task_comes_back_and_its_partners_go_on", comes_back),
         ("a_task_comes_back_on_another_host", on_another_host),
@@ -69,29 +66,19 @@ fn main() -> ExitCode {
             tracer_dies_uncommitted,
         ),
     ];
-    let trials = tests
-        .iter()
-        .copied()
-        .map(|(name, test)| {
-            Trial::ignorable_test(name, move || {
-                if let Some(why) = testhosts::cannot_run() {
-                    println!("SKIPPED: {why}");
-                    return Ok(Completion::ignored_with(why));
-                }
-                let scene = Scene::new().map_err(|e| format!("{e:#}"))?;
-                let run = std::panic::AssertUnwindSafe(|| test(&scene));
-                match std::panic::catch_unwind(run) {
-                    Ok(done) => done.map_err(|e| format!("{e:#}\n{}", scene.log()))?,
-                    Err(panic) => {
-                        eprintln!("{}", scene.log());
-                        std::panic::resume_unwind(panic);
-                    }
-                }
-                Ok(Completion::Completed)
-            })
-        })
-        .collect();
-    libtest_mimic::run(&args, trials).exit_code()
+    testhosts::main(tests.iter().copied(), || Ok(()), |(), test| on_scene(test))
+}
+
+fn on_scene(test: Test) -> Result<()> {
+    let scene = Scene::new()?;
+    let run = std::panic::AssertUnwindSafe(|| test(&scene));
+    match std::panic::catch_unwind(run) {
+        Ok(done) => done.with_context(|| scene.log()),
+        Err(panic) => {
+            eprintln!("{}", scene.log());
+            std::panic::resume_unwind(panic);
+        }
+    }
 }
 
 /// A virtual machine of two hosts, and what its tasks are.

@@ -106,17 +106,37 @@ pub fn same(a: &Manifest, b: &Manifest) -> bool {
     serde_json::to_value(a).expect("json") == serde_json::to_value(b).expect("json")
 }
 
-/// One of the calling file's ignored tests, to be run in a process of its own.
+/// A test that plays two roles calls this first: the image it is to work on, if this is the child's.
+pub fn child_role() -> Option<PathBuf> {
+    std::env::var_os("IMAGE").map(PathBuf::from)
+}
+
+/// The child's role of the test of that name, for a process of its own.
 pub fn child(test: &str, image: &Path) -> Command {
     let mut command = Command::new(std::env::current_exe().expect("exe"));
     command
-        .args([
-            "--ignored",
-            "--exact",
-            "--nocapture",
-            "--test-threads=1",
-            test,
-        ])
+        .args(["--exact", "--nocapture", "--test-threads=1", test])
         .env("IMAGE", image);
     command
+}
+
+/// Runs a test's child role, which must succeed and `print_peak`; the most memory that it used, in KiB.
+pub fn peak_of_child(test: &str) -> u64 {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let out = child(test, &dir.path().join("image"))
+        .output()
+        .expect("child");
+    let text = String::from_utf8_lossy(&out.stdout);
+    let error = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success(), "{text}{error}");
+    let (_, peak) = text.split_once("PEAK VmHWM:").expect("peak");
+    let peak = peak.split_whitespace().next().expect("peak");
+    peak.parse().expect("peak")
+}
+
+/// Tells the parent how much memory this process used at most.
+pub fn print_peak() {
+    let status = fs::read_to_string("/proc/self/status").expect("status");
+    let peak = status.lines().find(|l| l.starts_with("VmHWM"));
+    println!("PEAK {}", peak.expect("VmHWM"));
 }

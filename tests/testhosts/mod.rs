@@ -6,17 +6,56 @@ use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, ExitCode, Output, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use libtest_mimic::{Arguments, Completion, Trial};
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::common::{both, ending, run};
 
 /// How long any one command may take before it counts as hung.
 const LIMIT: Duration = Duration::from_secs(120);
+
+/// A binary's tests, one after the other. They share one stage, which the first that needs it sets up and which is
+/// struck in the end; `play` runs one test on it.
+pub fn main<S, T>(
+    tests: impl IntoIterator<Item = (&'static str, T)>,
+    set_up: fn() -> Result<S>,
+    play: fn(&S, T) -> Result<()>,
+) -> ExitCode
+where
+    S: Send + 'static,
+    T: Copy + Send + 'static,
+{
+    let mut args = Arguments::from_args();
+    args.test_threads = Some(1);
+    let stage = Arc::new(Mutex::new(None));
+    let trial = |(name, test): (&'static str, T)| {
+        let stage = Arc::clone(&stage);
+        Trial::ignorable_test(name, move || {
+            if let Some(why) = cannot_run() {
+                println!("SKIPPED: {why}");
+                return Ok(Completion::ignored_with(why));
+            }
+            // A test that panicked leaves the stage as a test that failed does.
+            let mut stage = stage.lock().unwrap_or_else(|e| e.into_inner());
+            let stage = match &mut *stage {
+                Some(stage) => stage,
+                none => none.insert(set_up().map_err(|e| format!("{e:#}"))?),
+            };
+            play(stage, test).map_err(|e| format!("{e:#}"))?;
+            Ok(Completion::Completed)
+        })
+    };
+    let trials = tests.into_iter().map(trial).collect();
+    let conclusion = libtest_mimic::run(&args, trials);
+    *stage.lock().unwrap_or_else(|e| e.into_inner()) = None;
+    conclusion.exit_code()
+}
 
 /// Hosts h0 to hN-1, up.
 pub struct Hosts {
@@ -170,27 +209,36 @@ impl Drop for Hosts {
     }
 }
 
+/// A folder that all hosts see at the same place, which goes with the value.
+pub fn shared_folder(mode: u32) -> Result<tempfile::TempDir> {
+    // Not /tmp, which is each host's own; not the checkout, which the user may not read.
+    let dir = tempfile::tempdir_in("/var/tmp")?;
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(mode))?;
+    Ok(dir)
+}
+
+/// Builds the shim as this test was built; where it is.
+pub fn shim() -> Result<PathBuf> {
+    let mut build = Command::new(env!("CARGO"));
+    build
+        .args(["build", "--quiet", "-p", "pvm-shim"])
+        .current_dir(env!("CARGO_MANIFEST_DIR"));
+    if !cfg!(debug_assertions) {
+        build.arg("--release");
+    }
+    ensure!(build.status()?.success(), "cargo build -p pvm-shim failed");
+    Ok(Path::new(env!("CARGO_BIN_EXE_mistctl")).with_file_name("libmistshim.so"))
+}
+
 /// mistctl and the shim where all hosts and their user find them: laid out as scripts/install does, with the file
 /// capabilities it gives.
 pub struct Installed(tempfile::TempDir);
 
 impl Installed {
     pub fn new() -> Result<Self> {
-        // Not /tmp, which is each host's own; not the checkout, which the user may not read.
-        let root = tempfile::tempdir_in("/var/tmp")?;
-        fs::set_permissions(root.path(), fs::Permissions::from_mode(0o755))?;
-        let mut build = Command::new(env!("CARGO"));
-        build
-            .args(["build", "--quiet", "-p", "pvm-shim"])
-            .current_dir(env!("CARGO_MANIFEST_DIR"));
-        if !cfg!(debug_assertions) {
-            build.arg("--release");
-        }
-        if !build.status()?.success() {
-            bail!("cargo build -p pvm-shim failed");
-        }
+        let root = shared_folder(0o755)?;
+        let library = shim()?;
         let built = Path::new(env!("CARGO_BIN_EXE_mistctl"));
-        let library = built.with_file_name("libmistshim.so");
         for (from, dir, name) in [
             (built, "bin", "mistctl"),
             (&library, "lib", "libmistshim.so"),
@@ -236,17 +284,20 @@ pub struct Examples(tempfile::TempDir);
 
 impl Examples {
     pub fn build() -> Result<Self> {
-        let bin = tempfile::tempdir_in("/var/tmp")?;
-        fs::set_permissions(bin.path(), fs::Permissions::from_mode(0o755))?;
+        let bin = shared_folder(0o755)?;
         let mut make = Command::new("make");
         make.arg("-C")
             .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples"))
             .arg(format!("OUT={}", bin.path().display()));
         let output = make.output().context("cannot run make")?;
-        if !output.status.success() {
-            bail!("make -C examples failed:\n{}", both(&output));
-        }
+        let said = both(&output);
+        ensure!(output.status.success(), "make -C examples failed:\n{said}");
+        ensure!(!said.contains("warning"), "make -C examples:\n{said}");
         Ok(Self(bin))
+    }
+
+    pub fn path(&self) -> &Path {
+        self.0.path()
     }
 
     pub fn dir(&self) -> String {
