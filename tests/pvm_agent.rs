@@ -211,28 +211,20 @@ fn hostile(kit: &Path) {
 }
 
 fn gates(kit: &Path) {
-    let vm = started(kit);
-    let mut client = client_of(&vm);
-    let agent = start(&mut client, &vm);
-    answers(&mut client, agent);
-    let (mut from, mut to) = (vm.actor(), vm.actor());
-    let (_, v) = (from.enrol(), to.enrol());
-    let close = Request::CloseGate {
-        v,
-        next: 0,
-        lease_ms: 600_000,
-    };
-    ask(&mut client, agent, close).unwrap();
-    from.tell(&format!("send {v:x} 5 later"));
-    stage::until_waits(&from.block(), mistctl::pvm::shimabi::block::wait::GATE);
-    ask(&mut client, agent, Request::OpenGate { v, r: v }).unwrap();
-    from.answer();
-    assert!(to.ask("recv -1 5").contains("text later"));
+    at_a_gate(kit, |_, client, agent, v| {
+        ask(client, agent, Request::OpenGate { v, r: v }).unwrap();
+    });
 }
 
 fn lease(kit: &Path) {
+    at_a_gate(kit, |closer, _, _, _| closer.exit().unwrap());
+}
+
+/// A task that sends waits at a gate until `open`, which gets the client that closed it, another one, the agent, and
+/// the task behind the gate.
+fn at_a_gate(kit: &Path, open: fn(Client, &mut Client, Tid, u32)) {
     let vm = started(kit);
-    let mut client = client_of(&vm);
+    let (mut closer, mut client) = (client_of(&vm), client_of(&vm));
     let agent = start(&mut client, &vm);
     answers(&mut client, agent);
     let (mut from, mut to) = (vm.actor(), vm.actor());
@@ -242,11 +234,10 @@ fn lease(kit: &Path) {
         next: 0,
         lease_ms: 600_000,
     };
-    let mut other = client_of(&vm);
-    ask(&mut other, agent, close).unwrap();
+    ask(&mut closer, agent, close).unwrap();
     from.tell(&format!("send {v:x} 5 later"));
     stage::until_waits(&from.block(), mistctl::pvm::shimabi::block::wait::GATE);
-    other.exit().unwrap();
+    open(closer, &mut client, agent, v);
     from.answer();
     assert!(to.ask("recv -1 5").contains("text later"));
 }
