@@ -2,6 +2,10 @@
 //! whose R the tid table gives to the first one's V.
 
 mod common;
+#[path = "shim/gates.rs"]
+mod gates;
+#[path = "shim/output.rs"]
+mod output;
 #[path = "shim/mod.rs"]
 mod stage;
 
@@ -43,23 +47,26 @@ fn main() -> ExitCode {
             "requests are made again for a new incarnation and answered once",
             requests_again,
         ),
-        ("a gate holds sends while reading goes on", gate),
-        ("a gate holds multicasts", gate_multicast),
-        ("a gate inside a message handler", gate_in_handler),
-        ("an expired gate is resolved by asking", expired_gate),
-        ("sends to a host can be held", held_host),
-        ("markers follow everything sent before", markers),
+        ("a gate holds sends while reading goes on", gates::gate),
+        ("a gate holds multicasts", gates::gate_multicast),
+        ("a gate inside a message handler", gates::gate_in_handler),
+        ("an expired gate is resolved by asking", gates::expired_gate),
+        ("sends to a host can be held", gates::held_host),
+        ("markers follow everything sent before", gates::markers),
         ("mailbox owners are V", mailboxes),
         ("options that carry tids", options),
         (
             "collected output shows one task, not its incarnations",
-            output_of_moved,
+            output::output_of_moved,
         ),
         (
             "output a program collects itself shows one task too",
-            raw_output_of_moved,
+            output::raw_output_of_moved,
         ),
-        ("output follows a collector that moved", output_to_moved),
+        (
+            "output follows a collector that moved",
+            output::output_to_moved,
+        ),
         (
             "messages inside messages, and their headers",
             nested_messages,
@@ -533,182 +540,6 @@ fn requests_again(kit: &Path) {
     });
 }
 
-fn gate(kit: &Path) {
-    let vm = Vm::start(kit);
-    let Move {
-        mut old,
-        mut partner,
-        mut new,
-        v,
-        r2,
-        p,
-    } = prepare(&vm);
-    let block = partner.block();
-    vm.table().close_gate(v, r2, 0).unwrap();
-    partner.tell(&format!("send {v:x} 5 late"));
-    until_waits(&block, wait::GATE);
-    assert_eq!(
-        block.sending().unwrap(),
-        Some(vec![]),
-        "nothing is on its way to it"
-    );
-    assert_eq!(block.freezable().unwrap(), Freezable::IfInSelect);
-    // It reads on: more than sockets hold gets through, and a handler runs.
-    let mut third = vm.actor();
-    third.enrol();
-    assert_eq!(third.ask(&format!("big {p:x} 6 4000000")), "0");
-    third.ask(&format!("pstat {p:x}"));
-    // Questions about the task wait too, and others do not.
-    third.tell(&format!("pstat {v:x}"));
-    until_waits(&third.block(), wait::GATE);
-    let mut fourth = vm.actor();
-    fourth.enrol();
-    assert_eq!(fourth.ask(&format!("send {p:x} 9 x")), "0");
-    vm.table().open_gate(v, r2).unwrap();
-    assert_eq!(partner.answer(), "0");
-    assert_eq!(third.answer(), "0");
-    assert_eq!(
-        new.ask("recv -1 5"),
-        format!("from {p:x} tag 5 text late info {p:x}")
-    );
-    assert_eq!(old.ask("nrecv -1 5"), "0");
-    assert!(partner.ask("recv -1 6").contains("text big"));
-}
-
-fn gate_multicast(kit: &Path) {
-    let vm = Vm::start(kit);
-    let Move {
-        mut old,
-        mut partner,
-        mut new,
-        v,
-        r2,
-        p,
-    } = prepare(&vm);
-    let mut third = vm.actor();
-    let t = third.enrol();
-    vm.table().close_gate(v, r2, 0).unwrap();
-    partner.tell(&format!("mcast 5 all {t:x} {v:x}"));
-    until_waits(&partner.block(), wait::GATE);
-    assert_eq!(third.ask("nrecv -1 5"), "0");
-    vm.table().open_gate(v, r2).unwrap();
-    assert_eq!(partner.answer(), "0");
-    assert!(third.ask(&format!("recv {p:x} 5")).contains("text all"));
-    assert!(new.ask(&format!("recv {p:x} 5")).contains("text all"));
-    assert_eq!(old.ask("nrecv -1 5"), "0");
-}
-
-fn gate_in_handler(kit: &Path) {
-    let vm = Vm::start(kit);
-    let Move {
-        mut partner,
-        mut new,
-        v,
-        r2,
-        ..
-    } = prepare(&vm);
-    // The partner answers from a message handler.
-    assert_eq!(partner.ask("echo 20"), "1");
-    let p = partner.enrol();
-    let block = partner.block();
-    partner.tell("recv -1 30");
-    until_waits(&block, wait::RECEIVE);
-    // It asks as V before the gate closes.
-    vm.table().close_gate(v, r2, 0).unwrap();
-    new.ask(&format!("send {p:x} 20 ping"));
-    until_waits(&block, wait::GATE_DEAF);
-    assert_eq!(block.freezable().unwrap(), Freezable::IfInSelect);
-    vm.table().open_gate(v, r2).unwrap();
-    assert_eq!(
-        new.ask("recv -1 21"),
-        format!("from {p:x} tag 21 text ping info {p:x}")
-    );
-    new.ask(&format!("send {p:x} 30 done"));
-    assert!(partner.answer().contains("text done"));
-}
-
-fn expired_gate(kit: &Path) {
-    let vm = Vm::start(kit);
-    let Move {
-        mut old,
-        mut partner,
-        mut new,
-        v,
-        r2,
-        ..
-    } = prepare(&vm);
-    // Whoever was to move it died, and the old incarnation lives.
-    vm.table().close_gate(v, r2, 1).unwrap();
-    assert_eq!(partner.ask(&format!("send {v:x} 5 one")), "0");
-    assert!(old.ask("recv -1 5").contains("text one"));
-    assert_eq!(new.ask("nrecv -1 5"), "0");
-    // The next one also died, but after the commit.
-    vm.table().open_gate(v, v).unwrap();
-    partner.ask(&format!("send {v:x} 6 two"));
-    assert!(old.ask("recv -1 6").contains("text two"));
-    vm.table().close_gate(v, r2, 2).unwrap();
-    old.crash();
-    until("pvmd to forget it", || {
-        vm.bare_actor().ask(&format!("pstat {v:x}")) == "-31"
-    });
-    let mut second = vm.actor();
-    second.enrol();
-    assert_eq!(second.ask(&format!("send {v:x} 7 three")), "0");
-    assert!(new.ask("recv -1 7").contains("text three"));
-}
-
-fn held_host(kit: &Path) {
-    let vm = Vm::start(kit);
-    let (mut one, mut two) = (vm.actor(), vm.actor());
-    let (_, t) = (one.enrol(), two.enrol());
-    let block = one.block();
-    let host = ((t & 0x3ffc_0000) >> 18) as usize;
-    let mut hosts = [0; 64];
-    hosts[host / 64] |= 1 << (host % 64);
-    block.hold_hosts(&hosts).unwrap();
-    one.tell(&format!("send {t:x} 1 x"));
-    until_waits(&block, wait::GATE);
-    block.hold_hosts(&[0; 64]).unwrap();
-    assert_eq!(one.answer(), "0");
-    assert!(two.ask("recv -1 1").contains("text x"));
-    hosts = [0; 64];
-    hosts[63] = 1 << 63;
-    block.hold_hosts(&hosts).unwrap();
-    assert_eq!(one.ask(&format!("send {t:x} 2 x")), "0");
-}
-
-fn markers(kit: &Path) {
-    let vm = Vm::start(kit);
-    let (mut one, mut agent) = (vm.actor(), vm.bare_actor());
-    let (o, a) = (one.enrol(), agent.enrol());
-    assert_eq!(agent.ask("noops"), "1");
-    let block = one.block();
-    block.ask_marker(3, a, 4711).unwrap();
-    assert!(!block.marker_sent(3).unwrap());
-    assert_eq!(one.ask(&format!("send {a:x} 1 before")), "0");
-    assert!(block.marker_sent(3).unwrap());
-    assert!(block.ask_marker(99, a, 1).is_err());
-    let answer = agent.ask("recv -1 1");
-    assert!(
-        answer.starts_with(&format!("[noop from {o:x} 4d495354 1 1267 {o:x} {o:x}]")),
-        "{answer}"
-    );
-    // A task that waits in pvm_recv is nudged with a TC_NOOP.
-    one.tell("recv -1 9");
-    until_waits(&block, wait::RECEIVE);
-    block.ask_marker(0, a, 4712).unwrap();
-    let mut said = agent.ask(&format!("nudge {o:x}"));
-    until("the marker to be sent", || block.marker_sent(0).unwrap());
-    said += &agent.ask(&format!("send {o:x} 9 x"));
-    assert!(one.answer().contains("text x"));
-    one.ask(&format!("send {a:x} 2 after"));
-    said += &agent.ask("recv -1 2");
-    assert!(
-        said.contains(&format!("[noop from {o:x} 4d495354 1 1268 {o:x} {o:x}]")),
-        "{said}"
-    );
-}
-
 fn mailboxes(kit: &Path) {
     let vm = Vm::start(kit);
     let Move {
@@ -766,155 +597,6 @@ fn options(kit: &Path) {
     // What is not one's own to set is refused as without the shim.
     assert_eq!(new.ask("setopt 4 40fff"), "fffffffe");
     assert_eq!(new.tid("raw"), v);
-}
-
-fn output_of_moved(kit: &Path) {
-    let vm = Vm::start(kit);
-    let mut parent = vm.actor();
-    let p = parent.enrol();
-    parent.ask("catchout");
-    parent.ask("showtids 1");
-    let (stage, args) = vm.stage("old");
-    let v = after(p);
-    assert_eq!(
-        parent.ask(&format!("spawn 1 actor {args}")),
-        format!("1: {v:x}")
-    );
-    let mut old = stage.actor();
-    old.enrol();
-    old.ask("print one");
-    let show = |parent: &mut Actor, line: &str| {
-        until(line, || {
-            parent.ask("probe 1 1");
-            parent.said.iter().any(|said| said == line)
-        });
-    };
-    show(&mut parent, &format!("[t{v:x}] one"));
-    let r2 = after(v);
-    vm.table().add_incarnation(r2, v).unwrap();
-    vm.table().close_gate(v, r2, 0).unwrap();
-    let (stage, args) = vm.stage("new");
-    parent.ask(&format!("spawn 1 actor {args}"));
-    let mut new = stage.actor();
-    new.enrol();
-    vm.table().open_gate(v, r2).unwrap();
-    old.ask("exit");
-    old.tell("quit");
-    new.ask("print two");
-    show(&mut parent, &format!("[t{v:x}] two"));
-    until("the old incarnation to be gone", || {
-        !vm.bare_actor().ask("tasks").contains(&format!(" {v:x}/"))
-    });
-    new.ask("print three");
-    show(&mut parent, &format!("[t{v:x}] three"));
-    let begins = |parent: &Actor, what: &str| {
-        parent
-            .said
-            .iter()
-            .filter(|said| **said == format!("[t{v:x}] {what}"))
-            .count()
-    };
-    assert_eq!(
-        (begins(&parent, "BEGIN"), begins(&parent, "EOF")),
-        (1, 0),
-        "{:?}",
-        parent.said
-    );
-    new.ask("exit");
-    new.tell("quit");
-    show(&mut parent, &format!("[t{v:x}] EOF"));
-    assert_eq!(
-        (begins(&parent, "BEGIN"), begins(&parent, "EOF")),
-        (1, 1),
-        "{:?}",
-        parent.said
-    );
-    assert!(
-        !parent
-            .said
-            .iter()
-            .any(|said| said.contains(&format!("{r2:x}"))),
-        "{:?}",
-        parent.said
-    );
-    assert_eq!(parent.ask("exit"), "0");
-}
-
-fn raw_output_of_moved(kit: &Path) {
-    let vm = Vm::start(kit);
-    let mut parent = vm.actor();
-    let p = parent.enrol();
-    parent.ask(&format!("setopt 4 {p:x}"));
-    parent.ask("setopt 5 63"); // PvmOutputCode 99
-    let (stage, args) = vm.stage("old");
-    let v = after(p);
-    assert_eq!(
-        parent.ask(&format!("spawn 1 actor {args}")),
-        format!("1: {v:x}")
-    );
-    let mut old = stage.actor();
-    old.enrol();
-    let mut begin = [parent.ask("notice 99"), parent.ask("notice 99")];
-    begin.sort();
-    assert_eq!(
-        begin,
-        [
-            format!("{v:x} fffffffe {p:x}"),
-            format!("{v:x} ffffffff {p:x}")
-        ]
-    );
-    let r2 = after(v);
-    vm.table().add_incarnation(r2, v).unwrap();
-    vm.table().open_gate(v, r2).unwrap();
-    let (stage, args) = vm.stage("new");
-    assert_eq!(
-        parent.ask(&format!("spawn 1 actor {args}")),
-        format!("1: {v:x}")
-    );
-    let mut new = stage.actor();
-    new.enrol();
-    old.leave();
-    new.ask("print x");
-    // Neither a second beginning nor an end comes before that.
-    assert!(parent.ask("notice 99").starts_with(&format!("{v:x} 2 ")));
-    new.leave();
-    assert_eq!(parent.ask("notice 99"), format!("{v:x} 0"));
-}
-
-fn output_to_moved(kit: &Path) {
-    let vm = Vm::start(kit);
-    let mut old = vm.actor();
-    let v = old.enrol();
-    old.ask("catchout");
-    let (stage, args) = vm.stage("child");
-    old.ask(&format!("spawn 1 actor {args}"));
-    let mut child = stage.actor();
-    let c = child.enrol();
-    assert_eq!(child.tid("getopt 12"), v);
-    let r2 = after(c);
-    vm.table().add_incarnation(r2, v).unwrap();
-    let mut new = vm.actor();
-    new.enrol();
-    new.ask("catchout");
-    new.ask("showtids 1");
-    vm.table().open_gate(v, r2).unwrap();
-    child.ask("probe 1 1");
-    assert_eq!(child.tid("getopt 12"), v);
-    assert_eq!(child.tid("getopt 4"), v);
-    child.ask("pstat 40fff");
-    child.ask("print hello");
-    until("the output", || {
-        new.ask("probe 1 1");
-        new.said
-            .iter()
-            .any(|said| *said == format!("[t{c:x}] hello"))
-    });
-    // Nobody waits for the answer to the request that did it: it is not left lying about.
-    child.ask("context -1");
-    assert_eq!(child.ask("nrecv -1 -1"), "0");
-    child.ask("context 0");
-    assert_eq!(child.tid(&format!("setopt 12 {v:x}")), v);
-    child.leave();
 }
 
 fn nested_messages(kit: &Path) {

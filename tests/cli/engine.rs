@@ -1,0 +1,348 @@
+//! Dump and restore.
+
+use super::*;
+
+#[test]
+fn a_damaged_or_missing_image_is_not_restored_and_ends_with_6() {
+    if !engine() {
+        return;
+    }
+    let dir = temp();
+    run(&["restore", path(&dir.path().join("missing"))]).ends_with(6);
+    let i = dir.path().join("i");
+    let target = Sleeper::new();
+    run(&["dump", &target.pid(), "-o", path(&i)]).ends_with(0);
+    drop(target);
+    damage(&i.join("pages"));
+    run(&["restore", "--detach", path(&i)])
+        .ends_with(6)
+        .says(&["damaged"]);
+    let v = run(&["restore", "--detach", "--json", path(&i)])
+        .ends_with(6)
+        .object();
+    assert_eq!(v["failure"], "damaged");
+}
+
+#[test]
+fn a_process_that_a_debugger_holds_is_busy_with_4() {
+    if !engine() {
+        return;
+    }
+    let target = Sleeper::new();
+    let pid = Pid::from_raw(target.0.id() as i32);
+    nix::sys::ptrace::seize(pid, nix::sys::ptrace::Options::empty()).unwrap();
+    let dir = temp();
+    run(&["dump", &target.pid(), "-o", path(&dir.path().join("i"))])
+        .ends_with(4)
+        .says(&[&target.pid()]);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn without_a_name_dump_picks_one_and_prints_it() {
+    if !engine() {
+        return;
+    }
+    let dir = temp();
+    let target = Sleeper::new();
+    let ran = Ran(mistctl()
+        .current_dir(&dir)
+        .args(["dump", &target.pid()])
+        .output()
+        .unwrap())
+    .ends_with(0);
+    let name = ran.out().trim_end().to_owned();
+    assert!(
+        name.starts_with(&format!("sleep-{}-2", target.pid())) && name.ends_with('Z'),
+        "{name}"
+    );
+    run(&["verify", path(&dir.path().join(name))]).ends_with(0);
+}
+
+#[test]
+fn dump_with_json_says_what_it_did_in_one_object() {
+    if !engine() {
+        return;
+    }
+    let dir = temp();
+    let i = dir.path().join("i");
+    let target = Sleeper::new();
+    let ran = run(&["dump", &target.pid(), "-o", path(&i), "--json"]).ends_with(0);
+    let v = ran.object();
+    assert_eq!(v["pid"], target.0.id());
+    assert_eq!(v["image"], path(&i));
+    for number in [
+        "bytes_memory",
+        "bytes_written",
+        "pages",
+        "pages_zero",
+        "blackout_us",
+        "total_us",
+    ] {
+        assert!(v[number].is_u64(), "{number}: {v}");
+    }
+}
+
+#[test]
+fn dump_leaves_the_program_running_or_stopped_or_ended_as_told() {
+    if !engine() {
+        return;
+    }
+    let dir = temp();
+    let state = |t: &Sleeper| common::status_field(t.0.id(), "State").unwrap_or_default();
+    let target = Sleeper::new();
+    run(&["dump", &target.pid(), "-o", path(&dir.path().join("run"))]).ends_with(0);
+    assert!(state(&target).starts_with('S'), "{}", state(&target));
+    run(&[
+        "dump",
+        &target.pid(),
+        "-o",
+        path(&dir.path().join("stop")),
+        "--stop",
+    ])
+    .ends_with(0);
+    wait_for("it stops", LIMIT, || {
+        Ok(state(&target).starts_with('T').then_some(()))
+    })
+    .unwrap();
+    kill(Pid::from_raw(target.0.id() as i32), Signal::SIGCONT).unwrap();
+    let mut target = target;
+    run(&[
+        "dump",
+        &target.pid(),
+        "-o",
+        path(&dir.path().join("kill")),
+        "--kill",
+    ])
+    .ends_with(0);
+    let status = wait_child(&mut target.0, "its end", LIMIT).unwrap();
+    assert_eq!(status.signal(), Some(libc::SIGKILL));
+}
+
+#[test]
+fn keep_is_silent_and_keeps_the_newest_sound_images() {
+    if !engine() {
+        return;
+    }
+    let dir = temp();
+    let store = dir.path().join("new/store");
+    let target = Sleeper::new();
+    let dump = || {
+        run(&["dump", &target.pid(), "-o", path(&store), "--keep", "2"])
+            .ends_with(0)
+            .silent()
+    };
+    let names = || {
+        let mut names: Vec<String> = fs::read_dir(&store)
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .filter(|n| n.starts_with("20"))
+            .collect();
+        names.sort();
+        names
+    };
+    dump();
+    fs::create_dir(store.join("20200101T000000Z.partial")).unwrap(); // a writer that died
+    fs::create_dir(store.join("mine")).unwrap(); // none of ours
+    dump();
+    dump();
+    let kept = names();
+    assert_eq!(kept.len(), 2, "{kept:?}");
+    assert!(store.join("mine").exists());
+    // A damaged one does not count: two sound ones stay beside it.
+    damage(&store.join(&kept[1]).join("manifest.json"));
+    dump();
+    assert_eq!(names()[..2], kept[..]);
+    run(&["verify", path(&store)]).ends_with(0);
+    let mode = fs::metadata(&store).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o700);
+}
+
+/// A shell that ends as told by signals and by a file, and its image; the shell itself is dead.
+fn dumped(dir: &Path, script: &str) -> Option<PathBuf> {
+    if !engine() {
+        return None;
+    }
+    let ready = dir.join("ready");
+    let script = format!(
+        "{script}; : > {}; read x < {}",
+        ready.display(),
+        dir.join("fifo").display()
+    );
+    nix::unistd::mkfifo(&dir.join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let mut shell = Sleeper::of(Command::new("sh").args(["-c", &script]).process_group(0));
+    wait_for("the shell is ready", LIMIT, || {
+        Ok(ready.exists().then_some(()))
+    })
+    .unwrap();
+    let i = dir.join("i");
+    run(&["dump", &shell.pid(), "-o", path(&i), "--kill"]).ends_with(0);
+    wait_child(&mut shell.0, "its end", LIMIT).unwrap();
+    Some(i)
+}
+
+/// A restore in the foreground, and the pid of what it restored.
+fn foreground(image: &Path) -> (Child, i32) {
+    let mut child = mistctl()
+        .args(["restore", "--json", path(image)])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut out = child.stdout.take().unwrap();
+    let mut line = Vec::new();
+    let mut byte = [0];
+    while out.read(&mut byte).unwrap() == 1 && byte[0] != b'\n' {
+        line.push(byte[0]);
+    }
+    let v: Value = serde_json::from_slice(&line).expect("one JSON object");
+    for number in ["pid", "resume_us", "total_us"] {
+        assert!(v[number].is_i64(), "{number}: {v}");
+    }
+    assert_eq!(v["mode"], "eager");
+    (child, v["pid"].as_i64().unwrap() as i32)
+}
+
+#[test]
+fn a_restore_in_the_foreground_passes_signals_on_and_ends_as_the_program_does() {
+    let dir = temp();
+    let Some(i) = dumped(dir.path(), "trap 'exit 42' TERM; trap 'exit 43' USR1") else {
+        return;
+    };
+    for (signal, code) in [(Signal::SIGTERM, 42), (Signal::SIGUSR1, 43)] {
+        let (mut child, _) = foreground(&i);
+        kill(Pid::from_raw(child.id() as i32), signal).unwrap();
+        assert_eq!(
+            wait_child(&mut child, "restore", LIMIT).unwrap().code(),
+            Some(code)
+        );
+    }
+}
+
+#[test]
+fn a_program_that_a_signal_ends_gives_128_and_its_number() {
+    let dir = temp();
+    let Some(i) = dumped(dir.path(), "true") else {
+        return;
+    };
+    let (mut child, pid) = foreground(&i);
+    kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+    assert_eq!(
+        wait_child(&mut child, "restore", LIMIT).unwrap().code(),
+        Some(128 + 9)
+    );
+}
+
+#[test]
+fn a_detached_restore_prints_the_pid_and_leaves() {
+    let dir = temp();
+    let Some(i) = dumped(dir.path(), "true") else {
+        return;
+    };
+    let ran = run(&["restore", "--detach", path(&i)]).ends_with(0);
+    let pid: i32 = ran
+        .out()
+        .trim_end()
+        .parse()
+        .unwrap_or_else(|_| panic!("{}", both(&ran.0)));
+    kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+}
+
+#[test]
+fn of_a_store_the_image_before_a_damaged_one_is_restored() {
+    let dir = temp();
+    let Some(i) = dumped(dir.path(), "true") else {
+        return;
+    };
+    let store = dir.path().join("store");
+    fs::create_dir(&store).unwrap();
+    let newest = store.join("20260102T000000Z");
+    Command::new("cp")
+        .args(["-a", path(&i), path(&newest)])
+        .status()
+        .unwrap();
+    fs::rename(&i, store.join("20260101T000000Z")).unwrap();
+    damage(&newest.join("pages"));
+    let ran = run(&["restore", "--detach", path(&store)]).ends_with(0);
+    assert!(
+        ran.err().contains("trying the image before it"),
+        "{}",
+        ran.err()
+    );
+    let pid: i32 = ran.out().trim_end().parse().unwrap();
+    kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+}
+
+#[test]
+fn an_image_gives_an_ordinary_user_nothing_he_does_not_have() {
+    if !root() || !engine() {
+        return;
+    }
+    let dir = temp();
+    let i = dir.path().join("i");
+    let target = Sleeper::new(); // root's
+    run(&["dump", &target.pid(), "-o", path(&i)]).ends_with(0);
+    drop(target);
+    let Some(mut command) = as_nobody(dir.path(), Some(FILE_CAPABILITIES)) else {
+        return;
+    };
+    // Root's image he cannot even read; given to him, it still holds a process of root's.
+    Ran(command
+        .args(["restore", "--detach", path(&i)])
+        .output()
+        .unwrap())
+    .says(&["mistctl: "]);
+    let owner = format!("{NOBODY}:{NOBODY}");
+    assert!(
+        Command::new("chown")
+            .args(["-R", &owner, path(&i)])
+            .status()
+            .unwrap()
+            .success()
+    );
+    Ran(command.output().unwrap()).ends_with(5).says(&["uid 0"]);
+    // Nor does root restore it as root, now that its content is somebody else's.
+    run(&["restore", "--detach", path(&i)])
+        .ends_with(5)
+        .says(&["uid 0"]);
+}
+
+#[test]
+fn an_ordinary_user_saves_and_restores_what_is_his() {
+    if !root() || !engine() {
+        return;
+    }
+    let dir = temp();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let target = Sleeper::of(Command::new("sleep").arg("1000").uid(NOBODY).gid(NOBODY));
+    let i = dir.path().join("i");
+    let Some(mut command) = as_nobody(dir.path(), Some(FILE_CAPABILITIES)) else {
+        return;
+    };
+    Ran(command
+        .args(["dump", "--kill", &target.pid(), "-o", path(&i)])
+        .output()
+        .unwrap())
+    .ends_with(0);
+    drop(target);
+    let Some(mut command) = as_nobody(dir.path(), Some(FILE_CAPABILITIES)) else {
+        return;
+    };
+    let ran = Ran(command
+        .args(["restore", "--detach", path(&i)])
+        .output()
+        .unwrap())
+    .ends_with(0);
+    let pid: u32 = ran.out().trim_end().parse().unwrap();
+    let caps = common::status_field(pid, "CapPrm").unwrap();
+    let uids = common::status_field(pid, "Uid").unwrap();
+    kill(Pid::from_raw(pid as i32), Signal::SIGKILL).unwrap();
+    assert_eq!(
+        u64::from_str_radix(&caps, 16),
+        Ok(0),
+        "it has no capability of mistctl's"
+    );
+    assert!(
+        uids.split_whitespace().all(|u| u == NOBODY.to_string()),
+        "{uids}"
+    );
+}

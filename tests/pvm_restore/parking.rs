@@ -1,0 +1,225 @@
+//! A lander that is parked, and what makes it run or end.
+
+use super::*;
+
+/// A task that waits in pvm_recv, and a lander of its that is parked.
+pub struct Parking<'s> {
+    scene: &'s Scene,
+    boss: Actor,
+    spawner: Actor,
+    worker: Actor,
+    line: BufReader<UnixStream>,
+    /// The task, and its process on h1.
+    v: u32,
+    pid: i32,
+    /// The new incarnation, and its process.
+    r: u32,
+    landed: i32,
+}
+
+impl Parking<'_> {
+    fn new(scene: &Scene, lease_ms: u64) -> Result<Parking<'_>> {
+        let mut boss = scene.actor(HOST, "boss")?;
+        let mut spawner = scene.actor(HOST, "spawner")?;
+        let (mut worker, v) = scene.worker(&mut boss, HOST, "worker")?;
+        let pid = worker.pid();
+        worker.tell("recv -1 7");
+        until_receives(scene, HOST, pid)?;
+        boss.ask(&format!("send {v:x} 8 early"));
+        let image = scene.dump(HOST, pid, "image", "")?;
+        let socket = scene.path("agent");
+        let listener = UnixListener::bind(&socket)?;
+        fs::set_permissions(&socket, fs::Permissions::from_mode(0o777))?;
+        let link = scene.path("links/actor");
+        let spawn = format!(
+            "spawnat {HOST} {} land --agent {} --move m1",
+            link.display(),
+            socket.display()
+        );
+        let r = spawned(&spawner.ask(&spawn))?;
+        let (stream, _) = listener.accept()?;
+        stream.set_read_timeout(Some(LIMIT))?;
+        let mut parking = Parking {
+            scene,
+            boss,
+            spawner,
+            worker,
+            line: BufReader::new(stream),
+            v,
+            pid,
+            r,
+            landed: 0,
+        };
+        match parking.heard()? {
+            ToAgent::Hello { id, r, pid, .. } if id == "m1" && r == parking.r => {
+                parking.landed = pid;
+            }
+            other => bail!("{other:?}"),
+        }
+        parking.say(&ToLander::Order(Order {
+            v,
+            source: Source::Image { path: image },
+            lazy: false,
+            announce: false,
+            commit: Commit::WhenEnded { r1: v, lease_ms },
+        }))?;
+        match parking.heard()? {
+            ToAgent::Parked { warnings } => ensure!(warnings.is_empty(), "{warnings:?}"),
+            other => bail!("{other:?}"),
+        }
+        Ok(parking)
+    }
+
+    fn say(&mut self, what: &ToLander) -> Result<()> {
+        protocol::say(self.line.get_mut(), what)
+    }
+
+    fn heard(&mut self) -> Result<ToAgent> {
+        protocol::hear(&mut self.line)?.context("the lander has gone")
+    }
+
+    fn kill(&self, pid: i32) -> Result<()> {
+        self.scene
+            .hosts
+            .exec(HOST, &format!("kill -9 {pid}"))
+            .map(drop)
+    }
+
+    /// The process that traces the landed one.
+    fn tracer(&self) -> Result<i32> {
+        let said = self.scene.hosts.exec(
+            HOST,
+            &format!(
+                "sed -n 's/^TracerPid:[[:space:]]*//p' /proc/{}/status",
+                self.landed
+            ),
+        )?;
+        let tracer: i32 = said.parse()?;
+        ensure!(tracer > 0, "nobody traces the parked process");
+        Ok(tracer)
+    }
+
+    /// Nobody traces the parked process any more, and it stands still.
+    fn stands_alone(&self) -> Result<()> {
+        wait_for("the task to stand alone", LIMIT, || {
+            Ok(self.tracer().is_err().then_some(()))
+        })?;
+        let state = format!("grep '^State' /proc/{}/status", self.landed);
+        let state = self.scene.hosts.exec(HOST, &state)?;
+        ensure!(state.contains("T (stopped)"), "{state}");
+        Ok(())
+    }
+
+    /// The new one is the task, with what the old one had not read.
+    fn runs_here(&mut self) -> Result<()> {
+        let (r, v) = (self.r, self.v);
+        self.boss.ask(&format!("send {r:x} 7 hello"));
+        let said = self.worker.answer();
+        ensure!(said.contains("text hello"), "{said}");
+        let said = self.worker.ask("recv -1 8");
+        ensure!(said.contains("text early"), "{said}");
+        ensure!(self.worker.pid() == self.landed);
+        ensure!(self.worker.ask("mytid") == format!("{v:x}"));
+        let state = self.scene.hosts.exec(
+            HOST,
+            &format!(
+                "grep -E '^(State|TracerPid|SigPnd|ShdPnd)' /proc/{}/status",
+                self.landed
+            ),
+        )?;
+        ensure!(state.contains("TracerPid:\t0"), "{state}");
+        ensure!(!state.contains("stopped"), "{state}");
+        self.alone()
+    }
+
+    /// The old one goes on, and the new one has left nothing.
+    fn runs_there(&mut self) -> Result<()> {
+        let (v, landed) = (self.v, self.landed);
+        wait_for("the end of the new one", LIMIT, || {
+            let gone = self.scene.hosts.exec(HOST, &format!("! kill -0 {landed}"));
+            Ok(gone.ok())
+        })?;
+        self.boss.ask(&format!("send {v:x} 7 hello"));
+        let said = self.worker.answer();
+        ensure!(said.contains("text hello"), "{said}");
+        ensure!(self.worker.pid() == self.pid);
+        self.alone()
+    }
+
+    /// No process of a landing is left.
+    fn alone(&self) -> Result<()> {
+        wait_for("the end of all mistctls", LIMIT, || {
+            let left = "! ls -l /proc/[0-9]*/exe 2>/dev/null | grep mistctl";
+            Ok(self.scene.hosts.root(HOST, left).ok())
+        })?;
+        Ok(())
+    }
+
+    fn end(self) {
+        self.worker.leave();
+        self.spawner.leave();
+        self.boss.leave();
+    }
+}
+
+pub const LONG: u64 = 60_000;
+
+pub fn runs_when_ended(scene: &Scene) -> Result<()> {
+    let mut parking = Parking::new(scene, LONG)?;
+    parking.kill(parking.pid)?;
+    ensure!(matches!(parking.heard()?, ToAgent::Running { .. }));
+    parking.runs_here()?;
+    parking.end();
+    Ok(())
+}
+
+pub fn lease_ends(scene: &Scene) -> Result<()> {
+    let mut parking = Parking::new(scene, 300)?;
+    match parking.heard()? {
+        ToAgent::Failed { why, .. } => ensure!(why.contains("still runs"), "{why}"),
+        other => bail!("{other:?}"),
+    }
+    parking.runs_there()?;
+    parking.end();
+    Ok(())
+}
+
+pub fn called_off(scene: &Scene) -> Result<()> {
+    let mut parking = Parking::new(scene, LONG)?;
+    parking.say(&ToLander::Abandon)?;
+    match parking.heard()? {
+        ToAgent::Failed { why, .. } => ensure!(why.contains("called it off"), "{why}"),
+        other => bail!("{other:?}"),
+    }
+    parking.runs_there()?;
+    parking.end();
+    Ok(())
+}
+
+pub fn agent_dies(scene: &Scene) -> Result<()> {
+    let mut parking = Parking::new(scene, LONG)?;
+    parking.line.get_ref().shutdown(std::net::Shutdown::Both)?;
+    parking.kill(parking.pid)?;
+    parking.runs_here()?;
+    parking.end();
+    Ok(())
+}
+
+pub fn tracer_dies_committed(scene: &Scene) -> Result<()> {
+    let mut parking = Parking::new(scene, LONG)?;
+    parking.kill(parking.tracer()?)?;
+    parking.stands_alone()?;
+    parking.kill(parking.pid)?;
+    parking.runs_here()?;
+    parking.end();
+    Ok(())
+}
+
+pub fn tracer_dies_uncommitted(scene: &Scene) -> Result<()> {
+    let mut parking = Parking::new(scene, 3000)?;
+    parking.kill(parking.tracer()?)?;
+    parking.stands_alone()?;
+    parking.runs_there()?;
+    parking.end();
+    Ok(())
+}
