@@ -287,6 +287,16 @@ pub(super) fn leader_mask(tail: &Range<u64>) -> u64 {
     tail.end - 16
 }
 
+/// wait4(rax, 0, __WALL, 0): a helper shows no signal and leaves no zombie.
+pub(super) fn reap(a: &mut Asm) {
+    a.mov_reg(R::Di, R::Ax);
+    a.mov(R::Si, 0);
+    a.mov(R::Dx, libc::__WALL as u32 as u64);
+    a.mov(R::R10, 0);
+    a.mov(R::Ax, libc::SYS_wait4 as u64);
+    a.syscall_insn();
+}
+
 pub(super) fn set_mask(a: &mut Asm, at: u64) {
     a.syscall(
         libc::SYS_rt_sigprocmask,
@@ -337,13 +347,7 @@ fn clone_code(a: &mut Asm, subreaper: u64) -> usize {
     a.syscall_insn();
     a.raw(&[0xeb, (exit as i64 - (a.len() as i64 + 2)) as i8 as u8]);
     a.land(parent);
-    // wait4(helper, 0, __WALL, 0): the helper shows no signal and leaves no zombie.
-    a.mov_reg(R::Di, R::Ax);
-    a.mov(R::Si, 0);
-    a.mov(R::Dx, libc::__WALL as u32 as u64);
-    a.mov(R::R10, 0);
-    a.mov(R::Ax, libc::SYS_wait4 as u64);
-    a.syscall_insn();
+    reap(a);
     a.mov(R::Bx, subreaper);
     a.raw(&[0x48, 0x63, 0x33]); // movsxd rsi, dword [rbx]
     a.mov(R::Di, libc::PR_SET_CHILD_SUBREAPER as u64);

@@ -8,8 +8,8 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::{Context, Result, bail};
 
-use super::arch::{Asm, R};
-use super::batch::{Held, enter, leader_mask, park, set_mask, step_calls};
+use super::arch::Asm;
+use super::batch::{Held, enter, leader_mask, park, reap, set_mask, step_calls};
 use super::mem::Mem;
 use super::pidfd;
 use super::tracee::{Stop, Tracee};
@@ -56,12 +56,7 @@ fn code(leader: &Held, tail: &std::ops::Range<u64>, nr: i64, args: &[u64]) -> As
     a.syscall(nr, args);
     a.syscall(libc::SYS_exit_group, &[0]);
     a.land(parent);
-    a.mov_reg(R::Di, R::Ax);
-    a.mov(R::Si, 0);
-    a.mov(R::Dx, libc::__WALL as u32 as u64);
-    a.mov(R::R10, 0);
-    a.mov(R::Ax, libc::SYS_wait4 as u64);
-    a.syscall_insn();
+    reap(&mut a);
     a.land_far(failed);
     set_mask(&mut a, leader_mask(tail));
     let (rax, rip) = leader.regs.resume_point();

@@ -8,15 +8,15 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use pvm_abi::NOOP_MARKER;
-use pvm_abi::block::state;
 
 use crate::error::Failure;
 use crate::kernel::guardian::Guardian;
 use crate::pvm::block::TaskBlock;
 use crate::pvm::capture::{Task, fragments_of};
 use crate::pvm::connection::{Connection, Daemons, Raised};
+use crate::pvm::local;
 use crate::pvm::tid::Tid;
 use crate::pvm::wire::{Message, Reader};
 
@@ -55,21 +55,7 @@ impl Drain {
     pub fn begin(v: Tid, r: Tid, agent: Tid, number: u32) -> Result<Drain> {
         let daemons = Daemons::look()?;
         let mut senders = Vec::new();
-        for entry in std::fs::read_dir("/proc")
-            .context("reading /proc")?
-            .flatten()
-        {
-            let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
-                continue;
-            };
-            // Other users' processes, and those that just end, are none of ours.
-            let Ok(Some(block)) = TaskBlock::find(pid) else {
-                continue;
-            };
-            if !matches!((block.state(), block.enrolled_pid()), (Ok(state::ENROLLED), Ok(own)) if own == pid)
-            {
-                continue;
-            }
+        for (pid, block) in local::tasks()? {
             let tid = Tid(block.r()?);
             let Ok(Some(connection)) = daemons.connection(pid) else {
                 continue;

@@ -207,24 +207,31 @@ pub fn process(pid: i32, enrolled: bool) -> Result<Option<Process>> {
     Ok(Some(process))
 }
 
+/// The processes on this host that are PVM tasks with the shim, of whatever virtual machine; as far as this user may see.
+///
+/// # Errors
+/// When /proc cannot be listed.
+pub fn tasks() -> Result<impl Iterator<Item = (i32, TaskBlock)>> {
+    let entries = fs::read_dir("/proc").context("reading /proc")?.flatten();
+    Ok(entries.filter_map(|entry| {
+        let pid = entry.file_name().to_str()?.parse().ok()?;
+        // Another user's processes, and those that just end, are none of ours.
+        let block = TaskBlock::find(pid).ok()??;
+        let enrolled = matches!(
+            (block.state(), block.enrolled_pid()),
+            (Ok(state::ENROLLED), Ok(own)) if own == pid
+        );
+        enrolled.then_some((pid, block))
+    }))
+}
+
 /// The process on this host that is the task `tid`, its virtual tid or, where nobody has that, its real one.
 ///
 /// # Errors
 /// [`Failure::NoSuchProcess`], which says where the task is if the virtual machine of this environment knows it.
 pub fn find(tid: Tid) -> Result<i32> {
     let (mut by_v, mut by_r) = (Vec::new(), Vec::new());
-    for entry in fs::read_dir("/proc").context("reading /proc")?.flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
-            continue;
-        };
-        // Another user's processes, and those that just end, are none of ours.
-        let Ok(Some(block)) = TaskBlock::find(pid) else {
-            continue;
-        };
-        if !matches!((block.state(), block.enrolled_pid()), (Ok(state::ENROLLED), Ok(own)) if own == pid)
-        {
-            continue;
-        }
+    for (pid, block) in tasks()? {
         if block.v().is_ok_and(|v| v == tid.0) {
             by_v.push(pid);
         } else if block.r().is_ok_and(|r| r == tid.0) {
