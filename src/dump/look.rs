@@ -28,6 +28,13 @@ pub struct Subject {
     pub copy: Option<Snapshot>,
 }
 
+impl Subject {
+    /// Whether it has answered that it has children.
+    pub fn has_children(&self) -> bool {
+        self.queries.has_children
+    }
+}
+
 /// What we hold of each process, in the order of the subjects; None for a zombie.
 pub type Holds = Vec<Option<HeldProcess>>;
 

@@ -75,17 +75,8 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<()> {
             (false, false) => Ok(()),
         };
     }
-    let child = if with_tree {
-        None
-    } else {
-        tree(pid, true).get(1).copied()
-    };
-    if let Some(child) = child {
-        return refuse(format!(
-            "process {pid} ({}) has children (process {child}), which it would miss after a restore; \
-             dump them with it: --tree",
-            status.name
-        ));
+    if !with_tree && let Some(child) = tree(pid, true).get(1) {
+        return Err(has_children(pid, &status.name, Some(*child)));
     }
     if ancestors().contains(&pid) {
         return refuse(format!(
@@ -106,6 +97,14 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<()> {
     crate::kernel::caps::caller()?.may_dump(pid)?;
     let first = inside.first().map_or(via, |first| living_thread(*first));
     namespace::check(pid, via, first)
+}
+
+/// The error for a process that is to be dumped without its children.
+pub fn has_children(pid: i32, comm: &str, child: Option<i32>) -> anyhow::Error {
+    let child = child.map(|c| format!(" (process {c})")).unwrap_or_default();
+    Failure::Refused.because(format!(
+        "process {pid} ({comm}) has children{child}, which it would miss after a restore; dump them with it: --tree"
+    ))
 }
 
 /// The main thread of a process, or, when that has ended, another that has not: what threads share is shown
@@ -173,7 +172,7 @@ pub fn read(
         p.state = State::Zombie {
             status: stat.exit_code.unwrap_or(0),
         };
-        return Ok((p, queries::Queries { timers: Vec::new() }));
+        return Ok((p, queries::Queries::default()));
     };
     if via != pid {
         let status = leader.status().with_context(ctx)?;
@@ -199,8 +198,11 @@ pub fn read(
     p.exe = link(via, "exe", tables)?;
     p.cwd = link(via, "cwd", tables)?;
     p.root = link(via, "root", tables)?;
-    let timers = p.posix_timers.iter().map(|t| t.id).collect();
-    Ok((p, queries::Queries { timers }))
+    let queries = queries::Queries {
+        timers: p.posix_timers.iter().map(|t| t.id).collect(),
+        ..queries::Queries::default()
+    };
+    Ok((p, queries))
 }
 
 fn empty(stat: &Stat) -> Process {

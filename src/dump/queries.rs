@@ -25,9 +25,12 @@ const AT_LEADER: u64 = AT_PDEATHSIG + 8;
 const AT_TIMERS: u64 = AT_LEADER + LEADER_LEN;
 
 /// The batch of one process.
+#[derive(Default)]
 pub struct Queries {
     /// Ids of POSIX timers (/proc/PID/timers).
     pub timers: Vec<i32>,
+    /// It has children, dead or alive, or traces somebody; known once it has answered.
+    pub has_children: bool,
 }
 
 /// Places of answers in the results, in the order of [`Queries::calls`].
@@ -40,7 +43,8 @@ mod at {
     pub const MCE_KILL: usize = PRCTLS + 4;
     pub const SUBREAPER: usize = PRCTLS + 5;
     pub const BRK: usize = PRCTLS + 7;
-    pub const TIMERS: usize = PRCTLS + 10;
+    pub const CHILDREN: usize = PRCTLS + 10;
+    pub const TIMERS: usize = PRCTLS + 11;
 }
 
 impl Queries {
@@ -69,6 +73,9 @@ impl Queries {
         v.push(prctl(libc::PR_GET_PDEATHSIG as u64, data + AT_PDEATHSIG));
         v.push(Call::new(libc::SYS_brk, &[0]));
         v.extend(thread_calls(data + AT_LEADER));
+        let look = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT | libc::__WALL;
+        let any = libc::P_ALL as u64;
+        v.push(Call::new(libc::SYS_waitid, &[any, 0, 0, look as u64, 0]));
         for (i, id) in self.timers.iter().take(TIMERS_MAX).enumerate() {
             let at = data + AT_TIMERS + i as u64 * 32;
             v.push(Call::new(libc::SYS_timer_gettime, &[*id as u64, at]));
@@ -79,7 +86,7 @@ impl Queries {
 
     /// Puts the answers into `p`, whose timers stand in the order of `self.timers`. Returns what the
     /// leader's own calls gave.
-    pub fn answers(&self, batch: &Batch, p: &mut Process) -> Result<ThreadAnswers> {
+    pub fn answers(&mut self, batch: &Batch, p: &mut Process) -> Result<ThreadAnswers> {
         let results = batch.results();
         let result = |i: usize| results.get(i).copied().unwrap_or(-1);
         let data = batch.data(0, (AT_TIMERS + 32 * TIMERS_MAX as u64) as usize)?;
@@ -121,6 +128,7 @@ impl Queries {
         }
         p.child_subreaper = result(at::SUBREAPER) == 0 && word(AT_SUBREAPER) as i32 != 0;
         p.mm.brk = result(at::BRK) as u64;
+        self.has_children = result(at::CHILDREN) != -i64::from(libc::ECHILD);
         for (i, t) in p.posix_timers.iter_mut().enumerate().take(TIMERS_MAX) {
             let at = AT_TIMERS + i as u64 * 32;
             let ns = |at| word(at) as i64 * 1_000_000_000 + word(at + 8) as i64;

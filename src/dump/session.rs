@@ -136,6 +136,14 @@ impl Session {
             sink,
             &mut self.report,
         )?;
+        if !self.opts.tree
+            && let Some(s) = subjects.iter().find(|s| s.has_children())
+        {
+            // Born after it was looked at first.
+            let (pid, comm) = (s.process.pid, &s.process.comm);
+            let child = process::tree(pid, true).get(1).copied();
+            return Err(process::has_children(pid, comm, child));
+        }
         self.report.bytes_memory +=
             memory::copy_contents(&self.tables.contents, &self.tables.shared_memory, sink)?;
         if self.inside {

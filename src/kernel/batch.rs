@@ -84,13 +84,11 @@ impl Snapshot {
         self.tracee.tid
     }
 
-    /// Makes the copy harmless: first to go when memory is short, no descriptors (a pipe's reader would
-    /// wait for its end of file), a session of its own.
+    /// Makes the copy harmless: first to go when memory is short, a session of its own.
     pub fn seclude(&self) -> Result<()> {
         // Lowering one's chance to live needs no privilege.
         std::fs::write(format!("/proc/{}/oom_score_adj", self.pid()), "1000")
             .with_context(|| format!("raising oom_score_adj of snapshot {}", self.pid()))?;
-        self.call(libc::SYS_close_range, &[0, u64::from(u32::MAX), 0])?;
         self.call(libc::SYS_setsid, &[])?;
         Ok(())
     }
@@ -191,7 +189,9 @@ pub fn start<'a>(
         );
     }
     batch.mapped = true;
-    let calls = prepare(area + DATA);
+    let mut calls = prepare(area + DATA);
+    // Held behind the last one, it has not stored its result yet.
+    calls.push(Call::new(libc::SYS_getpid, &[]));
     let mut table = Vec::with_capacity(calls.len() * CALL_SIZE);
     calls.iter().for_each(|c| c.encode(&mut table));
     if table.len() as u64 >= DATA {
@@ -340,6 +340,11 @@ fn clone_code(a: &mut Asm, subreaper: u64) -> usize {
     let shared = libc::CLONE_VM | libc::CLONE_FILES | libc::CLONE_FS;
     a.syscall(libc::SYS_clone, &[shared as u64, 0, 0, 0, 0]);
     let parent = a.jump_if_nonzero();
+    // The copy has no descriptors: what the program closes once it runs has to be closed.
+    a.syscall(
+        libc::SYS_close_range,
+        &[0, u64::from(u32::MAX), u64::from(libc::CLOSE_RANGE_UNSHARE)],
+    );
     a.syscall(libc::SYS_clone, &[0, 0, 0, 0, 0]);
     let exit = a.len();
     a.syscall(libc::SYS_exit_group, &[0]);

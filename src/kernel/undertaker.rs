@@ -4,7 +4,7 @@
 //! each; killed in the middle we would leave some running and some dead. The undertaker knows them all,
 //! and when the pipe to us ends without our word it kills them.
 
-use std::io::{IoSliceMut, Write};
+use std::io::{IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
@@ -20,6 +20,8 @@ use super::{fds, pidfd};
 const DONE: i32 = 0;
 /// A descriptor comes with this.
 const KEEP: i32 = -1;
+/// What it says when it has closed what it was born with.
+const CLEAN: u8 = 1;
 
 /// Our end of the line to it.
 #[derive(Debug)]
@@ -72,6 +74,18 @@ impl Undertaker {
         Ok(())
     }
 
+    /// Waits until it has nothing open any more that it has from us: a program that runs sooner may miss an
+    /// end-of-file.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn await_clean(&mut self) -> Result<()> {
+        let mut word = [0];
+        self.pipe
+            .read_exact(&mut word)
+            .context("waiting for the undertaker")
+    }
+
     /// All are released: it has nothing to do.
     pub fn dismiss(mut self) -> Result<()> {
         self.pipe
@@ -82,9 +96,12 @@ impl Undertaker {
     }
 }
 
-fn serve(pipe: UnixStream) {
+fn serve(mut pipe: UnixStream) {
     // What is open here would be open for as long as we live.
     fds::close_all_but(&[pipe.as_fd()]);
+    if pipe.write_all(&[CLEAN]).is_err() {
+        return;
+    }
     // Not stopped or ended by the terminal's signals that end us.
     let _ = setsid();
     let mut known = Vec::new();
@@ -128,4 +145,20 @@ fn serve(pipe: UnixStream) {
         let _ = poll(&mut fds, PollTimeout::from(1000u16));
     }
     drop(kept);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clean_one_holds_its_line_only() {
+        for _ in 0..20 {
+            let mut it = Undertaker::start().expect("start");
+            it.await_clean().expect("clean");
+            let open = std::fs::read_dir(format!("/proc/{}/fd", it.pid)).expect("its descriptors");
+            assert_eq!(open.count(), 1);
+            it.dismiss().expect("dismiss");
+        }
+    }
 }

@@ -227,6 +227,9 @@ fn restore(
             return Err(e);
         }
     }
+    if let Some(undertaker) = &mut undertaker {
+        undertaker.await_clean()?;
+    }
     if let Some(f) = opts.before_release {
         f();
     }

@@ -229,7 +229,7 @@ pub mod sandbox {
 
     /// Runs this very executable again with `args` in namespaces of its own: new pids (so every
     /// pid but 1 and the worker's is free), a /proc that fits, a network with only a loopback
-    /// device, no System V IPC. Whatever is left in it after the worker or after `limit` is
+    /// device, no System V IPC, no pseudo terminals. Whatever is left in it after the worker or after `limit` is
     /// killed. The executable has to call [`play_role`] first thing in `main`.
     pub fn run_self(args: &[String], dir: &Path, limit: Duration) -> Result<Verdict> {
         let exe = std::env::current_exe().context("cannot find this executable")?;
@@ -302,6 +302,15 @@ pub mod sandbox {
             none,
         )
         .context("cannot mount /proc")?;
+        // Which numbers of terminals are free is a matter of this test alone.
+        mount(
+            Some("devpts"),
+            "/dev/pts",
+            Some("devpts"),
+            MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC,
+            Some("newinstance,ptmxmode=0666,mode=0620"),
+        )
+        .context("cannot mount /dev/pts")?;
         let lo = build_dir().join("lo_up");
         if lo.exists() && !Command::new(&lo).status()?.success() {
             bail!("cannot bring the loopback device up");

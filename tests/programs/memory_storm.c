@@ -3,8 +3,7 @@
 // says what must be there.
 // mist: dumps 12
 // mist: variants plain forks
-// mist: may-refuse has children
-// mist: no-twice the second dump may come while it has a child
+// mist: moments has children
 #include "mist.h"
 
 #define PAGES 512

@@ -22,6 +22,7 @@
 //   // mist: replaced NAME...         files here that are others before the restore
 //   // mist: refused TEXT             a dump has to fail with TEXT in its error, and to harm nobody
 //   // mist: may-refuse TEXT          a dump may do so
+//   // mist: moments TEXT             a dump may do so at some moments; then it is tried again
 //   // mist: no-go-on REASON          leave this mode out; likewise no-lazy, no-twice, no-kill
 #ifndef MIST_H
 #define MIST_H

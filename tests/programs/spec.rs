@@ -94,6 +94,8 @@ pub struct Spec {
     pub replaced: Vec<String>,
     /// A word of the error with which a dump may refuse this program.
     pub may_refuse: Option<String>,
+    /// A word of an error with which a dump refuses it at some moments; then it is asked again.
+    pub moments: Option<String>,
     /// A word of the error with which a dump has to refuse it.
     pub refused: Option<String>,
 }
@@ -125,6 +127,7 @@ impl Spec {
                 "replaced" => spec.replaced.extend(words),
                 "stopped" => spec.stopped = true,
                 "may-refuse" => spec.may_refuse = Some(words.collect::<Vec<_>>().join(" ")),
+                "moments" => spec.moments = Some(words.collect::<Vec<_>>().join(" ")),
                 "refused" => spec.refused = Some(words.collect::<Vec<_>>().join(" ")),
                 word if Mode::ALL.iter().any(|m| m.without() == word) => {
                     let reason = words.collect::<Vec<_>>().join(" ");

@@ -269,9 +269,7 @@ impl Test {
         self.dir.join(format!("image{}", self.dumps))
     }
 
-    /// Whether it was saved; false: it was refused, as the program's directives allow.
-    fn dump(&mut self, and: Option<&str>) -> Result<bool> {
-        self.dumps += 1;
+    fn dump_command(&self, and: Option<&str>) -> Command {
         let mut command = mistctl();
         command.arg("dump").arg(self.pid.to_string());
         command.arg("-o").arg(self.image());
@@ -283,8 +281,18 @@ impl Test {
         if self.spec.tcp_established {
             command.arg("--tcp-established");
         }
+        command
+    }
+
+    /// Whether it was saved; false: it was refused, as the program's directives allow.
+    fn dump(&mut self, and: Option<&str>) -> Result<bool> {
+        self.dumps += 1;
         let what = format!("mistctl dump (no. {})", self.dumps);
-        let output = run(command, &self.dir, "dump", LIMIT).with_context(|| what.clone())?;
+        let output = wait_for("a moment for a dump", LIMIT, || {
+            let output = run(self.dump_command(and), &self.dir, "dump", LIMIT)?;
+            Ok((!self.not_now(&common::both(&output))).then_some(output))
+        })
+        .with_context(|| what.clone())?;
         let stderr = common::both(&output);
         if !output.status.success() {
             let (must, may) = (&self.spec.refused, &self.spec.may_refuse);
@@ -333,6 +341,12 @@ impl Test {
         Ok(true)
     }
 
+    /// Whether that is an error of a moment.
+    fn not_now(&self, said: &str) -> bool {
+        let moments = self.spec.moments.as_ref();
+        moments.is_some_and(|text| said.contains(text.as_str()))
+    }
+
     /// Copies its memory while it runs, again and again, and what is left while it stands.
     fn dump_in_rounds(&mut self) -> Result<bool> {
         self.dumps += 1;
@@ -367,10 +381,9 @@ impl Test {
             bail!("changes are not followed: the rounds read {read:?} bytes");
         }
         self.unharmed()?;
-        // A child that is there now may be gone in a moment.
         let mut session = wait_for("a moment for a dump", LIMIT, || {
             match Session::stop(&options) {
-                Err(e) if format!("{e:#}").contains("has children") => Ok(None),
+                Err(e) if self.not_now(&format!("{e:#}")) => Ok(None),
                 session => session.map(Some),
             }
         })?;
