@@ -2,17 +2,16 @@
 //!
 //! Only a call that comes from outside is translated: what libpvm's functions ask of each other is in R.
 
-use std::ffi::{c_char, c_int, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use pvm_abi::block::{Call, flag};
-use pvm_abi::is_task;
 use pvm_abi::table::State;
+use pvm_abi::{HELPER_PID, is_task, place};
 
 use crate::border::{NO_MEM, SYS_ERR, wait_open};
 use crate::inside::{
-    BLOCK, DONT_ROUTE, Inside, ROUTE_DIRECT, answer, argument, as_v, left, moved, outside, v_of,
-    with,
+    BLOCK, DONT_ROUTE, Inside, ROUTE_DIRECT, answer, argument, as_v, left, moved, outside, with,
 };
 use crate::notices::{self, TASK_EXIT};
 use crate::real::{Handler, Match, MboxInfo, Real, TaskInfo, real};
@@ -170,9 +169,9 @@ pub unsafe extern "C" fn pvm_tasks(
     count: *mut c_int,
     list: *mut *mut TaskInfo,
 ) -> c_int {
-    let (_, pvm_tasks) = real_or_return!(pvm_tasks);
+    let (real, pvm_tasks) = real_or_return!(pvm_tasks);
     let inside = Inside::enter(Call::Tasks);
-    if !inside.from_outside || moved().is_none() {
+    if !inside.from_outside {
         // SAFETY: as the caller's.
         return unsafe { pvm_tasks(at, count, list) };
     }
@@ -188,7 +187,7 @@ pub unsafe extern "C" fn pvm_tasks(
         // that are not shown are moved behind the others.
         let tasks = unsafe { std::slice::from_raw_parts_mut(first, n as usize) };
         for task in 0..tasks.len() {
-            if tasks.get(task).is_some_and(shows) {
+            if shows(real, tasks, task) {
                 tasks.swap(shown, task);
                 shown += 1;
             }
@@ -196,6 +195,8 @@ pub unsafe extern "C" fn pvm_tasks(
         for task in tasks.iter_mut().take(shown) {
             task.tid = answer(task.tid);
             task.ptid = answer(task.ptid);
+            // SAFETY: the name is libpvm's copy of it.
+            unsafe { name_of_old(task) };
         }
     }
     // SAFETY: null or the caller's places.
@@ -210,11 +211,62 @@ pub unsafe extern "C" fn pvm_tasks(
     result
 }
 
-/// An agent is not shown, nor an incarnation that is not (or not any more) its task's present one.
-fn shows(task: &TaskInfo) -> bool {
+/// Whether one of the tasks is to be seen: not mist's own, nor an incarnation that is not (or not any more) its
+/// task's present one.
+fn shows(real: &Real, tasks: &[TaskInfo], at: usize) -> bool {
+    let Some(task) = tasks.get(at) else {
+        return false;
+    };
+    if task.pid == HELPER_PID {
+        return false;
+    }
     let r = task.tid as u32;
-    let entry = moved().and_then(|table| table.entry(v_of(r)));
-    entry.is_none_or(|entry| entry.state != State::Hidden && entry.r == r)
+    let known = moved().and_then(|table| table.v_of(r));
+    // SAFETY: libpvm's list holds null or a string.
+    if known.is_none() && unsafe { spawned_as(task) }.is_some() {
+        // What is to become a task.
+        return false;
+    }
+    let v = known.unwrap_or(r);
+    match moved().and_then(|table| table.entry(v)) {
+        None => r == v,
+        Some(entry) if entry.state == State::Hidden => false,
+        // The last step of a move: the old incarnation has ended, its task is the new one.
+        Some(entry) if entry.state == State::Moving && entry.next == r => {
+            let old = entry.r as c_int;
+            !tasks.iter().any(|task| task.tid == old)
+                // SAFETY: the real function; we are inside libpvm, and not below mroute.
+                && real.pvm_pstat.is_some_and(|pstat| unsafe { pstat(old) } < 0)
+        }
+        Some(entry) => entry.r == r,
+    }
+}
+
+/// The name that the task had before it came, of one that has moved.
+///
+/// # Safety
+/// The name is null or a string.
+unsafe fn spawned_as(task: &TaskInfo) -> Option<&[u8]> {
+    if task.a_out.is_null() {
+        return None;
+    }
+    // SAFETY: the caller's promise.
+    place::spawned_as(unsafe { CStr::from_ptr(task.a_out) }.to_bytes())
+}
+
+/// Shows a task that has moved by the name it had before.
+///
+/// # Safety
+/// The name is null or a string that may be written.
+unsafe fn name_of_old(task: &mut TaskInfo) {
+    // SAFETY: the caller's promise; the name is an end of the string, so there is room for it at the beginning.
+    unsafe {
+        if let Some(name) = spawned_as(task) {
+            let (from, len) = (name.as_ptr(), name.len());
+            std::ptr::copy(from, task.a_out.cast(), len);
+            *task.a_out.add(len) = 0;
+        }
+    }
 }
 
 /// Asks about, or does something to, another task; not while it is neither here nor there.

@@ -23,7 +23,7 @@ use nix::sys::socket::{
     send, setsockopt, socket, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
-use pvm_abi::{CTX_TC, CTX_TM, NOOP_MAGIC, place};
+use pvm_abi::{CTX_TC, CTX_TM, HELPER_PID, NOOP_MAGIC, place};
 
 use crate::pvm::tid::Tid;
 use crate::pvm::virtual_machine::error_name;
@@ -240,7 +240,12 @@ impl Client {
             );
         }
         give_proof(Path::new(OsStr::from_bytes(reader.string()?)))?;
-        let whoami = Body::new().int(std::process::id() as i32).int(cookie);
+        // What pvmd itself started is an agent or a lander, whose pid counts.
+        let pid = match cookie {
+            0 => HELPER_PID,
+            _ => std::process::id() as i32,
+        };
+        let whoami = Body::new().int(pid).int(cookie);
         let answer = self.ask(tm::CONN2, whoami)?;
         let mut reader = answer.reader();
         let ok = reader.int()?;

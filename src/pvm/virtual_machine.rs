@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use pvm_abi::{HELPER_PID, place};
 use serde::Serialize;
 
 use crate::pvm::client::Client;
@@ -40,7 +41,7 @@ pub struct Task {
     pub host: Tid,
     /// The pvmd's flags.
     pub flags: i32,
-    /// What it was spawned as; empty for a task that enrolled by itself.
+    /// What it was spawned as, before it moved; empty for a task that enrolled by itself.
     pub program: String,
     /// Its pid, as its host counts.
     pub pid: i32,
@@ -80,7 +81,7 @@ impl Client {
         (0..bounded(count)?).map(|_| host(&mut reader)).collect()
     }
 
-    /// The tasks on one host, or with [`Tid::NONE`] on all (TM_TASK).
+    /// The tasks on one host, or with [`Tid::NONE`] on all (TM_TASK), but for those that only ask, as we do.
     ///
     /// # Errors
     /// When a pvmd does not answer, or there is no such host.
@@ -95,15 +96,20 @@ impl Client {
         }
         let mut tasks = Vec::new();
         while !reader.rest().is_empty() {
-            tasks.push(Task {
+            let mut task = Task {
                 tid: reader.tid()?,
                 parent: reader.tid()?,
                 host: reader.tid()?,
                 flags: reader.int()?,
                 program: reader.text()?,
                 pid: reader.int()?,
-            });
+            };
+            if let Some(name) = place::spawned_as(task.program.as_bytes()) {
+                task.program = String::from_utf8_lossy(name).into_owned();
+            }
+            tasks.push(task);
         }
+        tasks.retain(|task| task.pid != HELPER_PID);
         Ok(tasks)
     }
 

@@ -40,6 +40,10 @@ pub const NOOP_MARKER: u32 = 1;
 /// carries it. mistctl may write such a request into the connection of a paused task.
 pub const WAIT_ID_IGNORE: i32 = 0x4d49_5354;
 
+/// What mistctl tells pvmd as its pid when it asks something: no process has it, so that nobody ends mistctl by
+/// ending all tasks, and the shim does not show the task.
+pub const HELPER_PID: i32 = 0x4d49_5354;
+
 /// True for the tid of a task: not a pvmd's, a host's or a group's, not zero, not an error code.
 pub fn is_task(tid: u32) -> bool {
     tid & !TID_TASK == 0 && tid & TID_HOST != 0 && tid & !TID_HOST != 0

@@ -7,7 +7,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use crate::table;
 
@@ -125,9 +125,72 @@ pub fn sweep(table: &Path) {
     }
 }
 
+/// Where a lander is started: in the agent's folder (`dir`, the table's path with `.d`), in one for each move, a link
+/// that bears the name of the task, as pvmd is to know it: [`spawned_as`] finds that again.
+pub fn link(dir: &Path, id: &str, program: &str) -> PathBuf {
+    let mut path = dir.as_os_str().to_owned();
+    // pvmd has no name for a task that was started by hand; and one that leads elsewhere would be no link of ours.
+    let plain = Path::new(program)
+        .components()
+        .all(|part| matches!(part, Component::Normal(_) | Component::RootDir));
+    let name = match Path::new(program).file_name() {
+        _ if program.is_empty() || program.ends_with('/') => OsStr::new(NAMELESS),
+        Some(_) if plain => OsStr::new(program),
+        Some(name) => name,
+        None => OsStr::new(NAMELESS),
+    };
+    path.push(format!("/{id}/"));
+    path.push(name);
+    PathBuf::from(path)
+}
+
+/// What stands for no name in [`link`].
+const NAMELESS: &str = "-";
+
+/// The name of a task that was spawned as `name`, if that is a [`link`]: the one it had before it came.
+pub fn spawned_as(name: &[u8]) -> Option<&[u8]> {
+    const FOLDER: &[u8] = b".mist-";
+    const HASH: usize = 16;
+    let at = name.windows(FOLDER.len()).position(|part| part == FOLDER)?;
+    let (hash, rest) = name.get(at + FOLDER.len()..)?.split_at_checked(HASH)?;
+    let rest = rest.strip_prefix(b".d/")?;
+    let id = rest.iter().position(|byte| *byte == b'/')?;
+    if id == 0 || !hash.iter().all(u8::is_ascii_hexdigit) {
+        return None;
+    }
+    match rest.get(id + 1..)? {
+        program if program == NAMELESS.as_bytes() => Some(b""),
+        program => Some(program),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_task_has_the_name_it_had_before_it_came() {
+        let dir = Path::new("/tmp/pvmd.7.mist-0123456789abcdef.d");
+        let named = |program: &str| {
+            let path = link(dir, "4-5-6", program);
+            let name = spawned_as(path.as_os_str().as_bytes());
+            String::from_utf8(name.expect("a link").to_vec()).unwrap()
+        };
+        for same in ["", "ring", "/usr/bin/ring", "sub/ring"] {
+            assert_eq!(named(same), same);
+        }
+        assert_eq!(named("../../ring"), "ring");
+        assert_eq!(named(".."), "");
+        for other in [
+            "",
+            "ring",
+            "/usr/bin/ring",
+            "/x.mist-/ring",
+            "/x.mist-0123456789abcdef.d/1",
+        ] {
+            assert_eq!(spawned_as(other.as_bytes()), None, "{other}");
+        }
+    }
 
     #[test]
     fn the_address_file_is_where_libpvm_looks() {

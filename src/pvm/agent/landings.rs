@@ -6,10 +6,11 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, symlink};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::poll::{PollFd, PollFlags};
+use pvm_abi::place;
 
 use super::control::{Answer, Failed, Landing};
 use super::lines::Lines;
@@ -142,13 +143,13 @@ impl Landings {
 
     /// A link to mistctl that bears the program's name.
     fn link(&self, id: &str, program: &str) -> Result<PathBuf> {
-        let name = Path::new(program).file_name().unwrap_or("task".as_ref());
-        let dir = self.dir.join(id);
+        let link = place::link(&self.dir, id, program);
+        let dir = link.parent().unwrap_or(&self.dir);
         DirBuilder::new()
             .mode(0o700)
-            .create(&dir)
+            .recursive(true)
+            .create(dir)
             .with_context(|| format!("cannot make {}", dir.display()))?;
-        let link = dir.join(name);
         let own = std::env::current_exe().context("cannot tell where mistctl is")?;
         symlink(own, &link).with_context(|| format!("cannot make {}", link.display()))?;
         Ok(link)
