@@ -3,15 +3,17 @@
 mod common;
 #[path = "pvm_restore/parking.rs"]
 mod parking;
+#[path = "testhosts/scene.rs"]
+mod scene;
 #[path = "shim/mod.rs"]
 mod stage;
 mod testhosts;
 
 use std::fs;
 use std::io::BufReader;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -19,9 +21,9 @@ use anyhow::{Context, Result, bail, ensure};
 use common::wait_for;
 use mistctl::pvm::block::TaskBlock;
 use mistctl::pvm::land::protocol::{self, Commit, Order, Source, ToAgent, ToLander};
+use scene::{Scene, spawned};
 use serde_json::Value;
 use stage::{Actor, Stage};
-use testhosts::{Hosts, Installed};
 
 const LIMIT: Duration = Duration::from_secs(30);
 /// Where tasks are that one host is enough for.
@@ -80,135 +82,7 @@ fn main() -> ExitCode {
 }
 
 fn on_scene(test: Test) -> Result<()> {
-    let scene = Scene::new()?;
-    let run = std::panic::AssertUnwindSafe(|| test(&scene));
-    match std::panic::catch_unwind(run) {
-        Ok(done) => done.with_context(|| scene.log()),
-        Err(panic) => {
-            eprintln!("{}", scene.log());
-            std::panic::resume_unwind(panic);
-        }
-    }
-}
-
-/// A virtual machine of two hosts, and what its tasks are.
-struct Scene {
-    hosts: Hosts,
-    mistctl: Installed,
-    /// Seen by all hosts: images, FIFOs, and `bin/actor`.
-    dir: tempfile::TempDir,
-}
-
-impl Scene {
-    fn new() -> Result<Scene> {
-        let hosts = Hosts::up(2)?;
-        let mistctl = Installed::new()?;
-        let dir = tempfile::tempdir_in("/var/tmp")?;
-        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777))?;
-        for name in ["bin", "links"] {
-            fs::create_dir(dir.path().join(name))?;
-        }
-        for name in ["actor", "family"] {
-            let source = format!("{}/tests/shim/{name}.c", env!("CARGO_MANIFEST_DIR"));
-            let libraries = ["-lgpvm3", "-lpvm3", "-lpthread"].map(String::from);
-            let built = common::build_c(Path::new(&source), &libraries)?;
-            fs::copy(built, dir.path().join("bin").join(name))?;
-        }
-        symlink(mistctl.path(), dir.path().join("links/actor"))?;
-        let scene = Scene {
-            hosts,
-            mistctl,
-            dir,
-        };
-        scene.start()?;
-        Ok(scene)
-    }
-
-    /// Starts the virtual machine.
-    fn start(&self) -> Result<()> {
-        let start = format!(
-            "printf 'h0\\nh1\\n' >/tmp/hosts; {} pvm start /tmp/hosts",
-            self.mistctl.path()
-        );
-        self.hosts.exec("h0", &start).map(drop)
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    /// A task that is started by hand on a host.
-    fn actor(&self, host: &str, name: &str) -> Result<Actor> {
-        let (stage, args) = Stage::new(self.dir.path(), name);
-        let shim = self
-            .mistctl
-            .path()
-            .replace("bin/mistctl", "lib/libmistshim.so");
-        let program = self.path("bin/actor");
-        self.hosts.exec(
-            host,
-            &format!(
-                "LD_PRELOAD={shim} setsid {} {args} </dev/null >>/tmp/boss.log 2>&1 &",
-                program.display()
-            ),
-        )?;
-        let mut actor = stage.actor();
-        actor.enrol();
-        Ok(actor)
-    }
-
-    /// A task that `boss` spawns: the task, and its tid.
-    fn worker(&self, boss: &mut Actor, host: &str, name: &str) -> Result<(Actor, u32)> {
-        let (stage, args) = Stage::new(self.dir.path(), name);
-        let program = self.path("bin/actor");
-        let tid = spawned(&boss.ask(&format!("spawnat {host} {} {args}", program.display())))?;
-        let mut worker = stage.actor();
-        ensure!(worker.enrol() == tid);
-        Ok((worker, tid))
-    }
-
-    /// Saves a task of a host.
-    fn dump(&self, host: &str, pid: i32, name: &str, more: &str) -> Result<PathBuf> {
-        let image = self.path(name);
-        self.hosts.exec(
-            host,
-            &format!(
-                "{} dump {more} {pid} -o {}",
-                self.mistctl.path(),
-                image.display()
-            ),
-        )?;
-        Ok(image)
-    }
-
-    /// Has `boss` start the lander; its real tid, or what `boss` takes it for.
-    fn land(&self, boss: &mut Actor, host: &str, image: &Path, more: &str) -> Result<u32> {
-        let link = self.path("links/actor");
-        spawned(&boss.ask(&format!(
-            "spawnat {host} {} land --image {} {more}",
-            link.display(),
-            image.display()
-        )))
-    }
-
-    fn log(&self) -> String {
-        ["h0", "h1"]
-            .map(|host| {
-                let said = self
-                    .hosts
-                    .exec(host, "cat /tmp/pvml.* /tmp/boss.log 2>&1; ps -ef");
-                format!("{host}: {}", said.unwrap_or_default())
-            })
-            .join("\n")
-    }
-}
-
-/// What the actor says of a spawn: `1: TID`.
-fn spawned(answer: &str) -> Result<u32> {
-    let tid = answer
-        .strip_prefix("1: ")
-        .with_context(|| format!("spawn: {answer}"))?;
-    Ok(u32::from_str_radix(tid.trim(), 16)?)
+    Scene::new(2)?.play(test)
 }
 
 fn comes_back(scene: &Scene) -> Result<()> {

@@ -13,6 +13,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use mistctl::pvm::block::{Freezable, TaskBlock};
+use mistctl::pvm::client::{Client, Pvmd};
 use mistctl::pvm::shimabi::block::{flag, state, wait};
 use stage::{Actor, Vm, until, until_waits};
 
@@ -396,19 +397,25 @@ fn tasks(kit: &Path) {
         tids.sort();
         tids
     };
-    // The prepared incarnation is not a task yet.
-    vm.table().close_gate(v, r2, 0).unwrap();
     vm.table().hide(a).unwrap();
+    // mistctl, when it asks something.
+    let file = vm.dir.join(format!("pvmd.{}", nix::unistd::geteuid()));
+    let pvmd = Pvmd::find_at(None, &file).unwrap().unwrap();
+    let helper = Client::enrol(&pvmd, 0).unwrap();
+    // The prepared incarnation is not a task yet, and then at any moment one of the two is.
+    assert_eq!(listed(&mut partner, "0"), [v, p]);
+    vm.table().close_gate(v, r2, 0).unwrap();
+    assert_eq!(listed(&mut partner, "0"), [v, p]);
+    old.leave();
     assert_eq!(listed(&mut partner, "0"), [v, p]);
     vm.table().open_gate(v, r2).unwrap();
     assert_eq!(listed(&mut partner, "0"), [v, p]);
     // Again: libpvm frees its list by its own count.
     assert_eq!(listed(&mut partner, "0"), [v, p]);
     assert_eq!(listed(&mut partner, &format!("{v:x}")), [v]);
-    old.leave();
-    assert_eq!(listed(&mut partner, "0"), [v, p]);
     new.leave();
     assert_eq!(listed(&mut partner, "0"), [p]);
+    drop(helper);
 }
 
 fn control(kit: &Path) {

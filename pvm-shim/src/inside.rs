@@ -11,10 +11,10 @@ use std::sync::atomic::{AtomicPtr, AtomicU32};
 
 use pvm_abi::block::{Block, Call, flag, state, wait};
 use pvm_abi::table::{self, Table};
-use pvm_abi::{is_task, place};
+use pvm_abi::{AGENTS, is_task, place};
 
 use crate::notices::Notices;
-use crate::real::{Errno, complain, real};
+use crate::real::{Errno, Real, complain, real};
 
 /// PvmRoute values
 pub const DONT_ROUTE: c_int = 1;
@@ -329,6 +329,7 @@ pub fn enrolled() {
         return;
     }
     map_table(r);
+    wait_for_table(real, r);
     let mut v = r;
     if let Some(table) = moved() {
         if let Some(known) = table.v_of(r) {
@@ -410,6 +411,42 @@ fn map_table(r: u32) {
             ));
         }
     }
+}
+
+/// How long a host that was added may take until its agent is there, in ms.
+const NEW_HOST: u64 = 30_000;
+
+/// On a host that was added to a virtual machine with agents: waits until that of this host knows what they know.
+fn wait_for_table(real: &Real, r: u32) {
+    // SAFETY: null or a mapping that is never taken away.
+    let Some(table) = (unsafe { TABLE.load(Relaxed).as_ref() }) else {
+        return;
+    };
+    let learned = || table.header.learned.load(SeqCst) != 0;
+    if learned() || !agents(real) {
+        return;
+    }
+    let began = table::lease_clock();
+    while !learned() {
+        if table::lease_over(began + NEW_HOST, table::lease_clock()) {
+            complain(&format!(
+                "there is no agent of mistctl on the host of task t{r:x}, which was added; the task takes those that have moved for others"
+            ));
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+}
+
+/// Whether there are agents somewhere.
+fn agents(real: &Real) -> bool {
+    let (mut count, mut classes) = (0, std::ptr::null_mut());
+    real.pvm_getmboxinfo.is_some_and(|pvm_getmboxinfo| {
+        // SAFETY: a string, and two places that libpvm sets; its list is its own.
+        unsafe {
+            pvm_getmboxinfo(AGENTS.as_ptr().cast_mut(), &mut count, &mut classes) >= 0 && count > 0
+        }
+    })
 }
 
 /// A destination on its way out, in [`Block::sending`].

@@ -261,8 +261,8 @@ impl Client {
             reader.int()?;
         }
         self.fragment = reader.uint()? as usize;
-        // Data signature and address of this host.
-        let _ = (reader.int()?, reader.int()?);
+        // Data signature, and the address where routes of this host are opened.
+        let _ = (reader.int()?, reader.string()?);
         self.scheduler = reader.tid()?;
         Ok(())
     }

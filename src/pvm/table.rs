@@ -164,6 +164,11 @@ impl TidTable {
         })
     }
 
+    /// Tells tasks that enrol that the table holds what there is to know: see [`pvm_abi::AGENTS`].
+    pub fn set_learned(&mut self) {
+        self.map.set_learned();
+    }
+
     /// Hides a task (an agent) from `pvm_tasks`.
     ///
     /// # Errors

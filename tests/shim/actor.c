@@ -224,6 +224,9 @@ static int run(int argc, char **argv)
 		/* spawnat HOST FILE ARGS... */
 		n = pvm_spawn(ARG(2), argv + 3, PvmTaskHost, argv[1], 1, ints);
 		say("%d: %x", n, ints[0]);
+	} else if (!strcmp(c, "addhost")) {
+		cc = pvm_addhosts((char *[]){ARG(1)}, 1, &n);
+		say("%d: %d", cc, n > 0);
 	} else if (!strcmp(c, "catchout"))
 		say("%d", pvm_catchout(out));
 	else if (!strcmp(c, "showtids"))

@@ -9,6 +9,8 @@
 //! A tid has two meanings here. `R` is what pvmd gave an incarnation of a task; it is what goes over
 //! the wire. `V` is what the program sees for ever, the `R` of its first enrolment.
 
+use std::ffi::CStr;
+
 pub mod block;
 pub mod place;
 pub mod table;
@@ -39,6 +41,10 @@ pub const NOOP_MARKER: u32 = 1;
 /// Wait id of requests to a pvmd whose answer nobody waits for: the shim drops an answer that
 /// carries it. mistctl may write such a request into the connection of a paused task.
 pub const WAIT_ID_IGNORE: i32 = 0x4d49_5354;
+
+/// The mailbox class in which every agent has an entry. A task that enrols on a host whose table is not learned waits
+/// for that if there are agents elsewhere: its host is new, and somebody may have moved before it came.
+pub const AGENTS: &CStr = c"mist.agent";
 
 /// What mistctl tells pvmd as its pid when it asks something: no process has it, so that nobody ends mistctl by
 /// ending all tasks, and the shim does not show the task.

@@ -1,7 +1,7 @@
 //! The tid table: which incarnation (R) a virtual tid (V) has now, and which V every R belongs to.
 //!
 //! ```text
-//! offset 0        Header    magic, generation, number of closed gates
+//! offset 0        Header    magic, generation, number of closed gates, whether it is all there
 //!        64       Forward   16384 slots of 16 bytes, hashed by V:
 //!                             word  V bits 0-29 | R bits 30-59 | state bits 60-63
 //!                             next  the R that V may get | lease (see `Lease`)
@@ -96,7 +96,9 @@ pub struct Header {
     pub generation: AtomicU64,
     /// At least the number of closed gates: raised before one closes, lowered after it opened.
     pub gates: AtomicU64,
-    reserved: [AtomicU64; 5],
+    /// 1 when the agent of this host knows all that those of other hosts knew when it began.
+    pub learned: AtomicU64,
+    reserved: [AtomicU64; 4],
 }
 
 #[repr(C)]
@@ -239,6 +241,12 @@ impl Table {
             at = (at + 1) % FORWARD_SLOTS;
         }
         Err(Full)
+    }
+
+    /// Writer: the table holds what there is to know.
+    pub fn set_learned(&self) {
+        self.header.learned.store(1, SeqCst);
+        self.changed();
     }
 
     fn changed(&self) {

@@ -17,6 +17,11 @@ use crate::pvm::wire::Body;
 const ENDED: i32 = TAG + 1;
 /// How long an agent may take to say that it is there.
 const STARTING: Duration = Duration::from_secs(20);
+/// How long one may take for what it has at hand.
+const LIMIT: Duration = Duration::from_secs(30);
+/// How long the last step of a move may take: then its gates open by themselves. How often that is looked at.
+const MOVES_END: Duration = Duration::from_secs(120);
+const LOOK: Duration = Duration::from_millis(20);
 
 /// Asks agents.
 pub struct Caller<'c> {
@@ -160,29 +165,39 @@ fn program() -> Result<PathBuf> {
 
 /// Tells all agents of each other, and the new ones what the others know.
 fn introduce(client: &mut Client, agents: &[Peer]) -> Result<()> {
-    const LIMIT: Duration = Duration::from_secs(30);
     let tids: Vec<u32> = agents.iter().map(|agent| agent.tid).collect();
-    let mut tables = Vec::new();
     for agent in agents {
-        let mut caller = Caller::new(client);
         let hide = Request::Hide { tids: tids.clone() };
-        caller.ask(Tid(agent.tid), hide, LIMIT)?;
-        if let Answer::Table {
-            entries,
-            incarnations,
-        } = caller.ask(Tid(agent.tid), Request::Table, LIMIT)?
-        {
-            tables.push((entries, incarnations));
+        Caller::new(client).ask(Tid(agent.tid), hide, LIMIT)?;
+    }
+    // Of a move that is at its end the new ones would never hear what became of it. Tasks wait for them meanwhile.
+    let until = Instant::now() + MOVES_END;
+    let (mut entries, mut incarnations) = (Vec::new(), Vec::new());
+    for agent in agents {
+        loop {
+            match Caller::new(client).ask(Tid(agent.tid), Request::Table, LIMIT)? {
+                Answer::Table { moving: true, .. } if Instant::now() < until => {
+                    std::thread::sleep(LOOK);
+                }
+                Answer::Table {
+                    entries: more,
+                    incarnations: of_those,
+                    ..
+                } => {
+                    entries.extend(more);
+                    incarnations.extend(of_those);
+                    break;
+                }
+                other => bail!("the agent of {} answers {other:?}", agent.name),
+            }
         }
     }
-    for (entries, incarnations) in tables.into_iter().filter(|(_, i)| !i.is_empty()) {
-        for agent in agents {
-            let learn = Request::Learn {
-                entries: entries.clone(),
-                incarnations: incarnations.clone(),
-            };
-            Caller::new(client).ask(Tid(agent.tid), learn, LIMIT)?;
-        }
+    for agent in agents {
+        let learn = Request::Learn {
+            entries: entries.clone(),
+            incarnations: incarnations.clone(),
+        };
+        Caller::new(client).ask(Tid(agent.tid), learn, LIMIT)?;
     }
     Ok(())
 }

@@ -117,6 +117,8 @@ pub struct Known {
     pub v: u32,
     pub r: u32,
     pub hidden: bool,
+    /// It has been saved, and its partners wait until it is restored.
+    pub away: bool,
 }
 
 /// What one host knows of a file.
@@ -164,6 +166,8 @@ pub enum Answer {
     Table {
         entries: Vec<Known>,
         incarnations: Vec<(u32, u32)>,
+        /// There are others, of tasks whose move is at its end.
+        moving: bool,
     },
     /// Of what was to be compared, and why each is not the same.
     Compared {

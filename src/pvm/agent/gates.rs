@@ -30,9 +30,14 @@ impl Agent {
         lease_ms: u64,
     ) -> Result<()> {
         self.table.close_gate(v, next, lease_ms)?;
-        if let Asker::Task(asker) = ticket.asker {
-            self.watch(asker)?;
-            self.closed_for.insert(v, asker);
+        match ticket.asker {
+            // It stays closed whatever becomes of who asks.
+            _ if lease_ms == 0 => drop(self.closed_for.remove(&v)),
+            Asker::Task(asker) => {
+                self.watch(asker)?;
+                self.closed_for.insert(v, asker);
+            }
+            _ => {}
         }
         let r = Tid(self.table.r_of(v));
         self.last_drain += 1;
@@ -103,7 +108,7 @@ impl Agent {
         const SOON: u64 = 5000;
         for entry in self.table.list() {
             let his = asker.is_none() || self.closed_for.get(&entry.v).copied() == asker;
-            if entry.state == State::Moving && his {
+            if entry.state == State::Moving && entry.lease != 0 && his {
                 self.table.close_gate(entry.v, entry.next, SOON)?;
             }
         }

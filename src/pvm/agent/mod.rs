@@ -27,12 +27,13 @@ use anyhow::{Context, Result, anyhow};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use pvm_abi::table::State;
-use pvm_abi::{CTX_TC, NOOP_MARKER};
+use pvm_abi::table::{Entry, State};
+use pvm_abi::{AGENTS, CTX_TC, NOOP_MARKER};
 
 use crate::error::Failure;
 use crate::pvm::client::{self, Client, Pvmd};
 use crate::pvm::local::{self, Seen};
+use crate::pvm::mailbox::{MULTI_INSTANCE, packed};
 use crate::pvm::table::TidTable;
 use crate::pvm::tid::Tid;
 use crate::pvm::virtual_machine::{Notify, Task, noticed};
@@ -142,6 +143,12 @@ impl Agent {
             .context("signalfd")?;
         client.spare_from_reset(own)?;
         table.hide(own.0)?;
+        // Of two that begin at the same time at least one sees the other.
+        let class = AGENTS.to_str().context("the class of agents")?;
+        client.mailbox_put(own, class, 0, MULTI_INSTANCE, &packed(own, &[]))?;
+        if client.mailbox_names(class)?.iter().all(|e| e.owner == own) {
+            table.set_learned();
+        }
         let hosts = client.hosts()?;
         let host = hosts.into_iter().find(|h| h.tid.host() == own.host());
         client.notify(Notify::HostAdd, ADDED, &[])?;
@@ -406,17 +413,22 @@ impl Agent {
     }
 
     fn known(&self) -> Answer {
-        let settled = self.table.list().into_iter();
-        let settled = settled.filter(|entry| entry.state != State::Moving);
+        let away = |entry: &Entry| entry.state == State::Moving && entry.lease == 0;
+        let moves = |entry: &Entry| entry.state == State::Moving && entry.lease != 0;
+        let (moving, settled): (Vec<Entry>, Vec<Entry>) =
+            self.table.list().into_iter().partition(moves);
         Answer::Table {
             entries: settled
+                .iter()
                 .map(|entry| Known {
                     v: entry.v,
                     r: entry.r,
                     hidden: entry.state == State::Hidden,
+                    away: away(entry),
                 })
                 .collect(),
             incarnations: self.table.incarnations(),
+            moving: !moving.is_empty(),
         }
     }
 
@@ -432,7 +444,11 @@ impl Agent {
                 _ if known.r != known.v => self.table.open_gate(known.v, known.r)?,
                 _ => {}
             }
+            if known.away && self.table.entry(known.v).is_none_or(|e| e.r == known.r) {
+                self.table.close_gate(known.v, 0, 0)?;
+            }
         }
+        self.table.set_learned();
         Ok(Some(Answer::Done))
     }
 

@@ -18,6 +18,7 @@ use crate::dump::{After, Carried, Options, Session, Tracker};
 use crate::error::Failure;
 use crate::image::Compress;
 use crate::image::pvm::MailboxEntry;
+use crate::pvm::agent;
 use crate::pvm::agent::control::{Answer, Failed, Landing, Moved, Peer, Request};
 use crate::pvm::capture::Task;
 use crate::pvm::client::Client;
@@ -27,6 +28,7 @@ use crate::pvm::quiet;
 use crate::pvm::shimabi::NOOP_MARKER;
 use crate::pvm::stream::{ImageSender, Key, Stream};
 use crate::pvm::tid::Tid;
+use crate::pvm::virtual_machine::Host;
 use link::Link;
 use protocol::{FromMover, Job};
 
@@ -65,6 +67,8 @@ struct Mover<'j> {
     started: Instant,
     task: Task,
     client: Client,
+    /// The agents of all hosts, this one's too.
+    agents: Vec<Peer>,
     /// The lander's incarnation.
     r2: u32,
     closed: bool,
@@ -84,7 +88,13 @@ impl<'j> Mover<'j> {
                 job.pid
             ))
         };
-        let task = Task::find(job.pid)?.ok_or_else(gone)?;
+        let task = Task::find(job.pid)?.ok_or_else(|| match crate::dump::has_ended(job.pid) {
+            true => gone(),
+            false => Failure::Busy.because(format!(
+                "task {v} (process {}) is not connected to its pvmd: it has not called PVM yet, or has left; try again",
+                job.pid
+            )),
+        })?;
         if task.v != v || task.r.0 != job.r1 {
             return Err(gone());
         }
@@ -94,6 +104,7 @@ impl<'j> Mover<'j> {
             started,
             task,
             client,
+            agents: job.agents.clone(),
             r2: 0,
             closed: false,
             landed: false,
@@ -188,7 +199,7 @@ impl<'j> Mover<'j> {
         };
         self.r2 = r;
         let known = Request::AddIncarnation { r, v: job.v };
-        link.ask_all(&job.agents, &known, PATIENCE)?;
+        link.ask_all(&self.agents, &known, PATIENCE)?;
         let key = Key::of_user()?.derive(&job.id);
         let stream = Stream::connect(address(&job.to, port)?, &key, &job.id, PATIENCE)
             .with_context(|| format!("the lander on {}", job.to.name))?;
@@ -204,14 +215,34 @@ impl<'j> Mover<'j> {
         Ok(status.rssanon.unwrap_or(0) * 1024)
     }
 
+    /// Hosts may have come since the move began, and tasks on them know of the task.
+    fn newcomers(&mut self, link: &mut Link) -> Result<()> {
+        let hosts = self.client.hosts()?;
+        let known = |host: &Host| self.agents.iter().any(|a| a.host == host.tid.host().0);
+        if hosts.iter().all(known) {
+            return Ok(());
+        }
+        let all = agent::ensure(&mut self.client).context("a host was added")?;
+        let (old, new): (Vec<Peer>, Vec<Peer>) =
+            all.into_iter().partition(|a| self.agents.contains(a));
+        let known = Request::AddIncarnation {
+            r: self.r2,
+            v: self.job.v,
+        };
+        link.ask_all(&new, &known, PATIENCE)?;
+        self.agents = [old, new].concat();
+        Ok(())
+    }
+
     fn close_gates(&mut self, link: &mut Link) -> Result<()> {
+        self.newcomers(link)?;
         self.closed = true;
         let close = Request::CloseGate {
             v: self.job.v,
             next: self.r2,
             lease_ms: GATE_LEASE,
         };
-        link.ask_all(&self.job.agents, &close, PATIENCE)
+        link.ask_all(&self.agents, &close, PATIENCE)
     }
 
     /// Sends what there is while the task runs, until what is left is little, or does not become less.
@@ -258,8 +289,8 @@ impl<'j> Mover<'j> {
             number: self.job.number,
         };
         // Whoever answers has got this by way of the old pvmd, and what was before it.
-        link.ask_all(&self.job.agents, &marker, PATIENCE)?;
-        let agents: Vec<Tid> = self.job.agents.iter().map(|a| Tid(a.tid)).collect();
+        link.ask_all(&self.agents, &marker, PATIENCE)?;
+        let agents: Vec<Tid> = self.agents.iter().map(|a| Tid(a.tid)).collect();
         flush::arrived(
             &self.task,
             session.guardian(),
@@ -315,7 +346,7 @@ impl<'j> Mover<'j> {
             v: self.job.v,
             r: self.r2,
         };
-        if let Err(e) = link.ask_all(&self.job.agents, &open, PATIENCE) {
+        if let Err(e) = link.ask_all(&self.agents, &open, PATIENCE) {
             warn("opening the gates, which will open later by themselves", e);
         }
     }
@@ -335,7 +366,7 @@ impl<'j> Mover<'j> {
                 v: self.job.v,
                 r: self.job.r1,
             };
-            first = first.and(link.ask_all(&self.job.agents, &open, PATIENCE));
+            first = first.and(link.ask_all(&self.agents, &open, PATIENCE));
         }
         if self.landed {
             let id = self.job.id.clone();
