@@ -13,6 +13,7 @@ use mistctl::pvm::agent::control::{Answer, Envelope, Landing, Request, TAG, VERS
 use mistctl::pvm::client::{Client, Pvmd};
 use mistctl::pvm::spawn::{Sink, Spawn};
 use mistctl::pvm::tid::Tid;
+use mistctl::pvm::virtual_machine::Notify;
 use mistctl::pvm::wire::Body;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         ("whatever comes in, it goes on", hostile),
         ("a gate closes and opens, and tasks know", gates),
         ("a gate whose closer has gone opens by itself", lease),
+        ("a gate that was closed for good stays closed", away),
         ("it ends with the virtual machine and leaves nothing", ends),
     ])
 }
@@ -218,6 +220,34 @@ fn gates(kit: &Path) {
 
 fn lease(kit: &Path) {
     at_a_gate(kit, |closer, _, _, _| closer.exit().unwrap());
+}
+
+/// The task behind it is away: whoever closed it ends, and that is no reason to look who lives.
+fn away(kit: &Path) {
+    at_a_gate(kit, |mut closer, client, agent, v| {
+        let close = Request::CloseGate {
+            v,
+            next: 0,
+            lease_ms: 0,
+        };
+        ask(&mut closer, agent, close).unwrap();
+        let gone = closer.tid();
+        closer.exit().unwrap();
+        // The agent is told of the end at the same time as we.
+        client.notify(Notify::TaskExit, 66, &[gone]).unwrap();
+        let told = client.recv_from(None, 66, LIMIT).unwrap();
+        assert!(told.is_some());
+        answers(client, agent);
+        let answer = ask(client, agent, Request::Table).unwrap();
+        let Answer::Table { entries, .. } = answer else {
+            panic!("{answer:?}");
+        };
+        assert!(
+            entries.iter().any(|entry| entry.v == v && entry.away),
+            "{entries:?}"
+        );
+        ask(client, agent, Request::OpenGate { v, r: v }).unwrap();
+    });
 }
 
 /// A task that sends waits at a gate until `open`, which gets the client that closed it, another one, the agent, and

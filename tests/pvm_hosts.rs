@@ -20,8 +20,10 @@ use testhosts::{Hosts, Installed};
 
 const LIMIT: Duration = Duration::from_secs(30);
 
+type Test = fn() -> Result<()>;
+
 fn main() -> ExitCode {
-    let tests: [(&str, fn() -> Result<()>); 3] = [
+    let tests: [(&str, Test); 3] = [
         ("every_task_on_every_host_gets_the_shim", every_host),
         ("hosts_come_and_go_and_tasks_move_between_them", || {
             Scene::new(3)?.play(come_and_go)
