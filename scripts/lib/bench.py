@@ -13,12 +13,17 @@ import sys
 import time
 
 import late
+import peer
 
 MIB = 1 << 20
 
 
 def now():
     return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+
+
+def size_name(mib):
+    return f"{mib} MiB" if mib < 1024 else f"{mib // 1024} GiB"
 
 
 class Program:
@@ -97,6 +102,10 @@ class Bench:
         self.figures = {}
         self.peak = {}
 
+    @staticmethod
+    def now():
+        return now()
+
     def tool(self, name):
         return os.path.join(self.args.tools, name)
 
@@ -131,7 +140,7 @@ class Bench:
         return json.loads(out.stdout)
 
     def size(self, mib, dumps, restores):
-        name = f"{mib} MiB" if mib < 1024 else f"{mib // 1024} GiB"
+        name = size_name(mib)
         program = Program(self, mib, "sleep")
         plain = os.path.join(self.dir, "plain")
         for _ in range(dumps):
@@ -248,17 +257,26 @@ def main():
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--sizes", default="8,1024,4096")
     p.add_argument("--times", action="store_true")
+    p.add_argument("--peer", choices=["criu"])
     args = p.parse_args()
     if args.times:
         late.table(args)
         return
     bench = Bench(args)
+    other = peer.Criu(bench) if args.peer else None
+    if other and (why := other.why_not()):
+        print(f"bench: no side-by-side run with {args.peer}: {why}", file=sys.stderr)
+        other = None
+    names = []
     before = os.getloadavg()
     for mib in map(int, args.sizes.split(",")):
         small = mib < 1024
         rounds = args.rounds * 4 if small else args.rounds
         print(f"bench: {mib} MiB, {rounds} rounds", file=sys.stderr)
         bench.size(mib, rounds, rounds)
+        names.append(size_name(mib))
+        if other:
+            other.size(Program(bench, mib, "sleep"), names[-1], rounds)
         if mib == 1024:
             for _ in range(args.rounds):
                 bench.cow(256)
@@ -273,6 +291,8 @@ def main():
         ratio = "" if r["ratio"] is None else f"{r['ratio']:.2f}"
         print(form.format(r["figure"], f"{r['min']:.2f}", f"{r['median']:.2f}", r["unit"], limit, ratio,
                           r["reach"], ok))
+    if other:
+        other.table(names)
     with open(args.out, "w") as f:
         json.dump({"load": load, "rows": rows, "samples": bench.figures}, f, indent=1)
         f.write("\n")
