@@ -40,6 +40,7 @@ fn main() -> ExitCode {
     args.test_threads.get_or_insert(4);
     match tests() {
         Ok((trials, skipped)) => {
+            let _huge_pages = Setting::keep("/proc/sys/vm/nr_overcommit_hugepages");
             let conclusion = libtest_mimic::run(&args, trials);
             summary(&conclusion, &skipped);
             conclusion.exit_code()
@@ -47,6 +48,29 @@ fn main() -> ExitCode {
         Err(e) => {
             eprintln!("error: {e:#}");
             ExitCode::FAILURE
+        }
+    }
+}
+
+/// A setting of the whole system that programs change: put back at the end.
+struct Setting {
+    path: &'static str,
+    was: String,
+}
+
+impl Setting {
+    fn keep(path: &'static str) -> Option<Self> {
+        let was = fs::read_to_string(path).ok()?;
+        Some(Self { path, was })
+    }
+}
+
+impl Drop for Setting {
+    fn drop(&mut self) {
+        if fs::read_to_string(self.path).is_ok_and(|now| now != self.was)
+            && let Err(e) = fs::write(self.path, &self.was)
+        {
+            eprintln!("cannot put {} back: {e}", self.path);
         }
     }
 }

@@ -9,10 +9,8 @@ use procfs::process::Process as Proc;
 
 use super::look::{Looked, Subject};
 use crate::error::Failure;
-use crate::image::Socket;
 use crate::image::files::{Description, Kind};
 use crate::image::process::Process;
-use crate::image::sockets::SocketState;
 use crate::kernel::pid_ns;
 
 /// Number of a namespace of a task ("self" is ours); None where that cannot be seen.
@@ -68,7 +66,7 @@ fn inside_id(tid: i32) -> Option<i32> {
 }
 
 /// Gives everything that is named by a pid the id it has inside: of the dump, and of what else lives there.
-/// What lives outside is 0.
+/// What lives outside is 0. Peers and senders of sockets were asked for from inside.
 pub fn translate(subjects: &mut [Subject], looked: &mut Looked) {
     let first = subjects.first().map_or(0, |s| s.process.pid);
     let mut known = Known {
@@ -90,9 +88,6 @@ pub fn translate(subjects: &mut [Subject], looked: &mut Looked) {
     }
     for d in &mut looked.descriptions {
         known.description(d);
-    }
-    for s in &mut looked.sockets {
-        known.socket(s);
     }
 }
 
@@ -137,19 +132,8 @@ impl Known {
                 self.change(&mut p.session);
                 self.change(&mut p.foreground);
             }
+            Kind::External(e) => e.foreground.iter_mut().for_each(|g| self.change(g)),
             _ => {}
-        }
-    }
-
-    /// Peers were asked for from inside.
-    fn socket(&mut self, s: &mut Socket) {
-        let SocketState::Unix(u) = &mut s.state else {
-            return;
-        };
-        for m in &mut u.queue {
-            if let Some((pid, _, _)) = &mut m.credentials {
-                self.change(pid);
-            }
         }
     }
 }

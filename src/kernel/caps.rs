@@ -291,17 +291,38 @@ impl Caller {
                 "a process of the image has capabilities that uid {limit} does not have"
             ));
         }
-        if self.is_root() {
-            return Ok(());
-        }
-        let mine = |g: &u32| *g == self.gid || self.groups.contains(g);
-        if let Some(gid) = creds.gids.iter().chain(&creds.groups).find(|&g| !mine(g)) {
+        let (groups, who) = if self.is_root() {
+            let way_out = "its owner may restore it, or you when it is yours (chown)";
+            (
+                groups_of(limit)?,
+                format!("uid {limit}, whom the image belongs to, is not; {way_out}"),
+            )
+        } else {
+            let mut groups = self.groups.clone();
+            groups.push(self.gid);
+            (groups, "you are not".to_owned())
+        };
+        let mut all = creds.gids.iter().chain(&creds.groups);
+        if let Some(gid) = all.find(|g| !groups.contains(g)) {
             return refuse(format!(
-                "a process of the image is in group {gid}, and you are not"
+                "a process of the image is in group {gid}, and {who}"
             ));
         }
         Ok(())
     }
+}
+
+/// The groups a user is in when he logs in; of one whom the system does not know, none.
+fn groups_of(uid: u32) -> anyhow::Result<Vec<u32>> {
+    let user = nix::unistd::User::from_uid(uid.into())
+        .with_context(|| format!("looking for the name of uid {uid}"))?;
+    let Some(user) = user else {
+        return Ok(Vec::new());
+    };
+    let name = std::ffi::CString::new(user.name).context("a user's name with a zero byte")?;
+    let groups = nix::unistd::getgrouplist(&name, user.gid)
+        .with_context(|| format!("looking for the groups of uid {uid}"))?;
+    Ok(groups.into_iter().map(|g| g.as_raw()).collect())
 }
 
 /// An id among these that is not `mine`.
@@ -473,18 +494,30 @@ mod tests {
         let root = user(0);
         root.may_become(&creds(0), 0).unwrap();
         root.may_become(&creds(1000), 0).unwrap();
-        root.may_become(&creds(1000), 1000).unwrap();
         assert!(root.may_become(&creds(0), 1000).is_err());
-        assert!(
-            root.may_become(
-                &Creds {
-                    cap_permitted: 2,
-                    ..creds(1000)
-                },
-                1000
-            )
-            .is_err()
-        );
+        // Whom every system has.
+        let name = "nobody";
+        let nobody = nix::unistd::User::from_name(name).unwrap().unwrap();
+        let (uid, gid) = (nobody.uid.as_raw(), nobody.gid.as_raw());
+        let theirs = Creds {
+            gids: [gid; 4],
+            groups: vec![gid],
+            ..creds(uid)
+        };
+        root.may_become(&theirs, uid).unwrap();
+        let refused = |c: Creds| assert!(root.may_become(&c, uid).is_err(), "{c:?}");
+        refused(Creds {
+            cap_permitted: 2,
+            ..theirs.clone()
+        });
+        refused(Creds {
+            groups: vec![gid, 0],
+            ..theirs.clone()
+        });
+        refused(Creds {
+            gids: [gid, gid, 0, gid],
+            ..theirs.clone()
+        });
     }
 
     #[test]

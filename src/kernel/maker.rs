@@ -46,6 +46,7 @@ const PAIR: i32 = 1;
 const LISTEN: i32 = 2;
 const CONNECT: i32 = 3;
 const PEER: i32 = 4;
+const SENDER: i32 = 5;
 /// What it answers: an errno or 0, and up to three numbers.
 const ANSWER: usize = 16;
 
@@ -107,6 +108,13 @@ impl Maker {
         Ok((pid, uid as u32, gid as u32))
     }
 
+    /// Credentials of the sender of the message that is to be peeked at next, as they are seen in the maker's pid
+    /// namespace: pid, uid, gid. SO_PEEK_OFF moves with it.
+    pub fn sender(&self, fd: &OwnedFd) -> io::Result<(i32, u32, u32)> {
+        let [pid, uid, gid] = self.ask([SENDER, fd.as_raw_fd(), 0, 0], &[])?;
+        Ok((pid, uid as u32, gid as u32))
+    }
+
     fn ask(&self, what: [i32; 4], addr: &[u8]) -> io::Result<[i32; 3]> {
         let mut request: Vec<u8> = what.iter().flat_map(|w| w.to_ne_bytes()).collect();
         request.extend((addr.len() as i32).to_ne_bytes());
@@ -160,6 +168,7 @@ fn serve(line: &UnixStream, who: &Identity, parent: i32) {
             PAIR => socket::pair(a, b, c).map(|(x, y)| [x.into_raw_fd(), y.into_raw_fd(), 0]),
             LISTEN => socket::listen(borrowed(a), b as u32).map(|()| [0; 3]),
             PEER => socket::peer_credentials(borrowed(a)).map(|(p, u, g)| [p, u as i32, g as i32]),
+            SENDER => sender(borrowed(a)),
             _ => socket::connect(borrowed(a), &addr).map(|()| [0; 3]),
         };
         let (errno, words) = match made {
@@ -172,6 +181,14 @@ fn serve(line: &UnixStream, who: &Identity, parent: i32) {
             return;
         }
     }
+}
+
+/// See [`Maker::sender`].
+fn sender(fd: BorrowedFd<'_>) -> io::Result<[i32; 3]> {
+    let mut some = [0];
+    let received = socket::receive(fd, &mut some, libc::MSG_PEEK)?;
+    let (pid, uid, gid) = received.credentials.unwrap_or_default();
+    Ok([pid, uid as i32, gid as i32])
 }
 
 /// A descriptor that the asker holds open until he is answered.

@@ -107,7 +107,7 @@ pub(crate) fn read(
             ));
             return Ok(inet);
         }
-        let messages = peek_messages(&met.fd, false, &d.guardian)
+        let messages = peek_messages(&met.fd, false, &d.guardian, None)
             .with_context(|| format!("{}: reading its queue", met.place()))?;
         inet.queue = messages
             .into_iter()

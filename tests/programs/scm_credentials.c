@@ -1,6 +1,5 @@
 // A message that nobody has read yet names its sender (SO_PASSCRED), who lives on under another user.
 // mist: tree
-// mist: no-ids-taken seen from outside, the sender of a message that a restore has sent again is gone
 #include "mist.h"
 
 int main(void)

@@ -11,6 +11,7 @@ use crate::error::Failure;
 use crate::image::Bytes;
 use crate::image::sockets::{PeerCreds, Unix, UnixFile, UnixMessage};
 use crate::kernel::guardian::{Guardian, Undo};
+use crate::kernel::maker::Maker;
 use crate::kernel::sock_diag::UnixDiag;
 use crate::kernel::socket::{self, Received};
 use crate::kernel::sockopt::{self, Queue};
@@ -26,7 +27,7 @@ pub(crate) fn read_queue(
         return Ok(Vec::new());
     };
     let mut warning = None;
-    let messages = peek(met, &d.guardian, &mut warning)
+    let messages = peek(met, &d.guardian, d.inside.as_ref(), &mut warning)
         .with_context(|| format!("{}: reading its queue", met.place()))?;
     let (pid, dgram) = (met.pid, met.kind == libc::SOCK_DGRAM);
     d.warnings.extend(warning);
@@ -55,7 +56,14 @@ pub(crate) fn read_queue(
 
 type Peeked = Vec<(Vec<u8>, Received)>;
 
-fn peek(met: &Met, guardian: &Guardian, warning: &mut Option<String>) -> Result<Peeked> {
+/// What is in the queue of a socket. `inside` sees senders by the ids that they have in its pid namespace, dead ones
+/// too.
+fn peek(
+    met: &Met,
+    guardian: &Guardian,
+    inside: Option<&Maker>,
+    warning: &mut Option<String>,
+) -> Result<Peeked> {
     let listening = sockopt::get_int(&met.fd, libc::SOL_SOCKET, libc::SO_ACCEPTCONN)?;
     let events = socket::poll_now(&met.fd).context("poll")?;
     if listening != 0 || events & libc::POLLIN == 0 {
@@ -63,7 +71,7 @@ fn peek(met: &Met, guardian: &Guardian, warning: &mut Option<String>) -> Result<
     }
     if met.kind == libc::SOCK_STREAM {
         let total = sockopt::queued(&met.fd, Queue::In).context("ioctl(SIOCINQ)")? as usize;
-        return peek_stream(&met.fd, total, guardian);
+        return peek_stream(&met.fd, total, guardian, inside);
     }
     if events & libc::POLLERR != 0 {
         // A receive would take the error away, and it cannot be put back.
@@ -73,7 +81,7 @@ fn peek(met: &Met, guardian: &Guardian, warning: &mut Option<String>) -> Result<
         ));
         return Ok(Vec::new());
     }
-    peek_messages(&met.fd, events & libc::POLLRDHUP != 0, guardian)
+    peek_messages(&met.fd, events & libc::POLLRDHUP != 0, guardian, inside)
 }
 
 /// Holds SO_PEEK_OFF while we walk a queue; puts the program's own value back.
@@ -120,15 +128,22 @@ impl Drop for PeekOffset<'_> {
 /// A stream's `total` bytes: a run for each boundary that a reader could see, which descriptors and, with
 /// SO_PASSCRED, a change of sender make. Never asks for more than there is, for at the end of the queue a
 /// receive would take a pending error.
-fn peek_stream(fd: &OwnedFd, total: usize, guardian: &Guardian) -> Result<Peeked> {
+fn peek_stream(
+    fd: &OwnedFd,
+    total: usize,
+    guardian: &Guardian,
+    inside: Option<&Maker>,
+) -> Result<Peeked> {
     let mut all = Peeked::new();
     if total == 0 {
         return Ok(all);
     }
     let mut buffer = vec![0u8; total];
     if sockopt::get_int(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF)? < 0 {
-        let r = socket::receive(fd, &mut buffer, libc::MSG_PEEK).context("recvmsg(MSG_PEEK)")?;
+        let mut r =
+            socket::receive(fd, &mut buffer, libc::MSG_PEEK).context("recvmsg(MSG_PEEK)")?;
         if r.len == total && r.fds.is_empty() {
+            see_sender(fd, &mut r, inside)?;
             return Ok(vec![(buffer, r)]);
         }
     }
@@ -141,6 +156,8 @@ fn peek_stream(fd: &OwnedFd, total: usize, guardian: &Guardian) -> Result<Peeked
         if r.len == 0 {
             bail!("{at} of {total} bytes could be read");
         }
+        offset.seek(at)?;
+        see_sender(fd, &mut r, inside)?;
         let end = at + r.len;
         let mut start = at;
         if !r.fds.is_empty() {
@@ -176,20 +193,33 @@ fn peek_stream(fd: &OwnedFd, total: usize, guardian: &Guardian) -> Result<Peeked
 pub fn peek_bytes(fd: &OwnedFd, guardian: &Guardian) -> Result<Vec<u8>> {
     let total = sockopt::queued(fd, Queue::In).context("ioctl(SIOCINQ)")? as usize;
     let mut all = Vec::with_capacity(total);
-    for (bytes, _) in peek_stream(fd, total, guardian)? {
+    for (bytes, _) in peek_stream(fd, total, guardian, None)? {
         all.extend(bytes);
     }
     Ok(all)
 }
 
+/// Names the sender of what has been peeked at, and is next to be peeked at once more, by the id he has inside.
+fn see_sender(fd: &OwnedFd, r: &mut Received, inside: Option<&Maker>) -> Result<()> {
+    if let (Some(inside), Some(sender)) = (inside, &mut r.credentials) {
+        *sender = inside.sender(fd).context("asking for a sender")?;
+    }
+    Ok(())
+}
+
 /// Every message of a datagram or seqpacket socket.
-pub(crate) fn peek_messages(fd: &OwnedFd, ended: bool, guardian: &Guardian) -> Result<Peeked> {
+pub(crate) fn peek_messages(
+    fd: &OwnedFd,
+    ended: bool,
+    guardian: &Guardian,
+    inside: Option<&Maker>,
+) -> Result<Peeked> {
     let mut all = Peeked::new();
     let offset = PeekOffset::new(fd, guardian).context("setsockopt(SO_PEEK_OFF)")?;
     let mut at = 0;
     let mut buffer = vec![0u8; 256 * 1024];
     loop {
-        let r = match socket::receive(fd, &mut buffer, libc::MSG_PEEK) {
+        let mut r = match socket::receive(fd, &mut buffer, libc::MSG_PEEK) {
             Ok(r) => r,
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(all),
             Err(e) => return Err(e).context("recvmsg(MSG_PEEK)"),
@@ -201,6 +231,11 @@ pub(crate) fn peek_messages(fd: &OwnedFd, ended: bool, guardian: &Guardian) -> R
         }
         if r.len == 0 && ended {
             return Ok(all); // end of a seqpacket connection
+        }
+        if inside.is_some() && r.credentials.is_some() {
+            offset.seek(at)?;
+            see_sender(fd, &mut r, inside)?;
+            offset.seek(at + r.len)?;
         }
         at += r.len;
         all.push((buffer.get(..r.len).unwrap_or_default().to_vec(), r));
