@@ -14,7 +14,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard};
 
 use anyhow::{Result, bail};
-use mistctl::dump::files::{FileDumper, Sockets};
+use mistctl::dump::files::{FileDumper, Order, Sockets};
 use mistctl::dump::tables::Tables;
 use mistctl::image::files::{Kind, LockClass};
 use mistctl::image::{FORMAT_NAME, FORMAT_VERSION, Manifest, Origin};
@@ -96,7 +96,7 @@ struct Image {
 
 fn dump(pids: &[i32]) -> Result<Image> {
     let mut tables = Tables::new(pids.len() as u32);
-    let mut dumper = FileDumper::new(pids);
+    let mut dumper = FileDumper::new(pids, Order::look(pids));
     for &pid in pids {
         let pidfd = pidfd::open(pid)?;
         dumper.process(pid, pid, pidfd.as_fd(), &mut tables, &mut NoSockets)?;

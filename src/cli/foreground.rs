@@ -59,6 +59,8 @@ impl Signals {
 
 struct Program {
     pid: Pid,
+    /// The terminal has other modes than when we began: the program's.
+    taken_over: bool,
     /// The process group it leads, when that is not ours: gets the terminal.
     group: Option<Pid>,
     terminal: Option<Terminal>,
@@ -79,6 +81,7 @@ impl Program {
         let ours = getsid(Some(pid)) == getsid(None);
         Program {
             pid,
+            taken_over: terminal.as_ref().is_some_and(Terminal::is_changed),
             group,
             terminal: terminal.filter(|_| ours),
         }
@@ -86,15 +89,14 @@ impl Program {
 
     fn wait(&self, signals: &SignalFd) -> nix::Result<u8> {
         self.give_terminal();
-        let taken_over = self.terminal.as_ref().is_some_and(Terminal::is_changed);
-        if taken_over {
+        if self.taken_over {
             // Another terminal, another size: programs draw themselves anew.
             self.send(Signal::SIGWINCH, true);
         }
         loop {
             // Before the first signal too: it may have ended before signals were blocked.
             if let Some(status) = self.look()? {
-                self.take_terminal(taken_over || status > 128);
+                self.take_terminal(self.taken_over || status > 128);
                 return Ok(status);
             }
             match signals.read_signal() {

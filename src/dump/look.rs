@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 
-use super::files::FileDumper;
+use super::files::{FileDumper, Order};
 use super::hold::HeldProcess;
 use super::queries::{self, Queries, ThreadAnswers};
 use super::tables::Tables;
@@ -55,11 +55,12 @@ pub fn look(
     holds: &mut Holds,
     tables: &mut Tables,
     guardian: &Arc<Guardian>,
+    order: Order,
     inside: bool,
 ) -> Result<(Vec<Subject>, Looked)> {
     let first = holds.iter().flatten().next().map(HeldProcess::via);
     let origin = origin(first.unwrap_or(0))?;
-    let mut files = FileDumper::new(pids);
+    let mut files = FileDumper::new(pids, order);
     let net = net::Options {
         tcp_established: opts.tcp_established,
         kill: opts.after == After::Kill,

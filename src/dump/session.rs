@@ -9,6 +9,7 @@ use indicatif::ProgressBar;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::files::Order;
 use super::hold::HeldProcess;
 use super::look::{self, Holds, Looked, Subject};
 use super::tables::Tables;
@@ -38,6 +39,8 @@ pub struct Session {
     pids: Vec<i32>,
     tables: Tables,
     opts: Options,
+    /// Of their descriptors, before they stood.
+    order: Order,
     /// The processes have a pid namespace of their own.
     inside: bool,
     guardian: Arc<Guardian>,
@@ -72,6 +75,7 @@ impl Session {
         }
         // Nobody changes his own.
         let inside = namespace::is_inside(process::living_thread(opts.pid));
+        let order = Order::look(&pids);
         let guardian = Guardian::start().context("starting the guardian process")?;
         let (pids, holds, stopped) = stop_all(opts, stop_first)?;
         Ok(Self {
@@ -81,6 +85,7 @@ impl Session {
             holds,
             pids,
             opts: opts.clone(),
+            order,
             inside,
             guardian: Arc::new(guardian),
             stopped,
@@ -126,6 +131,7 @@ impl Session {
             &mut self.holds,
             &mut self.tables,
             &self.guardian,
+            std::mem::take(&mut self.order),
             self.inside,
         )?;
         let wants_copy = self.opts.after == After::Run;

@@ -113,7 +113,7 @@ pub enum Kind {
     External(External),
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct External {
     /// What it was, for people.
     pub what: String,
@@ -126,6 +126,9 @@ pub struct External {
     /// program's, not a shell's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub termios: Option<crate::image::Bytes>,
+    /// The process group that was in its foreground, where the first process led the session of the terminal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub foreground: Option<i32>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

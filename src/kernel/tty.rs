@@ -119,6 +119,18 @@ pub fn open_peer(master: BorrowedFd<'_>, flags: i32) -> nix::Result<OwnedFd> {
     }
 }
 
+/// Gives up the controlling terminal of the session that we lead: the first leader without one that opens it gets it.
+pub fn give_up(fd: BorrowedFd<'_>) -> nix::Result<()> {
+    // SAFETY: TIOCNOTTY takes no argument; the disposition that is put back is the one that was found. The kernel
+    // sends the group in its foreground, which is ours, a SIGHUP.
+    unsafe {
+        let before = libc::signal(libc::SIGHUP, libc::SIG_IGN);
+        let done = Errno::result(libc::ioctl(fd.as_raw_fd(), libc::TIOCNOTTY));
+        libc::signal(libc::SIGHUP, before);
+        done.map(drop)
+    }
+}
+
 /// Throws away what stands in a terminal (TCFLSH): TCIFLUSH, TCOFLUSH.
 fn flush(fd: BorrowedFd<'_>, which: i32) -> nix::Result<()> {
     // SAFETY: TCFLSH takes an integer.

@@ -6,8 +6,7 @@ use super::*;
 fn watched(epoll: &impl AsRawFd) -> Vec<(i32, u32, u64)> {
     let info = mistctl::dump::files::FdInfo::read("self", epoll.as_raw_fd()).unwrap();
     let mut entries: Vec<_> = info
-        .lines
-        .iter()
+        .lines()
         .filter(|l| l.starts_with("tfd:"))
         .map(|l| {
             let words: Vec<&str> = l.split_whitespace().collect();

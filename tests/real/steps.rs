@@ -33,6 +33,10 @@ pub struct Test {
 }
 
 impl Test {
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
     /// From the arguments that `attempt` in the crate's root gave it.
     pub fn from_args(cases: &'static [Case], modes: &[Mode]) -> Result<Self> {
         let mut args = std::env::args().skip(1);

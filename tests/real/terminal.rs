@@ -81,6 +81,18 @@ impl Terminal {
         Ok(child)
     }
 
+    /// Whether it is the terminal of the session that this process leads, which has the keyboard.
+    fn belongs_to(&self, pid: u32) -> Result<()> {
+        let stat = procfs::process::Process::new(i32::try_from(pid)?)?.stat()?;
+        let device = nix::sys::stat::fstat(&self.slave)?.st_rdev;
+        ensure!(
+            stat.tty_nr as u64 == device && stat.session == stat.pid && stat.tpgid == stat.pgrp,
+            "the terminal {device:#x} is not that of session {}: {stat:?}",
+            stat.pid
+        );
+        Ok(())
+    }
+
     /// Adds a line to the text and writes it.
     fn add(&mut self, line: &str, text: &Path) -> Result<()> {
         self.master
@@ -124,6 +136,7 @@ pub fn carry_out(test: &mut Test) -> Result<()> {
                 terminal = Terminal::new()?;
                 last = Some(terminal.run(&test.restoring())?);
                 type_line(&mut terminal)?;
+                terminal.belongs_to(test.pid())?;
             }
         }
     }

@@ -5,7 +5,7 @@ use std::os::fd::AsRawFd;
 
 use anyhow::{Context, Result, bail};
 
-use super::{FdInfo, FileDumper};
+use super::{FdInfo, FileDumper, order};
 use crate::dump::tables::Tables;
 use crate::image::files::{DescriptionId, EpollEntry, Kind};
 use crate::kernel::kcmp;
@@ -22,7 +22,7 @@ pub(super) struct Registered {
 }
 
 pub(super) fn registered(info: &FdInfo) -> Result<Vec<Registered>> {
-    let lines = info.lines.iter().filter(|l| l.starts_with("tfd:"));
+    let lines = info.lines().filter(|l| l.starts_with("tfd:"));
     lines
         .map(|l| parse(l).with_context(|| format!("line \"{l}\"")))
         .collect()
@@ -96,14 +96,10 @@ impl FileDumper {
         };
         // kcmp compares here as it does among descriptors, so the sorted table can be searched.
         if let Some(known) = self.by_inode.get(&(line.dev, line.ino)) {
-            let (mut low, mut high) = (0, known.len());
-            while low < high {
-                let middle = low + (high - low) / 2;
-                match compare(known[middle])? {
-                    Ordering::Equal => return Ok(Some(known[middle])),
-                    Ordering::Less => low = middle + 1,
-                    Ordering::Greater => high = middle,
-                }
+            let sorted = &known.sorted;
+            let found = order::search(sorted.len(), known.next, |i| compare(sorted[i]))?;
+            if let Ok(at) = found {
+                return Ok(Some(sorted[at]));
             }
         }
         // File systems with device numbers of their own (overlayfs, btrfs).

@@ -1,6 +1,5 @@
 //! /proc/PID/fdinfo/FD (proc_pid_fdinfo(5)).
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::io::Read;
 
@@ -15,10 +14,8 @@ pub struct FdInfo {
     pub flags: i32,
     pub pos: i64,
     pub locks: Vec<Lock>,
-    /// `name: value` lines; of repeated names the last.
-    values: HashMap<String, String>,
-    /// Lines as they are.
-    pub lines: Vec<String>,
+    /// All of it.
+    text: String,
 }
 
 impl FdInfo {
@@ -38,31 +35,34 @@ impl FdInfo {
             String::from_utf8(bytes).map_err(std::io::Error::other)
         };
         let text = read().with_context(|| path.clone())?;
-        Self::parse(&text).with_context(|| path)
+        Self::parse(text).with_context(|| path)
     }
 
-    pub fn parse(text: &str) -> Result<Self> {
-        let mut info = Self::default();
-        for line in text.lines() {
+    pub fn parse(text: String) -> Result<Self> {
+        let mut info = Self {
+            text,
+            ..Self::default()
+        };
+        for line in info.text.lines() {
             if let Some(rest) = line.strip_prefix("lock:") {
                 info.locks.push(lock(rest)?);
-                continue;
             }
-            if let Some((name, value)) = line.split_once(':') {
-                info.values
-                    .insert(name.trim().to_owned(), value.trim().to_owned());
-            }
-            info.lines.push(line.to_owned());
         }
         info.flags = i32::from_str_radix(info.text("flags")?, 8).context("flags")?;
         info.pos = info.text("pos")?.parse().context("pos")?;
         Ok(info)
     }
 
-    /// The text of line `name`.
+    /// Lines as they are.
+    pub fn lines(&self) -> std::str::Lines<'_> {
+        self.text.lines()
+    }
+
+    /// The text of line `name`; of several the last.
     pub fn text(&self, name: &str) -> Result<&str> {
-        match self.values.get(name) {
-            Some(v) => Ok(v),
+        let mut named = self.lines().filter_map(|line| line.split_once(':'));
+        match named.rfind(|(key, _)| key.trim() == name) {
+            Some((_, value)) => Ok(value.trim()),
             None => bail!("no line \"{name}:\""),
         }
     }
@@ -131,7 +131,8 @@ mod tests {
         let info = FdInfo::parse(
             "pos:\t5\nflags:\t02100002\nmnt_id:\t24\nino:\t9\n\
              lock:\t1: POSIX  ADVISORY  WRITE 359 00:13:11691 10 19\n\
-             lock:\t2: FLOCK  ADVISORY  READ 359 00:13:11691 0 EOF\n",
+             lock:\t2: FLOCK  ADVISORY  READ 359 00:13:11691 0 EOF\n"
+                .to_owned(),
         )
         .unwrap();
         assert_eq!(info.pos, 5);
@@ -144,8 +145,10 @@ mod tests {
     #[test]
     fn a_lease_is_refused() {
         assert!(
-            FdInfo::parse("pos:\t0\nflags:\t00\nlock:\t1: LEASE  ACTIVE    WRITE 3 00:1:2 0 EOF\n")
-                .is_err()
+            FdInfo::parse(
+                "pos:\t0\nflags:\t00\nlock:\t1: LEASE  ACTIVE    WRITE 3 00:1:2 0 EOF\n".to_owned()
+            )
+            .is_err()
         );
     }
 }

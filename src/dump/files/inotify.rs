@@ -25,7 +25,7 @@ struct Watch {
 pub(super) fn kind(seen: &Seen<'_>, tables: &mut Tables) -> Result<Kind> {
     let mut mounts = HashMap::new();
     let mut watches = Vec::new();
-    for line in seen.info.lines.iter().filter(|l| l.starts_with("inotify ")) {
+    for line in seen.info.lines().filter(|l| l.starts_with("inotify ")) {
         let watch = parse(line).with_context(|| format!("line \"{line}\""))?;
         let path = match path(&watch, &mut mounts) {
             Ok(path) => path,

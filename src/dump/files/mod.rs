@@ -8,23 +8,26 @@ mod anon;
 mod epoll;
 mod fdinfo;
 mod inotify;
+mod order;
 mod paths;
 mod pipes;
 mod ptys;
 
-use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{File, Metadata};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::dump::tables::Tables;
 use crate::error::{Classify, Failure};
 use crate::image::files::{Description, DescriptionId, External, Fd, Kind, Lock, LockClass, Owner};
+use crate::kernel::sched::Urgent;
 use crate::kernel::{fds, kcmp, pidfd};
 pub use fdinfo::FdInfo;
+pub use order::Order;
 
 /// The sockets' side of a dump.
 pub trait Sockets {
@@ -54,10 +57,28 @@ pub struct Dumped {
 pub struct FileDumper {
     pids: BTreeSet<i32>,
     open: Vec<Open>,
-    /// Descriptions by device and inode number, in kcmp's order.
-    by_inode: HashMap<(u64, u64), Vec<DescriptionId>>,
+    order: Order,
+    by_inode: HashMap<(u64, u64), Known>,
     fds: BTreeMap<i32, Vec<Fd>>,
     locks: BTreeMap<i32, Vec<(DescriptionId, Lock)>>,
+}
+
+/// Descriptions of one inode.
+#[derive(Default)]
+struct Known {
+    /// In kcmp's order.
+    sorted: Vec<DescriptionId>,
+    /// Where the next one is likely to be.
+    next: usize,
+}
+
+/// What is read of a descriptor whatever it is.
+struct Facts {
+    fd: i32,
+    own: File,
+    meta: Metadata,
+    info: FdInfo,
+    link: PathBuf,
 }
 
 /// One description, and a duplicate of it in this process.
@@ -111,8 +132,8 @@ struct Seen<'a> {
 }
 
 impl FileDumper {
-    /// For a dump of these processes.
-    pub fn new(pids: &[i32]) -> Self {
+    /// For a dump of these processes, whose descriptors were looked at before they stood.
+    pub fn new(pids: &[i32], order: Order) -> Self {
         // A duplicate of every description is held until the end. Not worth an error before it runs short.
         if let Ok((_, hard)) =
             nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
@@ -126,6 +147,7 @@ impl FileDumper {
         Self {
             pids: pids.iter().copied().collect(),
             open: Vec::new(),
+            order,
             by_inode: HashMap::new(),
             fds: BTreeMap::new(),
             locks: BTreeMap::new(),
@@ -143,28 +165,33 @@ impl FileDumper {
         sockets: &mut dyn Sockets,
     ) -> Result<()> {
         one_table(pid, tid)?;
+        let mut numbers = numbers(tid)?;
+        numbers.sort_by_key(|fd| self.order.rank(pid, *fd));
         let mut table = Vec::new();
-        for fd in numbers(tid)? {
-            let own = pidfd::get_fd(pidfd, fd)
-                .with_context(|| format!("process {pid}: fd {fd}: pidfd_getfd"))?;
-            let info = FdInfo::read(&tid.to_string(), fd)
-                .with_context(|| format!("process {pid}: fd {fd}"))
-                .or_failure(Failure::Refused)?;
-            let description = self.describe(pid, fd, own, &info, tables, sockets)?;
-            table.push(Fd {
-                fd,
-                description,
-                cloexec: info.flags & libc::O_CLOEXEC != 0,
-            });
-            let posix = info.locks.iter().filter(|l| l.class == LockClass::Posix);
-            let locks = self.locks.entry(pid).or_default();
-            for lock in posix {
-                // Listed under every descriptor of the description.
-                if !locks.contains(&(description, lock.clone())) {
-                    locks.push((description, lock.clone()));
+        for numbers in numbers.chunks(AT_ONCE) {
+            for facts in gather(pid, tid, pidfd, numbers)? {
+                let fd = facts.fd;
+                let cloexec = facts.info.flags & libc::O_CLOEXEC != 0;
+                let posix = facts.info.locks.iter();
+                let posix = posix.filter(|l| l.class == LockClass::Posix);
+                let posix: Vec<Lock> = posix.cloned().collect();
+                let description = self.describe(pid, facts, tables, sockets)?;
+                table.push(Fd {
+                    fd,
+                    description,
+                    cloexec,
+                });
+                let locks = self.locks.entry(pid).or_default();
+                for lock in posix {
+                    // Listed under every descriptor of the description.
+                    let lock = (description, lock);
+                    if !locks.contains(&lock) {
+                        locks.push(lock);
+                    }
                 }
             }
         }
+        table.sort_unstable_by_key(|f| f.fd);
         self.fds.insert(pid, table);
         Ok(())
     }
@@ -178,8 +205,8 @@ impl FileDumper {
         sockets: &mut dyn Sockets,
     ) -> Result<DescriptionId> {
         let fd = own.as_raw_fd();
-        let info = FdInfo::read("self", fd)?;
-        self.describe(0, fd, own, &info, tables, sockets)
+        let facts = Facts::read(0, fd, own, "self")?;
+        self.describe(0, facts, tables, sockets)
     }
 
     /// What is left to find out once all descriptors are known: which end belongs to which.
@@ -199,27 +226,27 @@ impl FileDumper {
     fn describe(
         &mut self,
         pid: i32,
-        fd: i32,
-        own: OwnedFd,
-        info: &FdInfo,
+        facts: Facts,
         tables: &mut Tables,
         sockets: &mut dyn Sockets,
     ) -> Result<DescriptionId> {
-        let own = File::from(own);
-        let meta = own
-            .metadata()
-            .with_context(|| format!("process {pid}: fd {fd}: fstat"))?;
-        let key = (meta.dev(), meta.ino());
-        let known = self.by_inode.entry(key).or_default();
-        let at = match search(known, &self.open, &own)? {
-            Ok(at) => return Ok(known[at]),
-            Err(at) => at,
-        };
+        let Facts {
+            fd,
+            own,
+            meta,
+            info,
+            link,
+        } = facts;
+        let known = self.by_inode.entry((meta.dev(), meta.ino())).or_default();
+        let found = search(known, &self.open, &own)?;
+        let (Ok(at) | Err(at)) = found;
+        known.next = at + 1;
+        if found.is_ok() {
+            return Ok(known.sorted[at]);
+        }
         let id = self.open.len() as DescriptionId;
-        known.insert(at, id);
+        known.sorted.insert(at, id);
 
-        let link = std::fs::read_link(format!("/proc/self/fd/{}", own.as_raw_fd()))
-            .with_context(|| format!("process {pid}: fd {fd}: readlink"))?;
         let place = Place {
             pid,
             fd,
@@ -232,7 +259,7 @@ impl FileDumper {
             place: &place,
             own: &own,
             meta: &meta,
-            info,
+            info: &info,
         };
         let mut side = None;
         let kind = match terminal(&seen) {
@@ -243,7 +270,7 @@ impl FileDumper {
             None => self.kind(&seen, tables, sockets)?,
         };
         let registered = match kind {
-            Kind::Epoll { .. } => epoll::registered(info).with_context(|| place.to_string())?,
+            Kind::Epoll { .. } => epoll::registered(&info).with_context(|| place.to_string())?,
             _ => Vec::new(),
         };
         let description = Description {
@@ -299,9 +326,7 @@ impl FileDumper {
             {
                 open.description.kind = Kind::External(External {
                     what,
-                    stream: None,
-                    terminal: false,
-                    termios: None,
+                    ..External::default()
                 });
             }
         }
@@ -335,7 +360,7 @@ impl FileDumper {
             }
             let mut external = external.clone();
             if external.terminal && self.open[id].side.is_none_or(|s| !s.master) {
-                external.termios = self.modes_in_use(self.open[id].own.as_fd());
+                self.in_use(self.open[id].own.as_fd(), &mut external);
             }
             for (n, (&stream, target)) in streams.iter_mut().enumerate() {
                 let mut description = self.open[id].description.clone();
@@ -383,20 +408,68 @@ fn user_dev(sdev: u64) -> u64 {
     libc::makedev((sdev >> 20) as u32, (sdev & 0xf_ffff) as u32)
 }
 
-/// Where among `known`, which is in kcmp's order, the description behind `own` is or belongs.
-fn search(known: &[DescriptionId], open: &[Open], own: &File) -> Result<Result<usize, usize>> {
-    let me = std::process::id() as i32;
-    let (mut low, mut high) = (0, known.len());
-    while low < high {
-        let middle = low + (high - low) / 2;
-        let other = &open[known[middle] as usize].own;
-        match kcmp::files(me, other.as_raw_fd(), me, own.as_raw_fd())? {
-            Ordering::Equal => return Ok(Ok(middle)),
-            Ordering::Less => low = middle + 1,
-            Ordering::Greater => high = middle,
-        }
+impl Facts {
+    /// Of descriptor `fd` of process `pid`, duplicated as `own`; /proc/`shown` shows it.
+    fn read(pid: i32, fd: i32, own: OwnedFd, shown: &str) -> Result<Self> {
+        let context = |what: &str| format!("process {pid}: fd {fd}: {what}");
+        let info = FdInfo::read(shown, fd)
+            .with_context(|| format!("process {pid}: fd {fd}"))
+            .or_failure(Failure::Refused)?;
+        let own = File::from(own);
+        let meta = own.metadata().with_context(|| context("fstat"))?;
+        let link = std::fs::read_link(format!("/proc/self/fd/{}", own.as_raw_fd()))
+            .with_context(|| context("readlink"))?;
+        Ok(Self {
+            fd,
+            own,
+            meta,
+            info,
+            link,
+        })
     }
-    Ok(Err(low))
+}
+
+/// So many descriptors are duplicated before it is known which mean the same.
+const AT_ONCE: usize = 1024;
+/// So many descriptors are worth a second thread.
+const MANY: usize = 256;
+
+/// Reads the descriptors with these numbers, of a process that stands still.
+fn gather(pid: i32, tid: i32, pidfd: BorrowedFd<'_>, numbers: &[i32]) -> Result<Vec<Facts>> {
+    let shown = tid.to_string();
+    let some = |numbers: &[i32]| -> Result<Vec<Facts>> {
+        let one = |&fd: &i32| {
+            let own = pidfd::get_fd(pidfd, fd)
+                .with_context(|| format!("process {pid}: fd {fd}: pidfd_getfd"))?;
+            Facts::read(pid, fd, own, &shown)
+        };
+        numbers.iter().map(one).collect()
+    };
+    if numbers.len() < MANY {
+        return some(numbers);
+    }
+    let (mine, other) = numbers.split_at(numbers.len() / 2);
+    let (mut all, rest) = std::thread::scope(|scope| {
+        let rest = scope.spawn(|| {
+            let _urgent = Urgent::new();
+            some(other)
+        });
+        (some(mine), rest.join())
+    });
+    let rest = rest.unwrap_or_else(|_| bail!("the thread that reads descriptors panicked"))?;
+    if let Ok(all) = &mut all {
+        all.extend(rest);
+    }
+    all
+}
+
+/// Where among `known` the description behind `own` is or belongs.
+fn search(known: &Known, open: &[Open], own: &File) -> Result<Result<usize, usize>> {
+    let me = std::process::id() as i32;
+    order::search(known.sorted.len(), known.next, |i| {
+        let other = &open[known.sorted[i] as usize].own;
+        kcmp::files(me, other.as_raw_fd(), me, own.as_raw_fd())
+    })
 }
 
 fn terminal(seen: &Seen<'_>) -> Option<(Kind, Option<ptys::Side>)> {

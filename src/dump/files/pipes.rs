@@ -85,9 +85,7 @@ impl FileDumper {
                 for id in ends.all {
                     self.open[id].description.kind = Kind::External(External {
                         what: what.to_owned(),
-                        stream: None,
-                        terminal: false,
-                        termios: None,
+                        ..External::default()
                     });
                 }
                 continue;

@@ -49,16 +49,15 @@ pub(super) fn kind(seen: &Seen<'_>) -> Option<(Kind, Option<Side>)> {
     }
     let kind = Kind::External(External {
         what: format!("terminal {}", seen.place.link),
-        stream: None,
         terminal: true,
-        termios: None,
+        ..External::default()
     });
     Some((kind, side(seen)))
 }
 
 impl FileDumper {
-    /// The modes of a terminal to somebody outside, if a process of the dump is in its foreground.
-    pub(super) fn modes_in_use(&self, terminal: BorrowedFd<'_>) -> Option<Bytes> {
+    /// Notes the modes of a terminal to somebody outside, if a process of the dump is in its foreground.
+    pub(super) fn in_use(&self, terminal: BorrowedFd<'_>, external: &mut External) -> Option<()> {
         let device = tty::device(terminal).ok()?;
         let first = procfs::process::Process::new(*self.pids.first()?).ok()?;
         let stat = first.stat().ok()?;
@@ -69,7 +68,9 @@ impl FileDumper {
         if stat.tty_nr as u32 != device || !self.pids.iter().any(in_foreground) {
             return None;
         }
-        Some(Bytes(tty::termios(terminal).ok()?.to_vec()))
+        external.termios = Some(Bytes(tty::termios(terminal).ok()?.to_vec()));
+        external.foreground = (stat.session == stat.pid).then_some(stat.tpgid);
+        Some(())
     }
 
     /// Carries the pairs whose master is here.

@@ -118,6 +118,9 @@ fn description(manifest: &Manifest, d: &Description) -> Result<()> {
                 "it is standard stream {:?}",
                 external.stream
             );
+            external
+                .foreground
+                .map_or(Ok(()), |group| id("foreground group", group))?;
             text("description", &external.what, PATH_MAX)
         }
         Kind::Pty(_) | Kind::EventFd { .. } | Kind::SignalFd { .. } => Ok(()),

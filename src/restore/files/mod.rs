@@ -184,6 +184,9 @@ impl Builder<'_> {
             Kind::Socket { socket } => sockets(*socket)?,
             Kind::External(external) => {
                 let fd = paths::external(external, self.surroundings.detached)?;
+                if let Some(group) = external.foreground {
+                    self.hand_over(fd.as_fd(), group)?;
+                }
                 return self.keep(id, fd);
             }
             Kind::Epoll { .. } => epoll::empty()?,

@@ -1,7 +1,8 @@
 //! Pseudo terminals of which both ends belong to the image.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::IsTerminal;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 
 use anyhow::{Context, Result};
@@ -31,6 +32,38 @@ impl Builder<'_> {
         for (index, sides) in pairs {
             self.pair(index, &sides)
                 .with_context(|| format!("pseudo terminal {index}"))?;
+        }
+        Ok(())
+    }
+
+    /// A terminal outside that the first process, a session's leader, had as its own: becomes that of the new
+    /// session if it is ours to give. `group` was in its foreground.
+    pub(super) fn hand_over(&mut self, terminal: BorrowedFd<'_>, group: i32) -> Result<()> {
+        let Some(first) = self.manifest.processes.first() else {
+            return Ok(());
+        };
+        let known = &self.built.in_body.terminals;
+        let leads = first.sid == first.pid && known.iter().all(|t| t.session != first.pid);
+        if self.surroundings.detached || !leads || !terminal.is_terminal() {
+            return Ok(());
+        }
+        let session = nix::unistd::getsid(None).context("getsid")?;
+        let its = tty::session(terminal);
+        if its == Ok(session.as_raw()) && session == nix::unistd::getpid() {
+            let path = nix::unistd::ttyname(terminal).context("the name of the terminal")?;
+            tty::give_up(terminal).context("TIOCNOTTY")?;
+            self.built.in_body.terminals.push(Terminal {
+                session: first.pid,
+                foreground: group,
+                path: path.to_string_lossy().into_owned(),
+            });
+        } else {
+            self.built.warnings.push(format!(
+                "process {} ({}) had a terminal of its own session, and this one belongs to that of your shell: \
+                 it can read, write and be interrupted, but not open /dev/tty nor move jobs between foreground \
+                 and background; to give it one: script -qec 'exec mistctl restore IMAGE' /dev/null",
+                first.pid, first.comm
+            ));
         }
         Ok(())
     }
