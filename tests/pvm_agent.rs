@@ -46,6 +46,7 @@ fn main() -> ExitCode {
         ("a gate closes and opens, and tasks know", gates),
         ("a gate whose closer has gone opens by itself", lease),
         ("a gate that was closed for good stays closed", away),
+        ("while both incarnations live nothing is decided", undecided),
         ("it ends with the virtual machine and leaves nothing", ends),
     ])
 }
@@ -109,7 +110,9 @@ fn hidden(kit: &Path) {
     let own = actor.enrol();
     let seen = actor.ask("tasks");
     assert!(seen.contains(&format!("{own:x}")), "{seen}");
-    assert!(!seen.contains(&format!("{:x}", agent.0)), "{seen}");
+    for mists in [agent, client.tid()] {
+        assert!(!seen.contains(&format!("{:x}", mists.0)), "{seen}");
+    }
 }
 
 fn reset(kit: &Path) {
@@ -227,6 +230,7 @@ fn away(kit: &Path) {
     at_a_gate(kit, |mut closer, client, agent, v| {
         let close = Request::CloseGate {
             v,
+            from: v,
             next: 0,
             lease_ms: 0,
         };
@@ -250,6 +254,43 @@ fn away(kit: &Path) {
     });
 }
 
+/// Whoever closed a gate has gone, and with him its agent. The next one opens it for the old incarnation when the new one
+/// has ended, and not before; for the new one when the old one has.
+fn undecided(kit: &Path) {
+    let vm = started(kit);
+    let (mut closer, mut client) = (client_of(&vm), client_of(&vm));
+    let agent = start(&mut client, &vm);
+    answers(&mut client, agent);
+    let (mut from, mut to) = (vm.actor(), vm.actor());
+    let (_, v) = (from.enrol(), to.enrol());
+    let close = |next: u32| Request::CloseGate {
+        v,
+        from: v,
+        next,
+        lease_ms: 1,
+    };
+    let mut other = vm.bare_actor();
+    let first = other.enrol();
+    ask(&mut closer, agent, close(first)).unwrap();
+    closer.exit().unwrap();
+    from.tell(&format!("send {v:x} 5 one"));
+    // Long enough for several questions.
+    assert_eq!(to.ask("trecv -1 5 2000"), "0");
+    stage::until_waits(&from.block(), mistctl::pvm::shimabi::block::wait::GATE);
+    other.crash();
+    assert_eq!(from.answer(), "0");
+    assert!(to.ask("recv -1 5").contains("text one"));
+    let mut other = vm.bare_actor();
+    let second = other.enrol();
+    let known = Request::AddIncarnation { r: second, v };
+    ask(&mut client, agent, known).unwrap();
+    ask(&mut client, agent, close(second)).unwrap();
+    from.tell(&format!("send {v:x} 6 two"));
+    to.crash();
+    assert_eq!(from.answer(), "0");
+    assert!(other.ask("recv -1 6").contains("text two"));
+}
+
 /// A task that sends waits at a gate until `open`, which gets the client that closed it, another one, the agent, and
 /// the task behind the gate.
 fn at_a_gate(kit: &Path, open: fn(Client, &mut Client, Tid, u32)) {
@@ -261,6 +302,7 @@ fn at_a_gate(kit: &Path, open: fn(Client, &mut Client, Tid, u32)) {
     let (_, v) = (from.enrol(), to.enrol());
     let close = Request::CloseGate {
         v,
+        from: v,
         next: 0,
         lease_ms: 600_000,
     };

@@ -599,11 +599,14 @@ fn ps_without_shim(kit: &Path) {
     direct.ask("setopt 1 3");
     let mut allowed = vm.direct_actor();
     let has = allowed.enrol();
-    // The client of this test has no libpvm at all, as a program that holds it inside.
-    let client = client_of(&vm);
+    // The client of this test has no libpvm at all, as a program that holds it inside. It says which process it is.
+    let client = Client::enrol(&pvmd_of(&vm), std::process::id() as i32).unwrap();
+    let unseen = client_of(&vm);
     let listing = json(&mistctl(&vm, &["ps", "--json"]));
     assert_eq!(row(&listing, tid)["shim"], "no", "{listing}");
     assert_eq!(row(&listing, client.tid().0)["shim"], "static", "{listing}");
+    let unseen = format!("{}", unseen.tid());
+    assert!(!listing.to_string().contains(&unseen), "{listing}");
     assert_eq!(row(&listing, asks)["direct_route"], true, "{listing}");
     let output = mistctl(&vm, &["ps"]);
     let said = String::from_utf8_lossy(&output.stdout);

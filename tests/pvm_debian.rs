@@ -24,15 +24,15 @@ struct Scenario {
 
 /// Shell functions for the scenarios.
 ///
-/// `console N PROGRAM END`: N tasks of PROGRAM started by PVM's console, which prints what they
-/// print, until END has been seen.
+/// `console N PROGRAM`: N tasks of PROGRAM started by PVM's console, which prints what they print until the last has
+/// ended. Its prompt stands before whatever comes first.
 const FUNCTIONS: &str = r#"
 console() {
     local dir; dir=$(mktemp -d); mkfifo $dir/in
     stdbuf -oL pvm <$dir/in >$dir/out 2>&1 & exec 3>$dir/in
     echo "spawn -$1 -> $2" >&3
-    until grep -q "$3" $dir/out; do sleep 0.02; done
-    echo quit >&3; exec 3>&-; wait; cat $dir/out; rm -r $dir
+    until grep -q '] finished' $dir/out; do sleep 0.02; done
+    echo quit >&3; exec 3>&-; wait; sed 's/pvm> //g' $dir/out; rm -r $dir
 }
 "#;
 
@@ -46,10 +46,10 @@ const SCENARIOS: &[Scenario] = &[
     Scenario { name: "fmaster1 and fslave1", shell: "fmaster1", prints: &["(expected    1500.0000000 )"] },
     Scenario {
         name: "spmd",
-        shell: "console 4 spmd 'token ring done'",
+        shell: "console 4 spmd",
         prints: &["Pass a token through the   4 tid ring", "token ring done"],
     },
-    Scenario { name: "fspmd", shell: "console 4 fspmd 'token ring done'", prints: &["token ring done"] },
+    Scenario { name: "fspmd", shell: "console 4 fspmd", prints: &["token ring done"] },
     Scenario { name: "hitc and hitc_slave", shell: "hitc", prints: &["I got result from tid"] },
     Scenario { name: "timing and timing_slave", shell: "timing", prints: &["done"] },
     Scenario {

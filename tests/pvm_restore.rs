@@ -21,6 +21,7 @@ use anyhow::{Context, Result, bail, ensure};
 use common::wait_for;
 use mistctl::pvm::block::TaskBlock;
 use mistctl::pvm::land::protocol::{self, Commit, Order, Source, ToAgent, ToLander};
+use mistctl::pvm::shimabi::table::{Entry, Mapped, State, lease_clock};
 use scene::{Scene, spawned};
 use serde_json::Value;
 use stage::{Actor, Stage};
@@ -66,8 +67,12 @@ fn main() -> ExitCode {
             parking::called_off,
         ),
         (
-            "an_agent_that_dies_after_parking_decides_nothing",
-            parking::agent_dies,
+            "an_agent_that_dies_before_the_decision_has_decided_nothing",
+            |scene| parking::agent_dies(scene, State::Moving),
+        ),
+        (
+            "an_agent_that_dies_after_the_decision_has_decided",
+            |scene| parking::agent_dies(scene, State::Decided),
         ),
         (
             "a_tracer_killed_while_parked_does_not_keep_a_committed_task",
@@ -110,6 +115,7 @@ fn comes_back(scene: &Scene) -> Result<()> {
     ensure!(worker.answer().contains("text hello"));
     ensure!(worker.ask("recv -1 8").contains("text early"));
     ensure!(worker.ask("mytid") == format!("{v:x}"));
+    ensure!(worker.pid() != pid && worker.ask("signals_itself") == "0");
     ensure!(worker.ask("print two") == "ok");
     let me = boss.enrol();
     worker.ask(&format!("send {me:x} 9 back"));

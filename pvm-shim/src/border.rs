@@ -8,7 +8,7 @@ use std::ffi::c_int;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use pvm_abi::block::{Call, state, wait};
-use pvm_abi::table::{Entry, State, lease_clock, lease_over};
+use pvm_abi::table::{Entry, lease_clock, lease_over};
 use pvm_abi::{CTX_TC, TID_HOST, is_task};
 
 use crate::inside::{
@@ -24,8 +24,11 @@ use crate::routes;
 /// PvmSysErr and PvmNoMem, for what cannot happen.
 pub const SYS_ERR: c_int = -14;
 pub const NO_MEM: c_int = -10;
-/// PvmOk of pvm_pstat: the task lives.
+/// PvmOk of pvm_pstat: the task lives; PvmNoTask: it does not.
 const OK: c_int = 0;
+const NO_TASK: c_int = -31;
+/// How long until a task whose lease ended asks again, in milliseconds.
+const ASK_AGAIN: u64 = 500;
 
 /// How long a task at a gate reads before it looks again, in microseconds.
 const GATE_LOOK: i64 = 1000;
@@ -302,7 +305,7 @@ fn incarnation(v: u32) -> u32 {
         && who == v
         && moved()
             .and_then(|table| table.entry(v))
-            .is_some_and(|entry| entry.state == State::Moving)
+            .is_some_and(|entry| entry.state.is_closed())
     {
         return r;
     }
@@ -323,16 +326,18 @@ fn closed(real: &Real, v: u32, nested: bool) -> Option<()> {
         return None;
     }
     let entry = table.entry(v)?;
-    if entry.state != State::Moving || !nested && lease_ended(real, entry) {
+    if !entry.state.is_closed() || !nested && lease_ended(real, entry) {
         None
     } else {
         Some(())
     }
 }
 
-/// A gate whose lease ended is not assumed to be open: both incarnations are asked after.
+/// A gate whose lease ended is not assumed to be open: both incarnations are asked after. While both live
+/// nothing is decided, however long that takes.
 fn lease_ended(real: &Real, entry: Entry) -> bool {
-    if !lease_over(entry.lease, lease_clock()) {
+    let now = lease_clock();
+    if !lease_over(entry.lease, now) {
         return false;
     }
     let key = (entry.v, entry.r, entry.next);
@@ -343,18 +348,30 @@ fn lease_ended(real: &Real, entry: Entry) -> bool {
     }) {
         return true;
     }
+    let asked = with(|local| local.looked);
+    if asked.is_some_and(|(v, until)| v == entry.v && !lease_over(until, now)) {
+        return false;
+    }
     let (Some(pvm_pstat), 0) = (real.pvm_pstat, BLOCK.asking.load(Relaxed)) else {
         return false;
     };
     // SAFETY: the real function; no mroute is on the stack, so libpvm can send and receive.
-    let lives = |tid: u32| tid != 0 && unsafe { pvm_pstat(tid as c_int) } == OK;
-    let r = if !lives(entry.r) && lives(entry.next) {
-        entry.next
-    } else {
-        entry.r
+    let lives = |tid: u32| match unsafe { pvm_pstat(tid as c_int) } {
+        OK => Some(true),
+        NO_TASK => Some(false),
+        _ => None,
     };
-    with(|local| local.resolved = Some((entry.v, entry.r, entry.next, r)));
-    true
+    let found = match (lives(entry.r), entry.next) {
+        (Some(false), 0) | (Some(true), 0) => Some(entry.r),
+        (Some(false), next) => Some(next),
+        (Some(true), next) => (lives(next) == Some(false)).then_some(entry.r),
+        (None, _) => None,
+    };
+    match found {
+        Some(r) => with(|local| local.resolved = Some((entry.v, entry.r, entry.next, r))),
+        None => with(|local| local.looked = Some((entry.v, now + ASK_AGAIN))),
+    }
+    found.is_some()
 }
 
 /// Waits a moment, reading on: two tasks that send to each other would never get quiet otherwise.

@@ -57,6 +57,8 @@ pub struct Local {
     /// A gate whose lease ended, and which incarnation was found alive: V, the entry's R and next, and
     /// the R to send to.
     pub resolved: Option<(u32, u32, u32, u32)>,
+    /// A gate whose lease ended while both incarnations live: V, and when to ask again (as leases count).
+    pub looked: Option<(u32, u64)>,
 }
 
 struct LocalCell(UnsafeCell<Local>);
@@ -76,6 +78,7 @@ static LOCAL: LocalCell = LocalCell(UnsafeCell::new(Local {
     notices: Notices::new(),
     routes: Vec::new(),
     resolved: None,
+    looked: None,
 }));
 
 /// Lends the shim's state to `f`, which must not call libpvm or the program.

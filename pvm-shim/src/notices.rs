@@ -5,7 +5,6 @@ use std::ffi::{CString, c_int};
 use std::sync::atomic::Ordering::SeqCst;
 
 use pvm_abi::block::flag;
-use pvm_abi::table::State;
 use pvm_abi::{CTX_TC, CTX_TM, NOOP_MAGIC, NOOP_MARKER, TID_PVMD, WAIT_ID_IGNORE, is_task};
 
 use crate::border::{deliver, send_own};
@@ -216,7 +215,7 @@ enum Stands {
 
 fn stands(r: u32, v: u32) -> Stands {
     match moved().and_then(|table| table.entry(v)) {
-        Some(entry) if entry.state == State::Moving => Stands::Moving,
+        Some(entry) if entry.state.is_closed() => Stands::Moving,
         Some(entry) if entry.r != r => Stands::MovedOn(entry.r),
         _ => Stands::Present,
     }

@@ -2,8 +2,10 @@
 
 use std::process::ExitCode;
 
+use anyhow::Context;
 use mistctl::error::Failure;
 use mistctl::pvm::agent;
+use mistctl::pvm::agent::control::Outcome;
 
 use super::ps;
 
@@ -16,12 +18,23 @@ pub struct Args {
     /// Only see to it that every host has one
     #[arg(long, hide = true)]
     everywhere: bool,
+
+    /// End a move that has lost its mover, and tell everybody what came of it
+    #[arg(long, hide = true, conflicts_with = "everywhere")]
+    settle: Option<String>,
 }
 
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if args.everywhere {
         let (_, mut client) = ps::enrol()?;
         agent::ensure(&mut client)?;
+        client.exit()?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(json) = &args.settle {
+        let outcome: Outcome = serde_json::from_str(json).context("what came of the move")?;
+        let (_, mut client) = ps::enrol()?;
+        agent::conclude(&mut client, &outcome)?;
         client.exit()?;
         return Ok(ExitCode::SUCCESS);
     }

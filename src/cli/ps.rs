@@ -156,7 +156,7 @@ fn row(task: &Task, hosts: &[Host], seen: Option<&Seen>, table: Option<&Mapped>)
     if hidden || lander {
         return None;
     }
-    let moving = known.is_some_and(|entry| entry.state == State::Moving);
+    let moving = known.is_some_and(|entry| entry.state.is_closed());
     let host = hosts
         .iter()
         .find(|host| host.tid.host() == task.host.host());

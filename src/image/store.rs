@@ -265,6 +265,8 @@ impl Drop for Partial {
     fn drop(&mut self) {
         if !self.renamed
             && let Err(e) = std::fs::remove_dir_all(&self.path)
+            // Whoever called it off has taken it away.
+            && e.kind() != std::io::ErrorKind::NotFound
         {
             eprintln!("mistctl: cannot remove {}: {e}", self.path.display());
         }

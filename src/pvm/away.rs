@@ -49,6 +49,7 @@ impl Away {
         let bytes = status.map_or(0, |s| s.rssanon.unwrap_or(0) * 1024);
         let close = Request::CloseGate {
             v: away.v.0,
+            from: away.r.0,
             next: 0,
             lease_ms: LEASE_MS + bytes / BYTES_A_MS,
         };
@@ -96,6 +97,7 @@ impl Away {
     pub fn stays(&self, client: &mut Client) -> Result<()> {
         let close = Request::CloseGate {
             v: self.v.0,
+            from: self.r.0,
             next: 0,
             lease_ms: 0,
         };

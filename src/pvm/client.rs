@@ -196,7 +196,7 @@ pub struct Connection {
 
 impl Client {
     /// Enrols with `pvmd`. A process that the pvmd started itself passes on PVMEPID from its environment as
-    /// `cookie` and becomes that task; with 0 it is a new one.
+    /// `cookie` and becomes that task; with 0 it is a new one, which programs under the shim do not see.
     ///
     /// # Errors
     /// When nobody answers within [`PATIENCE`], it is none of this user's pvmds, or it does not want us.
@@ -349,17 +349,34 @@ impl Client {
     /// # Errors
     /// When the connection breaks, or no answer comes in time.
     pub fn ask(&mut self, tag: u32, body: Body) -> Result<Message> {
-        self.wait += 1;
-        let wait = self.wait;
         let until = Instant::now() + self.patience;
-        self.post(
-            Tid::PVMD,
-            tag,
-            CTX_TM as u32,
-            wait,
-            body.into_bytes(),
-            until,
-        )?;
+        let wait = self.begin(tag, body)?;
+        self.answer(tag, wait, until)
+    }
+
+    /// Asks the own pvmd two things: both leave at once, if there is room for them.
+    ///
+    /// # Errors
+    /// As for [`Client::ask`].
+    pub fn ask_both(&mut self, tag: u32, first: Body, second: Body) -> Result<[Message; 2]> {
+        let until = Instant::now() + self.patience;
+        let ctx = CTX_TM as u32;
+        let one = self.wait + 1;
+        let two = one + 1;
+        self.wait = two;
+        let mut bytes = self.encode(Tid::PVMD, tag, ctx, one, first.into_bytes());
+        bytes.extend(self.encode(Tid::PVMD, tag, ctx, two, second.into_bytes()));
+        self.write(Tid::PVMD, &bytes, until)?;
+        Ok([self.answer(tag, one, until)?, self.answer(tag, two, until)?])
+    }
+
+    fn answer(&mut self, tag: u32, wait: u32, until: Instant) -> Result<Message> {
+        let is_it = |m: &Message| m.wait == wait && m.ctx == CTX_TM as u32 && m.tag == tag;
+        if let Some(at) = self.inbox.iter().position(is_it)
+            && let Some(answer) = self.inbox.remove(at)
+        {
+            return Ok(answer);
+        }
         loop {
             let Some(message) = self.next(Some(until))? else {
                 bail!(
@@ -369,11 +386,23 @@ impl Client {
                     tag
                 );
             };
-            if message.wait == wait && message.ctx == CTX_TM as u32 && message.tag == tag {
+            if is_it(&message) {
                 return Ok(message);
             }
             self.inbox.push_back(message);
         }
+    }
+
+    /// Asks the own pvmd, and does not wait for the answer: a message that bears this wait id.
+    ///
+    /// # Errors
+    /// When the connection breaks, or the pvmd takes nothing.
+    pub fn begin(&mut self, tag: u32, body: Body) -> Result<u32> {
+        self.wait += 1;
+        let (wait, until) = (self.wait, Instant::now() + self.patience);
+        let ctx = CTX_TM as u32;
+        self.post(Tid::PVMD, tag, ctx, wait, body.into_bytes(), until)?;
+        Ok(wait)
     }
 
     /// Tells the own pvmd something that it does not answer.
@@ -461,6 +490,11 @@ impl Client {
         body: Vec<u8>,
         until: Instant,
     ) -> Result<()> {
+        let bytes = self.encode(dst, tag, ctx, wait, body);
+        self.write(dst, &bytes, until)
+    }
+
+    fn encode(&self, dst: Tid, tag: u32, ctx: u32, wait: u32, body: Vec<u8>) -> Vec<u8> {
         let message = Message {
             src: self.tid,
             dst,
@@ -470,8 +504,11 @@ impl Client {
             encoding: XDR,
             body,
         };
-        let bytes = message.encode(self.fragment);
-        let mut rest = bytes.as_slice();
+        message.encode(self.fragment)
+    }
+
+    fn write(&mut self, dst: Tid, bytes: &[u8], until: Instant) -> Result<()> {
+        let mut rest = bytes;
         while !rest.is_empty() {
             match send(self.fd.as_raw_fd(), rest, MsgFlags::MSG_NOSIGNAL) {
                 Ok(count) => rest = rest.get(count..).unwrap_or_default(),

@@ -276,6 +276,12 @@ fn elsewhere(tid: Tid) -> Result<i32> {
     )))
 }
 
+/// Whether a process stands by a signal (SIGSTOP), and nobody traces it.
+pub fn is_stopped(pid: i32) -> bool {
+    let process = process(pid, false).ok().flatten();
+    process.is_some_and(|process| process.doing == Doing::Stopped)
+}
+
 /// When a process was started: field 22 of its stat (clock ticks after the boot), which follows a name that may
 /// hold anything.
 fn started(stat: &str) -> Option<SystemTime> {

@@ -53,9 +53,10 @@ impl Client {
         flags: i32,
         message: &[u8],
     ) -> Result<i32> {
-        let flags = flags & ((1 << INDEX_SHIFT) - 1) | index.wrapping_shl(INDEX_SHIFT as u32);
-        let body = request(PUT, owner, name, -1, flags).bytes(message);
-        let code = self.mailbox(body)?.reader().int()?;
+        let code = self
+            .mailbox(put(owner, name, index, flags, message))?
+            .reader()
+            .int()?;
         checked(code).with_context(|| format!("cannot put '{name}' into the mailbox for {owner}"))
     }
 
@@ -70,6 +71,37 @@ impl Client {
             code => checked(code).map(|_| true).with_context(|| {
                 format!("cannot take '{name}' ({index}) of {owner} out of the mailbox")
             }),
+        }
+    }
+
+    /// Takes an entry of its owner and puts it back as another's; false if it was not there any more. Both requests
+    /// leave at once: whatever becomes of us, the second follows the first.
+    ///
+    /// # Errors
+    /// When the pvmd refuses, with its reason.
+    pub fn mailbox_hand_over(&mut self, entry: &Entry, to: Tid) -> Result<bool> {
+        let Some(message) = self.mailbox_get(&entry.name, entry.index)? else {
+            return Ok(false);
+        };
+        let remove = request(REMOVE, entry.owner, &entry.name, entry.index, 0);
+        let put = put(to, &entry.name, entry.index, entry.flags, &message);
+        let [removed, put] = self
+            .ask_both(tm::DB, remove, put)
+            .context("cannot ask for the mailbox of the virtual machine")?;
+        let what = || {
+            format!(
+                "cannot hand '{}' over from {} to {to}",
+                entry.name, entry.owner
+            )
+        };
+        let index = checked(put.reader().int()?).with_context(what)?;
+        match removed.reader().int()? {
+            // Somebody has taken it away: so it is not put back.
+            NO_ENTRY => {
+                self.mailbox_remove(to, &entry.name, index)?;
+                Ok(false)
+            }
+            code => checked(code).map(|_| true).with_context(what),
         }
     }
 
@@ -123,6 +155,11 @@ fn request(op: i32, tid: Tid, name: &str, index: i32, flags: i32) -> Body {
         .string(name.as_bytes())
         .int(index)
         .int(flags)
+}
+
+fn put(owner: Tid, name: &str, index: i32, flags: i32, message: &[u8]) -> Body {
+    let flags = flags & ((1 << INDEX_SHIFT) - 1) | index.wrapping_shl(INDEX_SHIFT as u32);
+    request(PUT, owner, name, -1, flags).bytes(message)
 }
 
 /// The pvmd adds an empty piece in front each time an entry passes it.

@@ -73,7 +73,7 @@ pub fn run(path: &Path, task: &PvmTask, host: Option<&str>, lazy: bool) -> Resul
         Err(e) => {
             // It may never have begun.
             let id = landing.id.clone();
-            let _ = landing.ask_target(Request::Abandon { id }, PATIENCE);
+            let _ = landing.ask_target(Request::Abandon { id, r: 0 }, PATIENCE);
             Err(Failure::Restore.with(e.context(format!(
                 "task {v} was not restored, and nothing of it is left"
             ))))

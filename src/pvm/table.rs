@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering::SeqCst;
 
 use anyhow::{Context, Result, anyhow, bail};
 use pvm_abi::table::{Entry, Full, Mapped, State, lease_clock};
@@ -143,6 +144,36 @@ impl TidTable {
         })
     }
 
+    /// Notes that the task whose gate is closed ends here and goes on as `next`: by one 8-byte store, which outlives
+    /// whoever decided. False when its gate is not closed for that.
+    ///
+    /// # Errors
+    /// When the table is full.
+    pub fn decide(&mut self, v: u32, next: u32) -> Result<bool> {
+        match self.map.entry(v) {
+            Some(entry) if entry.state.is_closed() && entry.next == next => {
+                let state = State::Decided;
+                self.set(Entry { state, ..entry })?;
+                Ok(true)
+            }
+            _ => Ok(false),
+        }
+    }
+
+    /// Has the lease of a closed gate end in `lease_ms`, if it has one.
+    ///
+    /// # Errors
+    /// When the table is full.
+    pub fn set_lease(&mut self, v: u32, lease_ms: u64) -> Result<()> {
+        match self.map.entry(v) {
+            Some(entry) if entry.state.is_closed() && entry.lease != 0 => {
+                let lease = (lease_clock() + lease_ms).max(1);
+                self.set(Entry { lease, ..entry })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Opens the gate of `v`, whose incarnation is `r` from now on.
     ///
     /// # Errors
@@ -167,6 +198,11 @@ impl TidTable {
     /// Tells tasks that enrol that the table holds what there is to know: see [`pvm_abi::AGENTS`].
     pub fn set_learned(&mut self) {
         self.map.set_learned();
+    }
+
+    /// Whether that is so.
+    pub fn has_learned(&self) -> bool {
+        self.map.header.learned.load(SeqCst) != 0
     }
 
     /// Hides a task (an agent) from `pvm_tasks`.
@@ -206,6 +242,20 @@ pub fn present(path: &Path, r: u32) -> Result<Option<u32>> {
     let map = Mapped::new(&file).with_context(failed)?;
     let v = map.v_of(r).unwrap_or(r);
     Ok(map.entry(v).map(|entry| entry.r))
+}
+
+/// Whether the table at `path` says that `v` goes on as `next`: for a mover that has lost its agent.
+///
+/// # Errors
+/// When there is no such table, or it cannot be mapped.
+pub fn decided(path: &Path, v: u32, next: u32) -> Result<bool> {
+    let failed = || format!("cannot read the tid table {}", path.display());
+    let file = place::open(path).with_context(failed)?;
+    let map = Mapped::new(&file).with_context(failed)?;
+    Ok(map.entry(v).is_some_and(|entry| match entry.state {
+        State::Decided => entry.next == next,
+        _ => entry.r == next,
+    }))
 }
 
 fn check(tids: &[u32]) -> Result<()> {

@@ -121,11 +121,15 @@ impl Client {
         let answer = self
             .ask(tm::PSTAT, Body::new().uint(tid.0))
             .with_context(|| format!("cannot ask whether {tid} lives"))?;
-        match answer.reader().int()? {
-            0 => Ok(true),
-            NO_TASK => Ok(false),
-            code => bail!("cannot tell whether {tid} lives: {}", error_name(code)),
-        }
+        said_of_life(tid, &answer)
+    }
+
+    /// Begins to ask whether a task lives; the answer bears this wait id, and [`said_of_life`] reads it.
+    ///
+    /// # Errors
+    /// As for [`Client::begin`].
+    pub fn begin_lives(&mut self, tid: Tid) -> Result<u32> {
+        self.begin(tm::PSTAT, Body::new().uint(tid.0))
     }
 
     /// Asks to be told of an event by a message with this tag, in the default context (TM_NOTIFY); see
@@ -258,6 +262,18 @@ fn host(reader: &mut Reader<'_>) -> Result<Host> {
     };
     let _signature = reader.int()?;
     Ok(host)
+}
+
+/// What an answer to [`Client::begin_lives`] says.
+///
+/// # Errors
+/// When the pvmd cannot tell, as when the host is gone.
+pub fn said_of_life(tid: Tid, answer: &Message) -> Result<bool> {
+    match answer.reader().int()? {
+        0 => Ok(true),
+        NO_TASK => Ok(false),
+        code => bail!("cannot tell whether {tid} lives: {}", error_name(code)),
+    }
 }
 
 /// The tids in a notice of [`Client::notify`].

@@ -62,6 +62,7 @@ pub fn furnish(r: &mut Remote, t: &Thread, ours: &Creds) -> Result<()> {
         libc::SYS_set_tid_address,
         &[t.clear_child_tid.into()],
     )?;
+    cached_id(r, t)?;
     if let Some(q) = &t.rseq {
         r.must(
             what("rseq"),
@@ -124,6 +125,21 @@ pub fn furnish(r: &mut Remote, t: &Thread, ours: &Creds) -> Result<()> {
         &[libc::PR_SET_PDEATHSIG.into(), t.pdeathsig.into()],
     )?;
     r.flush()
+}
+
+/// C libraries keep a thread's id where the kernel clears it at the thread's end: raise(3) and mutexes use that one.
+fn cached_id(r: &Remote, t: &Thread) -> Result<()> {
+    if r.inside == t.tid || t.clear_child_tid == 0 {
+        return Ok(());
+    }
+    let mut cached = [0; 4];
+    // It may point to anything, or nowhere.
+    if r.mem().read(t.clear_child_tid, &mut cached).is_ok() && cached == t.tid.to_le_bytes() {
+        let id = r.inside.to_le_bytes();
+        (r.mem().write(t.clear_child_tid, &id))
+            .with_context(|| format!("the id that thread {} keeps of itself", t.tid))?;
+    }
+    Ok(())
 }
 
 /// What is left to see of a leader that is to end before its threads run; see [`end`].

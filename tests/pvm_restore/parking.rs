@@ -1,5 +1,7 @@
 //! A lander that is parked, and what makes it run or end.
 
+use std::path::PathBuf;
+
 use super::*;
 
 /// A task that waits in pvm_recv, and a lander of its that is parked.
@@ -99,17 +101,6 @@ impl Parking<'_> {
         Ok(tracer)
     }
 
-    /// Nobody traces the parked process any more, and it stands still.
-    fn stands_alone(&self) -> Result<()> {
-        wait_for("the task to stand alone", LIMIT, || {
-            Ok(self.tracer().is_err().then_some(()))
-        })?;
-        let state = format!("grep '^State' /proc/{}/status", self.landed);
-        let state = self.scene.hosts.exec(HOST, &state)?;
-        ensure!(state.contains("T (stopped)"), "{state}");
-        Ok(())
-    }
-
     /// The new one is the task, with what the old one had not read.
     fn runs_here(&mut self) -> Result<()> {
         let (r, v) = (self.r, self.v);
@@ -148,11 +139,34 @@ impl Parking<'_> {
 
     /// No process of a landing is left.
     fn alone(&self) -> Result<()> {
-        wait_for("the end of all mistctls", LIMIT, || {
-            let left = "! ls -l /proc/[0-9]*/exe 2>/dev/null | grep mistctl";
+        wait_for("the end of all mistctls but the agent", LIMIT, || {
+            let left = "for p in /proc/[0-9]*; do case $(readlink $p/exe) in
+                *mistctl) grep -qaz '^agent$' $p/cmdline || exit 1;; esac; done";
             Ok(self.scene.hosts.root(HOST, left).ok())
         })?;
         Ok(())
+    }
+
+    /// Notes in the host's table how far the move has come, as an agent does.
+    fn note(&self, state: State) -> Result<()> {
+        let tmp = format!("/proc/{}/root/tmp", self.scene.hosts.pid(HOST)?);
+        let tables = fs::read_dir(tmp)?.flatten().map(|entry| entry.path());
+        let name = |path: &PathBuf| path.to_string_lossy().into_owned();
+        let mut tables = tables.filter(|p| name(p).contains(".mist-") && !name(p).ends_with(".d"));
+        let path = tables.next().context("the host has no table")?;
+        let table = Mapped::new(&fs::File::options().read(true).write(true).open(path)?)?;
+        let (v, r) = (self.v, self.r);
+        let full = |_| anyhow::anyhow!("the table is full");
+        table.set_incarnation(v, v).map_err(full)?;
+        table.set_incarnation(r, v).map_err(full)?;
+        let entry = Entry {
+            v,
+            r: v,
+            state,
+            next: r,
+            lease: lease_clock() + LONG,
+        };
+        table.set_entry(entry).map_err(full)
     }
 
     fn end(self) {
@@ -196,29 +210,33 @@ pub fn called_off(scene: &Scene) -> Result<()> {
     Ok(())
 }
 
-pub fn agent_dies(scene: &Scene) -> Result<()> {
+/// The agents of both hosts have ended, here those are the same, and the mover. Who finds out has another agent started:
+/// that one ends what the first had decided, or gives it up.
+pub fn agent_dies(scene: &Scene, state: State) -> Result<()> {
     let mut parking = Parking::new(scene, LONG)?;
+    parking.note(state)?;
     parking.line.get_ref().shutdown(std::net::Shutdown::Both)?;
-    parking.kill(parking.pid)?;
-    parking.runs_here()?;
+    match state {
+        State::Decided => parking.runs_here()?,
+        _ => parking.runs_there()?,
+    }
     parking.end();
     Ok(())
 }
 
 pub fn tracer_dies_committed(scene: &Scene) -> Result<()> {
     let mut parking = Parking::new(scene, LONG)?;
+    parking.note(State::Decided)?;
     parking.kill(parking.tracer()?)?;
-    parking.stands_alone()?;
-    parking.kill(parking.pid)?;
     parking.runs_here()?;
     parking.end();
     Ok(())
 }
 
 pub fn tracer_dies_uncommitted(scene: &Scene) -> Result<()> {
-    let mut parking = Parking::new(scene, 3000)?;
+    let mut parking = Parking::new(scene, LONG)?;
+    parking.note(State::Moving)?;
     parking.kill(parking.tracer()?)?;
-    parking.stands_alone()?;
     parking.runs_there()?;
     parking.end();
     Ok(())

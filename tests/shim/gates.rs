@@ -106,9 +106,17 @@ pub fn expired_gate(kit: &Path) {
         r2,
         ..
     } = prepare(&vm);
-    // Whoever was to move it died, and the old incarnation lives.
-    vm.table().close_gate(v, r2, 1).unwrap();
-    assert_eq!(partner.ask(&format!("send {v:x} 5 one")), "0");
+    // Whoever was to move it died, and the old incarnation lives. As long as the other does, too, nothing is decided.
+    let mut third = vm.bare_actor();
+    let r3 = third.enrol();
+    vm.table().add_incarnation(r3, v).unwrap();
+    vm.table().close_gate(v, r3, 1).unwrap();
+    partner.tell(&format!("send {v:x} 5 one"));
+    until_waits(&partner.block(), wait::GATE);
+    assert_eq!(old.ask("trecv -1 5 1000"), "0");
+    until_waits(&partner.block(), wait::GATE);
+    third.crash();
+    assert_eq!(partner.answer(), "0");
     assert!(old.ask("recv -1 5").contains("text one"));
     assert_eq!(new.ask("nrecv -1 5"), "0");
     // The next one also died, but after the commit.

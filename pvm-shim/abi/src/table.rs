@@ -44,6 +44,8 @@ pub enum State {
     Moving = 1,
     /// One of mist's agents: not shown by `pvm_tasks`.
     Hidden = 2,
+    /// As `Moving`, on the host it leaves: it is decided that R ends and the task goes on as `next`.
+    Decided = 3,
 }
 
 impl State {
@@ -51,8 +53,14 @@ impl State {
         match bits {
             1 => State::Moving,
             2 => State::Hidden,
+            3 => State::Decided,
             _ => State::Settled,
         }
+    }
+
+    /// Whether the task's gate is closed.
+    pub fn is_closed(self) -> bool {
+        matches!(self, State::Moving | State::Decided)
     }
 }
 
@@ -65,9 +73,9 @@ pub struct Entry {
     pub r: u32,
     /// Whether it is moving.
     pub state: State,
-    /// While it is moving: the incarnation it may get, or 0.
+    /// While its gate is closed: the incarnation it may get, or 0.
     pub next: u32,
-    /// While it is moving: when the gate's lease ends, CLOCK_MONOTONIC in ms modulo 2^34, or 0.
+    /// While its gate is closed: when the gate's lease ends, CLOCK_MONOTONIC in ms modulo 2^34, or 0.
     pub lease: u64,
 }
 
@@ -211,7 +219,7 @@ impl Table {
     }
 
     /// Writer: sets the whole entry of a V, and counts gates. `next` and `lease` only mean something
-    /// in state `Moving`.
+    /// while the gate is closed.
     pub fn set_entry(&self, new: Entry) -> Result<(), Full> {
         let word = u64::from(new.v) & TID_MASK
             | (u64::from(new.r) & TID_MASK) << TID_BITS
@@ -224,8 +232,8 @@ impl Table {
             };
             let old = forward.word.load(SeqCst);
             if old == 0 || (old & TID_MASK) as u32 == new.v {
-                let was_moving = old != 0 && State::of(old >> (2 * TID_BITS)) == State::Moving;
-                let moves = new.state == State::Moving;
+                let was_moving = old != 0 && State::of(old >> (2 * TID_BITS)).is_closed();
+                let moves = new.state.is_closed();
                 self.changed();
                 if moves && !was_moving {
                     self.header.gates.fetch_add(1, SeqCst);

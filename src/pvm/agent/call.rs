@@ -95,28 +95,36 @@ impl std::error::Error for Gone {}
 /// # Errors
 /// When there is no agent on some host and none can be started.
 pub fn ensure(client: &mut Client) -> Result<Vec<Peer>> {
+    let (agents, learned) = present(client)?;
+    if !learned {
+        introduce(client, &agents)?;
+    }
+    Ok(agents)
+}
+
+/// The agents of all hosts, and whether all know what the others do: those that do not wait until no move is at its end.
+///
+/// # Errors
+/// As for [`ensure`].
+pub(super) fn present(client: &mut Client) -> Result<(Vec<Peer>, bool)> {
     let mut agents = Vec::new();
-    let mut started = false;
+    let mut all = true;
     for host in client.hosts()? {
-        let (tid, new) = on_host(client, &host)?;
-        started |= new;
+        let (tid, learned) = on_host(client, &host)?;
+        all &= learned;
         agents.push(Peer {
             host: host.tid.host().0,
             name: host.name,
             tid: tid.0,
         });
     }
-    if started {
-        introduce(client, &agents)?;
-    }
-    Ok(agents)
+    Ok((agents, all))
 }
 
-/// Finds the agent of a host, or starts one; true when it is new.
-fn on_host(client: &mut Client, host: &Host) -> Result<(Tid, bool)> {
+/// Finds the agent of a host, or starts one; true when it has been told what the others know.
+pub(super) fn on_host(client: &mut Client, host: &Host) -> Result<(Tid, bool)> {
     let program = program()?;
     let until = Instant::now() + STARTING;
-    let mut new = false;
     loop {
         let tasks = client.tasks(host.tid)?;
         for task in &tasks {
@@ -125,7 +133,7 @@ fn on_host(client: &mut Client, host: &Host) -> Result<(Tid, bool)> {
                 continue;
             }
             match Caller::new(client).ask(task.tid, Request::Hello, STARTING) {
-                Ok(Answer::Hello { .. }) => return Ok((task.tid, new)),
+                Ok(Answer::Hello { learned, .. }) => return Ok((task.tid, learned)),
                 Ok(other) => bail!("the agent of {} answers {other:?}", host.name),
                 // Another was there before it.
                 Err(e) if e.downcast_ref::<Gone>().is_some() => {}
@@ -154,7 +162,6 @@ fn on_host(client: &mut Client, host: &Host) -> Result<(Tid, bool)> {
                     host.name
                 )
             })?;
-        new = true;
     }
 }
 

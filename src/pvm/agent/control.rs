@@ -11,7 +11,7 @@ use crate::pvm::local::Seen;
 /// Tag of control messages: "MIST".
 pub const TAG: i32 = 0x4d49_5354;
 /// Version of what is in them. Agents of another version refuse.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Longest message that is taken.
 pub const LONGEST: usize = 4 << 20;
 
@@ -67,18 +67,28 @@ pub enum Request {
     Hide { tids: Vec<u32> },
     /// All that your table knows.
     Table,
-    /// What another agent's table knows: what yours lacks is added.
+    /// What another agent's table knows: what yours lacks is added. Whoever has got this knows what the others do.
     Learn {
         entries: Vec<Known>,
         incarnations: Vec<(u32, u32)>,
     },
     /// See [`crate::pvm::table::TidTable`].
     AddIncarnation { r: u32, v: u32 },
-    /// Close the gate, and answer when nobody on your host is inside a send to `v` and what was sent before has
-    /// been read by your pvmd. When the lease ends, ask pvmd who lives and open it yourself.
-    CloseGate { v: u32, next: u32, lease_ms: u64 },
+    /// Close the gate of `v`, whose incarnation is `from` and may become `next`; answer when nobody on your host is
+    /// inside a send to it and what was sent before has been read by your pvmd. When the lease ends, ask pvmd who
+    /// lives, and open it yourself when that tells.
+    CloseGate {
+        v: u32,
+        from: u32,
+        next: u32,
+        lease_ms: u64,
+    },
     /// Open the gate: `r` is the present incarnation. Tasks that may wait for it are nudged.
     OpenGate { v: u32, r: u32 },
+    /// A move has an outcome: open its gate, if it still is this move's.
+    Settle(Outcome),
+    /// What has become of this move of a task of your host?
+    Fate { v: u32, next: u32 },
     /// Send marker `number` to the incarnation `r`, behind all that came before on its way there.
     Marker { r: u32, number: u32 },
     /// Which of these files are missing on your host, or different?
@@ -91,8 +101,8 @@ pub enum Request {
     Running { id: String },
     /// It was told to wait for this.
     Run { id: String },
-    /// Call it off.
-    Abandon { id: String },
+    /// Call the lander of this move off, or the one that is this incarnation.
+    Abandon { id: String, r: u32 },
     /// What can be seen of the tasks on your host.
     Status,
     /// Move a task of your host: `tid` is virtual or real; the other agents by host.
@@ -103,6 +113,27 @@ pub enum Request {
     },
 }
 
+/// What came of a move.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Names the move; empty for one whose agent has ended.
+    pub id: String,
+    pub v: u32,
+    /// The incarnation that there was, and the one that there was to be.
+    pub from: u32,
+    pub next: u32,
+    /// The task goes on as `next`, or as it was.
+    pub moved: bool,
+}
+
+impl Outcome {
+    /// The incarnation that the task has now.
+    #[must_use]
+    pub fn present(&self) -> u32 {
+        if self.moved { self.next } else { self.from }
+    }
+}
+
 /// An agent: the host's tid and name, and its own tid.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Peer {
@@ -111,7 +142,7 @@ pub struct Peer {
     pub tid: u32,
 }
 
-/// An entry of a tid table that is not on the move.
+/// An entry of a tid table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Known {
     pub v: u32,
@@ -162,6 +193,12 @@ pub enum Answer {
     /// The process of the agent.
     Hello {
         pid: i32,
+        /// It has been told what the others know.
+        learned: bool,
+    },
+    /// Whether it is decided that the task goes on as the new incarnation; none while that is open.
+    Fate {
+        moved: Option<bool>,
     },
     Table {
         entries: Vec<Known>,

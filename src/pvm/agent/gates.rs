@@ -4,14 +4,19 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 use pvm_abi::block::state;
-use pvm_abi::table::{State, lease_clock, lease_over};
+use pvm_abi::table::{Entry, State, lease_clock, lease_over};
 
-use super::control::Answer;
-use super::{Agent, Asker, Ticket};
+use super::control::{Answer, Outcome};
+use super::{Agent, Asker, PATIENCE, Ticket};
+use crate::error::Failure;
 use crate::pvm::block::TaskBlock;
 use crate::pvm::flush::Drain;
 use crate::pvm::tid::Tid;
+use crate::pvm::virtual_machine::said_of_life;
 use crate::pvm::wire::Message;
+
+/// How long until pvmd is asked again who lives, ms.
+const ASK_AGAIN: u64 = 500;
 
 /// A gate that was closed: what is still on its way to it.
 pub struct Closing {
@@ -21,21 +26,51 @@ pub struct Closing {
     drain: Drain,
 }
 
+/// Both incarnations of a task whose gate's lease has ended are asked after.
+pub struct Look {
+    /// V, the incarnation it has, and the one it may get.
+    of: (u32, u32, u32),
+    /// Wait ids of the questions, and what was answered.
+    old: (u32, Option<bool>),
+    new: (u32, Option<bool>),
+    /// Later than this it is asked again.
+    until: Instant,
+}
+
 impl Agent {
     pub(super) fn close_gate(
         &mut self,
         ticket: Ticket,
-        v: u32,
-        next: u32,
+        (v, from, next): (u32, u32, u32),
         lease_ms: u64,
     ) -> Result<()> {
+        match self.table.entry(v) {
+            Some(entry) if entry.r == from => {}
+            // What came of the move before is known by the one that follows.
+            Some(entry) if entry.state.is_closed() && entry.next == from => {
+                self.open_gate(v, from)?;
+            }
+            None if v == from => {}
+            None => {
+                self.table.add_incarnation(from, v)?;
+                self.table.open_gate(v, from)?;
+            }
+            Some(entry) => {
+                return Err(Failure::Busy.because(format!(
+                    "here task {} is {}, not {}; try again in a while",
+                    Tid(v),
+                    Tid(entry.r),
+                    Tid(from)
+                )));
+            }
+        }
         self.table.close_gate(v, next, lease_ms)?;
         match ticket.asker {
             // It stays closed whatever becomes of who asks.
             _ if lease_ms == 0 => drop(self.closed_for.remove(&v)),
             Asker::Task(asker) => {
-                self.watch(asker)?;
                 self.closed_for.insert(v, asker);
+                self.watch(asker)?;
             }
             _ => {}
         }
@@ -90,6 +125,21 @@ impl Agent {
         self.nudge()
     }
 
+    /// Opens the gate of a move that has an outcome. What was said of another one comes too late.
+    pub(super) fn settle(&mut self, outcome: &Outcome) -> Result<()> {
+        let (v, r) = (outcome.v, outcome.present());
+        let ours = match self.table.entry(v) {
+            Some(entry) if entry.state.is_closed() => entry.next == outcome.next,
+            Some(entry) => outcome.moved && entry.r == outcome.from,
+            None => outcome.moved,
+        };
+        if !ours || outcome.next == 0 {
+            return Ok(());
+        }
+        self.table.add_incarnation(r, v)?;
+        self.open_gate(v, r)
+    }
+
     /// Sends every task under the shim something that its libpvm discards: it looks at the table again.
     fn nudge(&mut self) -> Result<()> {
         const NUDGE: u32 = 0;
@@ -102,52 +152,129 @@ impl Agent {
         Ok(())
     }
 
-    /// Whoever had gates closed has ended, or (none given) an agent before us: they find out soon who lives. Soon,
-    /// not now: what had been decided may still have to be done.
-    pub(super) fn shorten_leases(&mut self, asker: Option<Tid>) -> Result<()> {
-        const SOON: u64 = 5000;
-        for entry in self.table.list() {
-            let his = asker.is_none() || self.closed_for.get(&entry.v).copied() == asker;
-            if entry.state == State::Moving && entry.lease != 0 && his {
-                self.table.close_gate(entry.v, entry.next, SOON)?;
-            }
+    /// Whoever had gates closed has ended: it is found out now what came of it.
+    pub(super) fn closer_ended(&mut self, closer: Tid) -> Result<()> {
+        let his: Vec<u32> = (self.closed_for.iter())
+            .filter(|(_, tid)| **tid == closer)
+            .map(|(v, _)| *v)
+            .collect();
+        let any = !his.is_empty();
+        for v in his {
+            self.closed_for.remove(&v);
+            self.table.set_lease(v, 0)?;
+        }
+        if any {
+            // On its host another agent has to find out.
+            self.start_agents();
         }
         Ok(())
     }
 
-    /// Opens the gates whose lease has ended, for whoever of the two incarnations lives.
+    /// What an agent before us has left. Moves that began here are ours to end: whoever has lost his agent decides
+    /// nothing any more.
+    pub(super) fn take_up(&mut self) -> Result<()> {
+        let closed = self.table.list();
+        for entry in closed.into_iter().filter(|entry| entry.state.is_closed()) {
+            if entry.next == 0 {
+                continue;
+            }
+            if Tid(entry.r).host() != self.own.host() {
+                self.table.set_lease(entry.v, 0)?;
+                continue;
+            }
+            let outcome = Outcome {
+                id: String::new(),
+                v: entry.v,
+                from: entry.r,
+                next: entry.next,
+                moved: entry.state == State::Decided,
+            };
+            self.conclude(outcome)?;
+        }
+        // Of those that wait for a gate some may not have been told that it is open.
+        self.nudge()
+    }
+
+    /// Asks after both incarnations where a lease has ended. The gate opens for the old one if it lives and the new
+    /// one cannot become the task any more, and for the new one if the old one has ended; while both live nothing
+    /// is decided.
     pub(super) fn look_at_leases(&mut self) -> Result<()> {
         let now = lease_clock();
         for entry in self.table.list() {
-            if entry.state != State::Moving || !lease_over(entry.lease, now) {
+            if !entry.state.is_closed() || !lease_over(entry.lease, now) {
                 continue;
             }
-            let old = self.client.lives(Tid(entry.r));
+            self.table.set_lease(entry.v, ASK_AGAIN)?;
+            let of = (entry.v, entry.r, entry.next);
+            self.looks.retain(|look| look.until > Instant::now());
+            if self.looks.iter().any(|look| look.of == of) {
+                continue;
+            }
+            let old = self.client.begin_lives(Tid(entry.r))?;
             let new = match entry.next {
-                0 => Ok(false),
-                next => self.client.lives(Tid(next)),
+                0 => (0, Some(false)),
+                next => (self.client.begin_lives(Tid(next))?, None),
             };
-            let present = match (old, new) {
-                (Ok(false), Ok(true)) => entry.next,
-                // Neither lives: what is sent vanishes, as it does for any task that has ended.
-                (Ok(_), Ok(_)) => entry.r,
-                // A pvmd that cannot tell: later.
-                _ => {
-                    self.table.close_gate(entry.v, entry.next, 1000)?;
-                    continue;
-                }
-            };
-            self.open_gate(entry.v, present)?;
+            self.looks.push(Look {
+                of,
+                old: (old, None),
+                new,
+                until: Instant::now() + PATIENCE,
+            });
         }
         Ok(())
+    }
+
+    /// An answer of pvmd: whether a task lives.
+    pub(super) fn lives(&mut self, answer: &Message) -> Result<()> {
+        let wait = answer.wait;
+        let asked = |look: &Look| look.old.0 == wait || look.new.0 == wait;
+        let Some(at) = self.looks.iter().position(asked) else {
+            return Ok(());
+        };
+        let Some(look) = self.looks.get_mut(at) else {
+            return Ok(());
+        };
+        let (v, r, next) = look.of;
+        // A pvmd that cannot tell is asked again.
+        let Ok(lives) = said_of_life(Tid(r), answer) else {
+            self.looks.swap_remove(at);
+            return Ok(());
+        };
+        match look.old.0 == wait {
+            true => look.old.1 = Some(lives),
+            false => look.new.1 = Some(lives),
+        }
+        let (Some(old), Some(new)) = (look.old.1, look.new.1) else {
+            return Ok(());
+        };
+        self.looks.swap_remove(at);
+        let same = |entry: &Entry| {
+            entry.state.is_closed() && (entry.r, entry.next) == (r, next) && entry.lease != 0
+        };
+        if !self.table.entry(v).as_ref().is_some_and(same) {
+            return Ok(());
+        }
+        match (old, new) {
+            (true, true) => Ok(()),
+            (false, _) if next != 0 => {
+                self.table.add_incarnation(next, v)?;
+                self.open_gate(v, next)
+            }
+            // Of a task that was saved and has ended: what is sent vanishes, as for any that has ended.
+            (false, _) | (true, false) => self.open_gate(v, r),
+        }
     }
 
     pub(super) fn until_next_lease(&self) -> Option<Duration> {
         let now = lease_clock();
-        let moving = self.table.list().into_iter();
-        let leases = moving.filter(|entry| entry.state == State::Moving && entry.lease != 0);
+        let entries = self.table.list().into_iter();
+        let leases = entries.filter(|entry| entry.state.is_closed() && entry.lease != 0);
         leases
-            .map(|entry| Duration::from_millis(entry.lease.wrapping_sub(now) & ((1 << 33) - 1)))
+            .map(|entry| match lease_over(entry.lease, now) {
+                true => Duration::ZERO,
+                false => Duration::from_millis(entry.lease.wrapping_sub(now) & ((1 << 33) - 1)),
+            })
             .min()
     }
 }

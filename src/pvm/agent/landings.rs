@@ -126,8 +126,12 @@ impl Landings {
     }
 
     /// Whatever it is at: it exits, unless it runs.
-    pub fn abandon(&mut self, id: &str) {
-        if let Some(mut lander) = self.landers.remove(id)
+    pub fn abandon(&mut self, id: &str, r: Tid) {
+        let same = |(known, lander): &(&String, &Lander)| *known == id || lander.r == r;
+        let Some(id) = self.landers.iter().find(same).map(|(id, _)| id.clone()) else {
+            return;
+        };
+        if let Some(mut lander) = self.landers.remove(&id)
             && let Some(line) = &mut lander.line
         {
             // If it does not hear it, it has ended; parked, it finds out by itself.

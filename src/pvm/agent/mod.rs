@@ -10,9 +10,11 @@ mod gates;
 mod landings;
 pub mod lines;
 mod moves;
+mod settle;
 
 pub use call::{Caller, ensure};
 pub use compare::look;
+pub use settle::{conclude, hand_over_mailbox, inquire, settle};
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, DirBuilder};
@@ -28,7 +30,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use pvm_abi::table::{Entry, State};
-use pvm_abi::{AGENTS, CTX_TC, NOOP_MARKER};
+use pvm_abi::{AGENTS, CTX_TC, CTX_TM, NOOP_MARKER};
 
 use crate::error::Failure;
 use crate::pvm::client::{self, Client, Pvmd};
@@ -37,9 +39,9 @@ use crate::pvm::mailbox::{MULTI_INSTANCE, packed};
 use crate::pvm::table::TidTable;
 use crate::pvm::tid::Tid;
 use crate::pvm::virtual_machine::{Notify, Task, noticed};
-use crate::pvm::wire::{Body, Message, tc};
-use control::{Answer, Envelope, Failed, Known, LONGEST, Peer, Request, TAG, VERSION, What};
-use gates::Closing;
+use crate::pvm::wire::{Body, Message, tc, tm};
+use control::{Answer, Envelope, Failed, Known, LONGEST, Outcome, Request, TAG, VERSION, What};
+use gates::{Closing, Look};
 use landings::Landings;
 use moves::Moves;
 
@@ -65,10 +67,6 @@ enum Asker {
     Task(Tid),
     /// A mover of ours, by its number.
     Mover(u64),
-    /// Ourselves, after the death of a mover: when the answer is there, task `v` is `r2`.
-    Landed { v: u32, r2: u32 },
-    /// Nobody wants to know.
-    Nobody,
 }
 
 /// Runs until the virtual machine ends.
@@ -88,8 +86,7 @@ pub fn run() -> Result<()> {
         }
     };
     let mut agent = Agent::new(client, table)?;
-    agent.shorten_leases(None)?;
-    let done = agent.serve();
+    let done = agent.take_up().and_then(|()| agent.serve());
     // Its movers notice by themselves; its landers, too.
     let _ = fs::remove_dir_all(&agent.dir);
     done
@@ -114,8 +111,10 @@ struct Agent {
     relayed: HashMap<u64, (Ticket, Tid)>,
     /// Tasks of whose end we are told.
     watched: HashSet<Tid>,
-    /// Whose gates are to be opened when a task that lost its mover runs.
-    gates_left: HashMap<u32, Vec<Peer>>,
+    /// What came of moves is being told everybody, by these children.
+    settling: HashMap<i32, Outcome>,
+    /// Questions after the two incarnations of a task.
+    looks: Vec<Look>,
     next: u64,
 }
 
@@ -168,7 +167,8 @@ impl Agent {
             moves: Moves::default(),
             relayed: HashMap::new(),
             watched: HashSet::new(),
-            gates_left: HashMap::new(),
+            settling: HashMap::new(),
+            looks: Vec::new(),
             next: 1,
             dir,
         })
@@ -176,7 +176,11 @@ impl Agent {
 
     fn serve(&mut self) -> Result<()> {
         loop {
-            // The end of the connection is the end of the virtual machine, or of this host's part of it.
+            self.look_at_leases()?;
+            self.serve_movers()?;
+            self.serve_landers()?;
+            // After all that asks the pvmd: what comes while an answer is waited for is kept, and no descriptor
+            // tells of it. The end of the connection is the end of the virtual machine, or of this host's part of it.
             while let Some(message) = match self.client.recv(Some(Duration::ZERO)) {
                 Ok(message) => message,
                 Err(_) => return Ok(()),
@@ -184,9 +188,6 @@ impl Agent {
                 self.message(&message)?;
             }
             self.look_at_drains()?;
-            self.look_at_leases()?;
-            self.serve_movers()?;
-            self.serve_landers()?;
             if !self.wait()? {
                 return Ok(());
             }
@@ -219,7 +220,7 @@ impl Agent {
             if signal.ssi_signo == Signal::SIGTERM as u32 {
                 return Ok(false);
             }
-            self.reap();
+            self.reap()?;
         }
         while let Ok((stream, _)) = self.listener.accept() {
             self.landings.connected(stream);
@@ -239,6 +240,9 @@ impl Agent {
         }
         if message.ctx == CTX_TC as u32 && message.tag == tc::NOOP {
             return self.marker(message);
+        }
+        if message.ctx == CTX_TM as u32 && message.tag == tm::PSTAT {
+            return self.lives(message);
         }
         if message.ctx != 0 || message.tag != TAG as u32 || message.body.len() > LONGEST {
             return Ok(());
@@ -306,7 +310,7 @@ impl Agent {
                     self.answer(ticket, Err(anyhow!("the agent {tid} has ended")))?;
                 }
             }
-            self.shorten_leases(Some(*tid))?;
+            self.closer_ended(*tid)?;
         }
         Ok(())
     }
@@ -336,14 +340,6 @@ impl Agent {
                 self.moves.answer(number, ticket.id, what);
                 Ok(())
             }
-            Asker::Landed { v, r2 } => match (what, self.gates_left.remove(&v)) {
-                (What::Answer(_), Some(agents)) => {
-                    self.tell_all(&agents, &Request::OpenGate { v, r: r2 })
-                }
-                // Each agent finds out by itself.
-                _ => Ok(()),
-            },
-            Asker::Nobody => Ok(()),
         }
     }
 
@@ -364,6 +360,7 @@ impl Agent {
         match request {
             Request::Hello => Ok(Some(Answer::Hello {
                 pid: std::process::id() as i32,
+                learned: self.table.has_learned(),
             })),
             Request::Hide { tids } => {
                 for tid in tids {
@@ -380,9 +377,16 @@ impl Agent {
                 self.table.add_incarnation(r, v)?;
                 Ok(Some(Answer::Done))
             }
-            Request::CloseGate { v, next, lease_ms } => {
-                self.close_gate(ticket, v, next, lease_ms).map(|()| None)
-            }
+            Request::CloseGate {
+                v,
+                from,
+                next,
+                lease_ms,
+            } => (self.close_gate(ticket, (v, from, next), lease_ms)).map(|()| None),
+            Request::Settle(outcome) => self.settle(&outcome).map(|()| Some(Answer::Done)),
+            Request::Fate { v, next } => Ok(Some(Answer::Fate {
+                moved: self.fate(v, next),
+            })),
             Request::OpenGate { v, r } => {
                 self.open_gate(v, r)?;
                 Ok(Some(Answer::Done))
@@ -399,8 +403,8 @@ impl Agent {
             Request::Parked { id } => self.landings.parked(ticket, &id),
             Request::Running { id } => self.landings.running(ticket, &id),
             Request::Run { id } => self.landings.tell_run(&id).map(|()| Some(Answer::Done)),
-            Request::Abandon { id } => {
-                self.landings.abandon(&id);
+            Request::Abandon { id, r } => {
+                self.landings.abandon(&id, Tid(r));
                 Ok(Some(Answer::Done))
             }
             Request::Status => Ok(Some(Answer::Status {
@@ -413,8 +417,8 @@ impl Agent {
     }
 
     fn known(&self) -> Answer {
-        let away = |entry: &Entry| entry.state == State::Moving && entry.lease == 0;
-        let moves = |entry: &Entry| entry.state == State::Moving && entry.lease != 0;
+        let away = |entry: &Entry| entry.state.is_closed() && entry.lease == 0;
+        let moves = |entry: &Entry| entry.state.is_closed() && entry.lease != 0;
         let (moving, settled): (Vec<Entry>, Vec<Entry>) =
             self.table.list().into_iter().partition(moves);
         Answer::Table {
@@ -439,7 +443,7 @@ impl Agent {
         for known in entries {
             match self.table.entry(known.v) {
                 // What we know ourselves may be newer.
-                Some(entry) if entry.state == State::Moving || entry.r != entry.v => {}
+                Some(entry) if entry.state.is_closed() || entry.r != entry.v => continue,
                 _ if known.hidden => self.table.hide(known.v)?,
                 _ if known.r != known.v => self.table.open_gate(known.v, known.r)?,
                 _ => {}
@@ -468,26 +472,40 @@ impl Agent {
     /// New hosts need to know who is where: the agent of the master's host sees to their agents.
     fn hosts_added(&mut self) -> Result<()> {
         if self.own.host_index() == 1 {
-            let own = std::env::current_exe().context("cannot tell where mistctl is")?;
-            // What comes of it does not concern us: whoever needs an agent there starts it.
-            let child = Command::new(own)
-                .args(["agent", "--everywhere"])
-                .stdin(Stdio::null())
-                .spawn();
-            drop(child);
+            self.start_agents();
         }
         Ok(())
     }
 
+    /// Has agents started where there are none. What comes of it does not concern us: whoever needs one starts it.
+    fn start_agents(&self) {
+        drop(self.start_helper(&["agent", "--everywhere"]));
+    }
+
+    fn start_helper(&self, args: &[&str]) -> Result<i32> {
+        let own = std::env::current_exe().context("cannot tell where mistctl is")?;
+        let child = Command::new(&own).args(args).stdin(Stdio::null()).spawn();
+        let child = child.with_context(|| format!("cannot start {}", own.display()))?;
+        Ok(child.id() as i32)
+    }
+
     /// Takes note of children that have ended.
-    fn reap(&mut self) {
+    fn reap(&mut self) -> Result<()> {
         use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
         while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-            match (status, status.pid()) {
+            let (status, pid) = match (status, status.pid()) {
                 (WaitStatus::StillAlive, _) | (_, None) => break,
-                (_, Some(pid)) => self.moves.ended(pid.as_raw()),
+                (status, Some(pid)) => (status, pid.as_raw()),
+            };
+            self.moves.ended(pid);
+            // One that fails cannot do it; one that was killed has not.
+            if let Some(outcome) = self.settling.remove(&pid)
+                && matches!(status, WaitStatus::Signaled(..))
+            {
+                self.tell(outcome)?;
             }
         }
+        Ok(())
     }
 }
 

@@ -6,16 +6,16 @@ use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, anyhow};
-use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::signal::Signal;
-use pvm_abi::table::State;
+use pvm_abi::table::{Entry, State};
 
-use super::control::{Answer, Peer, Request, What};
+use super::control::{Answer, Failed, Outcome, Peer, Request, What};
 use super::lines::Lines;
 use super::{Agent, Asker, Ticket, no_task};
 use crate::error::Failure;
 use crate::kernel::pidfd;
+use crate::pvm::local;
 use crate::pvm::mover::protocol::{FromMover, Job, ToMover};
 use crate::pvm::tid::Tid;
 
@@ -24,12 +24,10 @@ struct Move {
     line: Lines,
     pid: i32,
     job: Job,
-    /// The task's process.
-    task: OwnedFd,
     /// Who wants to know.
     ticket: Option<Ticket>,
-    /// Set when the decision has been made: the task is to run as this incarnation.
-    committed: Option<u32>,
+    /// The incarnation it is to become, once there is one.
+    next: u32,
 }
 
 /// All of them.
@@ -92,7 +90,7 @@ impl Agent {
         if let Some(entry) = self.table.entry(v) {
             match entry.state {
                 State::Hidden => return refuse(format!("{} is an agent of mist's", Tid(v))),
-                State::Moving => {
+                State::Moving | State::Decided => {
                     return Err(Failure::Busy.because(format!(
                         "what became of the last move of task {} is not clear yet; try again in a while",
                         Tid(v)
@@ -109,7 +107,6 @@ impl Agent {
         let job = Job {
             // Of this virtual machine no two are the same: tids are not given twice, agents neither.
             id: format!("{:x}-{:x}-{number}", self.own.0, v),
-            number: number as u32,
             v,
             r1: r1.0,
             pid,
@@ -122,7 +119,6 @@ impl Agent {
     }
 
     fn start_mover(&self, job: Job, ticket: Ticket) -> Result<Move> {
-        let task = pidfd::open(job.pid)?;
         let (ours, theirs) = UnixStream::pair().context("socketpair")?;
         let own = std::env::current_exe().context("cannot tell where mistctl is")?;
         let child = Command::new(&own)
@@ -136,9 +132,8 @@ impl Agent {
             line,
             pid: child.id() as i32,
             job,
-            task,
             ticket: Some(ticket),
-            committed: None,
+            next: 0,
         })
     }
 
@@ -181,6 +176,11 @@ impl Agent {
                     asker: Asker::Mover(number),
                     id,
                 };
+                if let Request::CloseGate { next, .. } = request
+                    && let Some(mover) = self.moves.moves.get_mut(&number)
+                {
+                    mover.next = next;
+                }
                 if Tid(to) == self.own {
                     return self.request(ticket, request);
                 }
@@ -188,93 +188,116 @@ impl Agent {
             }
             FromMover::Commit { r2 } => {
                 if let Some(mover) = self.moves.moves.get_mut(&number) {
-                    mover.committed = Some(r2);
-                    let _ = mover.line.say(&ToMover::GoOn);
+                    // Whoever of us ends from here on: the table says it.
+                    let decided = self.table.decide(mover.job.v, r2)?;
+                    let _ = mover.line.say(&match decided {
+                        true => ToMover::GoOn,
+                        false => ToMover::GoBack,
+                    });
                 }
                 Ok(())
             }
-            FromMover::Done(moved) => {
-                let done = self.moves.moves.remove(&number);
-                match done.and_then(|m| m.ticket) {
-                    Some(ticket) => self.answer(ticket, Ok(Answer::Moved(moved))),
-                    None => Ok(()),
+            FromMover::Done(moved) => match self.moves.moves.remove(&number) {
+                Some(done) => {
+                    self.left_over(&done)?;
+                    self.tell_asker(done.ticket, What::Answer(Answer::Moved(moved)))
                 }
-            }
-            FromMover::Failed(failed) => {
-                let done = self.moves.moves.remove(&number);
-                match done.and_then(|m| m.ticket) {
-                    Some(ticket) => self.pass_on(ticket, What::Failed(failed)),
-                    None => Ok(()),
+                None => Ok(()),
+            },
+            FromMover::Failed(failed) => match self.moves.moves.remove(&number) {
+                Some(done) => {
+                    self.left_over(&done)?;
+                    self.tell_asker(done.ticket, What::Failed(failed))
                 }
-            }
+                None => Ok(()),
+            },
+        }
+    }
+
+    fn tell_asker(&mut self, ticket: Option<Ticket>, what: What) -> Result<()> {
+        match ticket {
+            Some(ticket) => self.pass_on(ticket, what),
+            None => Ok(()),
         }
     }
 
     /// A mover has died. Before its decision the task stays here, afterwards it goes.
     fn resolve(&mut self, gone: Move) -> Result<()> {
-        let nobody = Ticket {
-            asker: Asker::Nobody,
-            id: 0,
+        let (v, next) = (gone.job.v, gone.next);
+        let moved = self.fate(v, next) == Some(true);
+        let why = match moved {
+            true => format!(
+                "the mover has died when task {} had left: it goes on, on {}",
+                Tid(v),
+                gone.job.to.name
+            ),
+            false => format!(
+                "the mover has died; task {} runs on {} as before",
+                Tid(v),
+                self.host
+            ),
         };
-        let job = &gone.job;
-        let why = match gone.committed {
-            None => {
-                self.relay(
-                    nobody,
-                    Tid(job.to.tid),
-                    Request::Abandon { id: job.id.clone() },
-                )?;
-                let open = Request::OpenGate {
-                    v: job.v,
-                    r: job.r1,
-                };
-                self.tell_all(&job.agents, &open)?;
-                format!(
-                    "the mover has died; task {} runs on {} as before",
-                    Tid(job.v),
-                    self.host
-                )
-            }
-            Some(r2) => {
-                // It may have done it already. What is left is the gates: each agent opens its own when the lease
-                // has ended, for who lives then; this is only sooner.
-                match pidfd::send_signal(gone.task.as_fd(), Signal::SIGKILL as i32) {
-                    Ok(()) | Err(Errno::ESRCH) => {}
-                    Err(e) => return Err(e).context("cannot end a task that has moved"),
-                }
-                let ticket = Ticket {
-                    asker: Asker::Landed { v: job.v, r2 },
-                    id: 0,
-                };
-                self.gates_left.insert(job.v, job.agents.clone());
-                let ask = Request::Running { id: job.id.clone() };
-                self.relay(ticket, Tid(job.to.tid), ask)?;
-                format!(
-                    "the mover has died when task {} had left: it goes on, on {}",
-                    Tid(job.v),
-                    job.to.name
-                )
-            }
-        };
-        match gone.ticket {
-            Some(ticket) => self.answer(ticket, Err(anyhow!(why))),
-            None => Ok(()),
+        self.conclude(gone.outcome(moved))?;
+        self.tell_asker(gone.ticket, What::Failed(Failed::of(&anyhow!(why))))
+    }
+
+    /// What a mover could not do before it ended.
+    fn left_over(&mut self, done: &Move) -> Result<()> {
+        let closed = |entry: &Entry| entry.state.is_closed() && entry.next == done.next;
+        if !self.table.entry(done.job.v).as_ref().is_some_and(closed) {
+            return Ok(());
+        }
+        let moved = self.fate(done.job.v, done.next) == Some(true);
+        self.conclude(done.outcome(moved))
+    }
+
+    /// Whether a task of this host goes on as `next`; none while its mover may still decide.
+    pub(super) fn fate(&self, v: u32, next: u32) -> Option<bool> {
+        let entry = self.table.entry(v);
+        match entry {
+            Some(entry) if entry.r == next && !entry.state.is_closed() => Some(true),
+            Some(entry) if entry.state == State::Decided && entry.next == next => Some(true),
+            _ if (self.moves.moves.values()).any(|m| m.job.v == v && !m.line.has_ended()) => None,
+            _ => Some(false),
         }
     }
 
-    /// Asks something of all agents, ourselves too, and does not wait for their answers.
-    pub(super) fn tell_all(&mut self, agents: &[Peer], request: &Request) -> Result<()> {
-        let nobody = Ticket {
-            asker: Asker::Nobody,
-            id: 0,
-        };
-        for agent in agents {
-            if Tid(agent.tid) == self.own {
-                self.request(nobody, request.clone())?;
-            } else {
-                self.relay(nobody, Tid(agent.tid), request.clone())?;
+    /// Ends a move that has no mover any more: here, and then everywhere.
+    pub(super) fn conclude(&mut self, outcome: Outcome) -> Result<()> {
+        if !outcome.moved {
+            // The mover had it stop in case that it dies (see `crate::pvm::mover`).
+            let stopped = self.tasks()?.into_iter().find(|t| t.tid.0 == outcome.from);
+            if let Some(task) = stopped
+                && local::is_stopped(task.pid)
+            {
+                let _ = pidfd::open(task.pid)
+                    .map(|task| pidfd::send_signal(task.as_fd(), Signal::SIGCONT as i32));
             }
+            self.settle(&outcome)?;
+        }
+        self.tell(outcome)
+    }
+
+    /// Has everybody told what came of a move, by a child: that takes its time.
+    pub(super) fn tell(&mut self, outcome: Outcome) -> Result<()> {
+        let json = serde_json::to_string(&outcome).context("JSON")?;
+        match self.start_helper(&["agent", "--settle", &json]) {
+            Ok(pid) => drop(self.settling.insert(pid, outcome)),
+            // Others find out by themselves, as soon as one of the two incarnations has ended.
+            Err(e) => eprintln!("mistctl: {e:#}"),
         }
         Ok(())
+    }
+}
+
+impl Move {
+    fn outcome(&self, moved: bool) -> Outcome {
+        Outcome {
+            id: self.job.id.clone(),
+            v: self.job.v,
+            from: self.job.r1,
+            next: self.next,
+            moved,
+        }
     }
 }

@@ -1,7 +1,8 @@
 //! Never both, never neither: when the new incarnation may run.
 //!
 //! A move is committed when pvmd says that the old incarnation has ended. The notice comes in the task's own
-//! connection, behind what is unread there, and stays in it: libpvm discards it unseen.
+//! connection, behind what is unread there, and stays in it: libpvm discards it unseen. When it does not come in time,
+//! or nobody is left who would tell, the agent of the host that the task leaves is asked what is decided.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -16,6 +17,7 @@ use pvm_abi::CTX_TC;
 use super::Agent;
 use super::protocol::{Commit, ToLander};
 use crate::kernel::{fds, sockopt};
+use crate::pvm::agent;
 use crate::pvm::client::{Client, Pvmd};
 use crate::pvm::tid::Tid;
 use crate::pvm::wire::{Assembler, tc};
@@ -29,7 +31,13 @@ pub struct Waiting<'a> {
     /// Bytes in it before anything of pvmd's.
     pub before: usize,
     pub pvmd: &'a Pvmd,
+    /// The task, and this incarnation of it.
+    pub v: u32,
+    pub r: Tid,
 }
+
+/// How often it is asked what is decided.
+const ASK_AGAIN: Duration = Duration::from_millis(500);
 
 impl Waiting<'_> {
     /// Returns when the task may run.
@@ -52,6 +60,11 @@ impl Waiting<'_> {
 
     fn until_ended(&self, r1: Tid, lease: Duration, mut agent: Option<&mut Agent>) -> Result<()> {
         let until = Instant::now() + lease;
+        let mut ask_at = if agent.is_some() {
+            until
+        } else {
+            Instant::now()
+        };
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("epoll_create")?;
         // Told of what comes, not of what is there.
         let event = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, CONNECTION);
@@ -66,9 +79,19 @@ impl Waiting<'_> {
             if self.says(r1)? {
                 return Ok(());
             }
-            let left = until.saturating_duration_since(Instant::now());
+            let left = ask_at.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return self.after_lease(r1);
+                match self.inquire(r1) {
+                    Ok(Some(false)) if !self.says(r1)? => bail!(
+                        "the move has failed: {r1} still runs where it was, and goes on there"
+                    ),
+                    // The notice comes, or there is no decision yet.
+                    Ok(_) => {}
+                    Err(e) if Instant::now() > until => return self.nobody_tells(r1, e),
+                    Err(_) => {}
+                }
+                ask_at = Instant::now() + ASK_AGAIN;
+                continue;
             }
             let ms = left.as_micros().div_ceil(1000).min(60_000) as u16;
             let mut events = [EpollEvent::empty(); 2];
@@ -84,10 +107,11 @@ impl Waiting<'_> {
                         bail!("the agent has called it off")
                     }
                     Ok(Some(_)) => {}
-                    // From here on pvmd alone decides.
+                    // Nobody would tell us.
                     Ok(None) | Err(_) => {
                         epoll.delete(line.reader.get_ref()).context("epoll_ctl")?;
                         agent = None;
+                        ask_at = Instant::now();
                     }
                 }
             }
@@ -121,15 +145,24 @@ impl Waiting<'_> {
         Ok(false)
     }
 
-    /// The lease has ended without a word: pvmd is asked. By a connection of its own, for in the task's the
-    /// answer would stand.
-    fn after_lease(&self, r1: Tid) -> Result<()> {
+    /// Asks what is decided, by a connection of its own, for in the task's the answers would stand.
+    fn inquire(&self, r1: Tid) -> Result<Option<bool>> {
         let mut client = Client::enrol(self.pvmd, 0)?;
-        let lives = client.lives(r1)?;
+        let fate = agent::inquire(&mut client, self.v, r1, self.r);
         // It has been asked.
         let _ = client.exit();
+        fate
+    }
+
+    /// The lease has ended, and there is nobody to ask: who lives is the task.
+    fn nobody_tells(&self, r1: Tid, why: anyhow::Error) -> Result<()> {
+        let mut client = Client::enrol(self.pvmd, 0)?;
+        let lives = client.lives(r1)?;
+        let _ = client.exit();
         if lives {
-            bail!("{r1} still runs where it was when the lease ended: the move has failed there");
+            return Err(why.context(format!(
+                "{r1} still runs where it was when the lease ended, and nobody tells what is decided"
+            )));
         }
         Ok(())
     }

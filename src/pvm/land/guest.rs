@@ -116,6 +116,8 @@ impl<'a> Task<'a> {
             connection: connection.as_fd(),
             before: self.unread.len(),
             pvmd: &self.pvmd,
+            v: self.task.v,
+            r: Tid(self.r),
         })
     }
 }

@@ -14,8 +14,8 @@
 //!
 //! * [`ToAgent::Failed`] instead of any of the lander's messages: nothing is left, its process ends.
 //! * [`ToLander::Abandon`] at any time before Running, or the connection's end before Parked: it exits.
-//! * Parked, the connection may end: a move is then resolved by pvmd alone (the notice of R1's end, or the
-//!   lease), a restore that was not told to run exits.
+//! * Parked, the connection may end: of a move it is then asked on the host that V leaves what is decided, as it is
+//!   when the lease ends; a restore that was not told to run exits.
 //! * It is to be spawned without anybody who collects its output or traces (tid 0): what it says itself is for
 //!   pvmd's log. Before Parked it tells its pvmd where the task's own output goes.
 //! * What stood unread in V's connection is in R2's before Parked is said: whatever reaches R2 later comes

@@ -29,7 +29,7 @@ impl Link {
             next: 1,
             kept: HashMap::new(),
         };
-        match link.hear(Instant::now() + Duration::from_secs(10))? {
+        match link.hear(Some(Instant::now() + Duration::from_secs(10)))? {
             ToMover::Job(job) => Ok((link, job)),
             _ => bail!("the agent gives no job"),
         }
@@ -60,16 +60,17 @@ impl Link {
         first
     }
 
-    /// Tells the agent the decision; returns when it has taken note.
+    /// Asks the agent to decide that the task goes; returns when that is so. It may take as long as it takes: what has
+    /// been asked for cannot be taken back.
     ///
     /// # Errors
-    /// When it is gone: then nothing is decided.
+    /// When it does not, or is gone: then [`crate::pvm::table::decided`] tells.
     pub fn commit(&mut self, r2: u32) -> Result<()> {
         self.say(&FromMover::Commit { r2 })?;
-        let until = Instant::now() + Duration::from_secs(5);
         loop {
-            match self.hear(until)? {
+            match self.hear(None)? {
                 ToMover::GoOn => return Ok(()),
+                ToMover::GoBack => bail!("the agent of this host has given the move up"),
                 ToMover::Answer { id, what } => drop(self.kept.insert(id, what)),
                 ToMover::Job(_) => {}
             }
@@ -107,7 +108,7 @@ impl Link {
                 break what;
             }
             let heard = self
-                .hear(until)
+                .hear(Some(until))
                 .with_context(|| format!("waiting for the agent of {}", to.name))?;
             if let ToMover::Answer { id, what } = heard {
                 self.kept.insert(id, what);
@@ -120,11 +121,11 @@ impl Link {
         }
     }
 
-    fn hear(&mut self, until: Instant) -> Result<ToMover> {
-        let left = until.saturating_duration_since(Instant::now());
+    fn hear(&mut self, until: Option<Instant>) -> Result<ToMover> {
+        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
         self.reader
             .get_ref()
-            .set_read_timeout(Some(left.max(Duration::from_millis(1))))
+            .set_read_timeout(left.map(|left| left.max(Duration::from_millis(1))))
             .context("SO_RCVTIMEO")?;
         let mut line = Vec::new();
         self.reader

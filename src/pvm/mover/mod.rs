@@ -1,8 +1,9 @@
 //! The mover: takes one task from this host to another. A process of its own, so that whatever becomes of it is
 //! this move's end and no more.
 //!
-//! Until [`Link::commit`] has returned, every way out leaves the task running here, its gates open and the lander
-//! gone; from then on the task goes, and what the mover does not do its agent does.
+//! Until it is decided, every way out leaves the task running here, its gates open and the lander gone; from then on
+//! the task goes, and what the mover does not do its agent does. The decision is one store by the agent into the tid
+//! table of this host, which outlives both.
 
 mod files;
 mod link;
@@ -17,9 +18,8 @@ use anyhow::{Context, Result, anyhow, bail};
 use crate::dump::{After, Carried, Options, Session, Tracker};
 use crate::error::Failure;
 use crate::image::Compress;
-use crate::image::pvm::MailboxEntry;
 use crate::pvm::agent;
-use crate::pvm::agent::control::{Answer, Failed, Landing, Moved, Peer, Request};
+use crate::pvm::agent::control::{Answer, Failed, Landing, Moved, Outcome, Peer, Request};
 use crate::pvm::capture::Task;
 use crate::pvm::client::Client;
 use crate::pvm::connection::Raised;
@@ -27,9 +27,12 @@ use crate::pvm::flush;
 use crate::pvm::quiet;
 use crate::pvm::shimabi::NOOP_MARKER;
 use crate::pvm::stream::{ImageSender, Key, Stream};
+use crate::pvm::table;
 use crate::pvm::tid::Tid;
 use crate::pvm::virtual_machine::Host;
 use link::Link;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use protocol::{FromMover, Job};
 
 /// How long agents may take for an answer.
@@ -73,8 +76,8 @@ struct Mover<'j> {
     r2: u32,
     closed: bool,
     landed: bool,
-    /// Entries of the mailbox that are the new incarnation's already.
-    given: Vec<MailboxEntry>,
+    /// It has entries in the mailbox that would vanish with the old incarnation.
+    has_entries: bool,
     moved: Moved,
 }
 
@@ -108,7 +111,7 @@ impl<'j> Mover<'j> {
             r2: 0,
             closed: false,
             landed: false,
-            given: Vec::new(),
+            has_entries: false,
             moved: Moved {
                 v: job.v,
                 from: job.r1,
@@ -164,14 +167,13 @@ impl<'j> Mover<'j> {
         if let Answer::Parked { warnings } = parked {
             self.moved.warnings = warnings;
         }
-        self.give_mailbox()?;
         if stopped.elapsed() > DECIDE {
             bail!(
                 "it took longer than {} s with the task stopped",
                 DECIDE.as_secs()
             );
         }
-        link.commit(self.r2)?;
+        self.commit(link)?;
         // Decided. What fails from here on is not undone: the agent and the lander see to it.
         self.finish(link, session, stopped);
         let totals = sender.totals();
@@ -239,6 +241,7 @@ impl<'j> Mover<'j> {
         self.closed = true;
         let close = Request::CloseGate {
             v: self.job.v,
+            from: self.job.r1,
             next: self.r2,
             lease_ms: GATE_LEASE,
         };
@@ -284,9 +287,10 @@ impl<'j> Mover<'j> {
     fn flush(&mut self, link: &mut Link, session: &Session) -> Result<Raised> {
         // What it had written goes first, so that what its agent asks others for is behind it.
         flush::written(&self.task, PATIENCE)?;
+        // The new incarnation's tid is given once: no marker of an earlier move has it.
         let marker = Request::Marker {
             r: self.job.r1,
-            number: self.job.number,
+            number: self.r2,
         };
         // Whoever answers has got this by way of the old pvmd, and what was before it.
         link.ask_all(&self.agents, &marker, PATIENCE)?;
@@ -294,7 +298,7 @@ impl<'j> Mover<'j> {
         flush::arrived(
             &self.task,
             session.guardian(),
-            (NOOP_MARKER, self.job.number),
+            (NOOP_MARKER, self.r2),
             &agents,
             PATIENCE,
         )
@@ -308,7 +312,7 @@ impl<'j> Mover<'j> {
     ) -> Result<()> {
         session.look(sender)?;
         let captured = self.task.capture(session, &mut self.client, sender)?;
-        self.given.clone_from(&captured.mailbox);
+        self.has_entries = !captured.mailbox.is_empty();
         session.set_pvm(captured);
         session.hang_up(self.task.connection.task_end()?);
         let (runs, _) = session.changes(tracker, sender)?;
@@ -318,14 +322,20 @@ impl<'j> Mover<'j> {
         sender.finish(&manifest)
     }
 
-    /// Entries of the mailbox that would vanish with the old incarnation become the new one's.
-    fn give_mailbox(&mut self) -> Result<()> {
-        let (r1, r2) = (Tid(self.job.r1), Tid(self.r2));
-        for entry in std::mem::take(&mut self.given) {
-            hand_over(&mut self.client, &entry, r1, r2)?;
-            self.given.push(entry);
+    /// Has it decided that the task goes. From the question on the task may be as good as gone, so it must not go on
+    /// by itself if we die: it stops then, until whoever knows ends it, or lets it go on.
+    fn commit(&self, link: &mut Link) -> Result<()> {
+        let signal = |signal: Signal| kill(Pid::from_raw(self.job.pid), signal);
+        signal(Signal::SIGSTOP).context("stopping the task")?;
+        let Err(e) = link.commit(self.r2) else {
+            return Ok(());
+        };
+        // The agent may have decided it and died. Nobody decides it any more.
+        if table::decided(&self.task.block.table_path()?, self.job.v, self.r2)? {
+            return Ok(());
         }
-        Ok(())
+        signal(Signal::SIGCONT).context("letting the task go on")?;
+        Err(e)
     }
 
     /// Behind the decision.
@@ -333,7 +343,15 @@ impl<'j> Mover<'j> {
         let mut warn = |what: &str, e: anyhow::Error| {
             self.moved.warnings.push(format!("{what}: {e:#}"));
         };
+        let (r1, r2) = (Tid(self.job.r1), Tid(self.r2));
+        if self.has_entries
+            && let Err(e) = agent::hand_over_mailbox(&mut self.client, r1, r2)
+        {
+            warn("the task's entries of the mailbox", e);
+        }
         if let Err(e) = session.end(After::Kill) {
+            // It has not gone on: it was told to stop.
+            let _ = kill(Pid::from_raw(self.job.pid), Signal::SIGKILL);
             warn("ending the task here", e);
         }
         let id = self.job.id.clone();
@@ -342,47 +360,46 @@ impl<'j> Mover<'j> {
         if let Err(e) = running {
             warn("waiting for it to run", e);
         }
-        let open = Request::OpenGate {
+        if let Err(e) = self.settle(link, true) {
+            self.moved.warnings.push(format!(
+                "opening the gates, which will open later by themselves: {e:#}"
+            ));
+        }
+    }
+
+    /// Tells all agents what came of it.
+    fn settle(&mut self, link: &mut Link, moved: bool) -> Result<()> {
+        let outcome = Outcome {
+            id: self.job.id.clone(),
             v: self.job.v,
-            r: self.r2,
+            from: self.job.r1,
+            next: self.r2,
+            moved,
         };
-        if let Err(e) = link.ask_all(&self.agents, &open, PATIENCE) {
-            warn("opening the gates, which will open later by themselves", e);
+        let told = Request::Settle(outcome.clone());
+        match link.ask_all(&self.agents, &told, PATIENCE) {
+            Ok(()) => Ok(()),
+            // Our agent has ended, or another.
+            Err(_) => agent::settle(&mut self.client, &outcome),
         }
     }
 
     /// Everything as it was before. The task runs already.
     fn undo(&mut self, link: &mut Link) -> Result<()> {
-        let (r1, r2) = (Tid(self.job.r1), Tid(self.r2));
         let mut first = Ok(());
-        for entry in std::mem::take(&mut self.given) {
-            let owned = self.r2 != 0;
-            if owned {
-                first = first.and(hand_over(&mut self.client, &entry, r2, r1));
-            }
-        }
         if self.closed {
-            let open = Request::OpenGate {
-                v: self.job.v,
-                r: self.job.r1,
-            };
-            first = first.and(link.ask_all(&self.agents, &open, PATIENCE));
+            first = self.settle(link, false);
         }
         if self.landed {
-            let id = self.job.id.clone();
-            let done = link.ask(&self.job.to, Request::Abandon { id }, PATIENCE);
-            first = first.and(done.map(drop));
+            let abandon = Request::Abandon {
+                id: self.job.id.clone(),
+                r: self.r2,
+            };
+            // When its agent has ended it finds out by itself.
+            let _ = link.ask(&self.job.to, abandon, PATIENCE);
         }
         first
     }
-}
-
-/// Takes an entry of one owner and puts it back as another's. One that is not there has been taken away.
-fn hand_over(client: &mut Client, entry: &MailboxEntry, from: Tid, to: Tid) -> Result<()> {
-    if client.mailbox_remove(from, &entry.class, entry.index)? {
-        client.mailbox_put(to, &entry.class, entry.index, entry.flags, &entry.message.0)?;
-    }
-    Ok(())
 }
 
 /// Where the lander listens.

@@ -9,8 +9,6 @@ use crate::pvm::agent::control::{Failed, Moved, Peer, Request, What};
 pub struct Job {
     /// Names the move.
     pub id: String,
-    /// Of this move's markers.
-    pub number: u32,
     pub v: u32,
     /// The incarnation that is here, and its process.
     pub r1: u32,
@@ -40,6 +38,12 @@ pub enum FromMover {
 #[serde(tag = "say", rename_all = "snake_case")]
 pub enum ToMover {
     Job(Job),
-    Answer { id: u64, what: What },
+    Answer {
+        id: u64,
+        what: What,
+    },
+    /// It is decided.
     GoOn,
+    /// It cannot be: the task stays.
+    GoBack,
 }
