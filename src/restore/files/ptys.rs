@@ -58,12 +58,16 @@ impl Builder<'_> {
                 path: path.to_string_lossy().into_owned(),
             });
         } else {
-            self.built.warnings.push(format!(
+            let warning = format!(
                 "process {} ({}) had a terminal of its own session, and this one belongs to that of your shell: \
                  it can read, write and be interrupted, but not open /dev/tty nor move jobs between foreground \
                  and background; to give it one: script -qec 'exec mistctl restore IMAGE' /dev/null",
                 first.pid, first.comm
-            ));
+            );
+            // Of several standard streams once.
+            if !self.built.warnings.contains(&warning) {
+                self.built.warnings.push(warning);
+            }
         }
         Ok(())
     }
