@@ -1,4 +1,5 @@
-// Sleeps once in a system call with a time-out and shows when that ended: late CALL FILE START
+// Sleeps once in a system call and shows when that ended, by its time-out or, where the name ends in _event, because
+// of what another thread or a child does after the same time: late CALL FILE START
 // START is when to call (CLOCK_MONOTONIC, nanoseconds), so that two of them call in the same tick of the kernel's
 // clock, of which one is left alone. FILE shows eight words: began, ended, the time the program was away, the
 // time-out, result, errno, beat, system call. A second thread notices when the program is away; both have a
@@ -19,17 +20,21 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/file.h>
 #include <sys/mman.h>
+#include <sys/msg.h>
 #include <sys/select.h>
 #include <sys/sem.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
 #define WAIT_MS 700
 #define TICK_NS 100000
+#define MUCH (1 << 20)
 static volatile int64_t *shown;
 static const char *name;
 static int fd, fd2, pair[2];
@@ -69,6 +74,155 @@ static void *tick(void *arg)
         shown[6] = last = n;
     }
     return NULL;
+}
+
+static char much[MUCH];
+static pthread_t sleeper;
+static struct sockaddr_un address = {.sun_family = AF_UNIX};
+static void on_signal(int sig)
+{
+    (void)sig;
+}
+
+static void set_up_event(void)
+{
+    struct sigaction sa = {.sa_handler = on_signal};
+    sigaction(SIGUSR1, &sa, NULL);
+    sleeper = pthread_self();
+    snprintf(address.sun_path + 1, 50, "late-%d", getpid());
+    fd = eventfd(0, 0);
+    if (is("read_event") || is("write_event"))
+        pipe(pair);
+    if (is("send_event") || is("recv_waitall_event"))
+        socketpair(AF_UNIX, SOCK_STREAM, 0, pair);
+    if (is("recv_waitall_event"))
+        send(pair[1], much, 1000, 0);
+    if (is("accept_event") || is("connect_event")) {
+        pair[0] = socket(AF_UNIX, SOCK_STREAM, 0);
+        fd2 = socket(AF_UNIX, SOCK_STREAM, 0);
+        if (bind(pair[0], (void *)&address, sizeof address) < 0 || listen(pair[0], 0) < 0)
+            fail("listen");
+        pair[1] = socket(AF_UNIX, SOCK_STREAM, 0);
+        if (is("connect_event"))
+            connect(pair[1], (void *)&address, sizeof address);
+    }
+    if (is("epoll_wait_event")) {
+        struct epoll_event e = {.events = EPOLLIN};
+        fd2 = epoll_create1(0);
+        epoll_ctl(fd2, EPOLL_CTL_ADD, fd, &e);
+    }
+    if (is("semop_event"))
+        fd2 = semget(IPC_PRIVATE, 1, 0600);
+    if (is("msgrcv_event"))
+        fd2 = msgget(IPC_PRIVATE, 0600);
+    if (is("flock_event")) {
+        char path[] = "/dev/shm/late-XXXXXX";
+        pair[0] = mkstemp(path);
+        pair[1] = open(path, O_RDWR);
+        unlink(path);
+        flock(pair[0], LOCK_EX);
+    }
+}
+
+// What a call that ends in _event waits for.
+static void *event(void *arg)
+{
+    struct timespec t = spec(*(int64_t *)arg + WAIT_MS * 1000000ll - now(CLOCK_MONOTONIC));
+    uint64_t one = 1;
+    struct { long type; char text[8]; } m = {3, "message"};
+    nanosleep(&t, NULL);
+    if (is("read_event"))
+        write(pair[1], "hello", 5);
+    else if (is("write_event") || is("send_event"))
+        for (size_t got = 0; got < MUCH;)
+            got += read(pair[is("send_event")], much, MUCH - got);
+    else if (is("recv_waitall_event"))
+        send(pair[1], much, 3000, 0);
+    else if (is("accept_event"))
+        connect(fd2, (void *)&address, sizeof address);
+    else if (is("connect_event"))
+        accept(pair[0], NULL, NULL);
+    else if (is("semop_event"))
+        semop(fd2, &(struct sembuf){0, 1, 0}, 1);
+    else if (is("msgrcv_event"))
+        msgsnd(fd2, &m, sizeof m.text, 0);
+    else if (is("flock_event"))
+        flock(pair[0], LOCK_UN);
+    else if (is("futex_event"))
+        syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+    else if (is("sigwaitinfo_event"))
+        pthread_kill(sleeper, 40);
+    else if (is("pause_event") || is("sigsuspend_event"))
+        pthread_kill(sleeper, SIGUSR1);
+    else
+        write(fd, &one, sizeof one);
+    return NULL;
+}
+
+static long call_event(void)
+{
+    struct pollfd p = {fd, POLLIN, 0};
+    struct epoll_event e;
+    struct { long type; char text[8]; } m;
+    sigset_t s;
+    fd_set set;
+    FD_ZERO(&set);
+    FD_SET(fd, &set);
+    sigemptyset(&s);
+    if (is("read_event"))
+        return read(pair[0], much, MUCH);
+    if (is("write_event"))
+        return write(pair[1], much, MUCH);
+    if (is("send_event"))
+        return send(pair[0], much, MUCH, 0);
+    if (is("recv_waitall_event"))
+        return recv(pair[0], much, 4000, MSG_WAITALL);
+    if (is("accept_event"))
+        return accept(pair[0], NULL, NULL) >= 0 ? 0 : -1;
+    if (is("connect_event"))
+        return connect(fd2, (void *)&address, sizeof address);
+    if (is("poll_event"))
+        return syscall(SYS_poll, &p, 1, -1);
+    if (is("ppoll_event"))
+        return syscall(SYS_ppoll, &p, 1, NULL, NULL, 8);
+    if (is("select_event"))
+        return syscall(SYS_select, fd + 1, &set, NULL, NULL, NULL);
+    if (is("epoll_wait_event"))
+        return syscall(SYS_epoll_wait, fd2, &e, 1, -1);
+    if (is("semop_event"))
+        return semop(fd2, &(struct sembuf){0, -1, 0}, 1);
+    if (is("msgrcv_event"))
+        return msgrcv(fd2, &m, sizeof m.text, 3, 0);
+    if (is("flock_event"))
+        return flock(pair[1], LOCK_EX);
+    if (is("futex_event"))
+        return syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, 0, NULL, NULL, 0);
+    if (is("pause_event"))
+        return pause();
+    if (is("sigsuspend_event"))
+        return sigsuspend(&s);
+    sigaddset(&s, 40);
+    if (is("sigwaitinfo_event"))
+        return sigwaitinfo(&s, NULL);
+    struct timespec t = spec(WAIT_MS * 1000000ll);
+    if (is("wait4_event")) {
+        int status;
+        pid_t child = fork();
+        if (!child) {
+            nanosleep(&t, NULL);
+            _exit(7);
+        }
+        return wait4(child, &status, 0, NULL) == child ? WEXITSTATUS(status) : -1;
+    }
+    if (is("vfork_event")) {
+        if (!vfork()) {
+            syscall(SYS_nanosleep, &t, NULL);
+            _exit(7);
+        }
+        return 0;
+    }
+    fail("late: unknown call");
+    return 0;
 }
 
 static void set_up(void)
@@ -187,7 +341,11 @@ int main(int argc, char **argv)
     shown = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     if (file < 0 || shown == MAP_FAILED)
         fail(argv[2]);
-    set_up();
+    int by_event = strstr(name, "_event") != NULL;
+    if (by_event)
+        set_up_event();
+    else
+        set_up();
     sigset_t s;
     sigemptyset(&s);
     sigaddset(&s, 40);
@@ -195,18 +353,28 @@ int main(int argc, char **argv)
     sched_setscheduler(0, SCHED_FIFO, &first);
     pthread_create(&thread, NULL, tick, NULL);
     pthread_setschedparam(thread, SCHED_FIFO, &second);
-    struct timespec start = spec(atoll(argv[3]));
+    int64_t begin = atoll(argv[3]);
+    struct timespec start = spec(begin);
+    if (by_event && !is("wait4_event") && !is("vfork_event")) {
+        pthread_create(&thread, NULL, event, &begin);
+        pthread_setschedparam(thread, SCHED_FIFO, &first);
+    }
     clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &start, NULL);
     shown[2] = 0;
     shown[3] = WAIT_MS * 1000000ll;
     shown[0] = now(CLOCK_MONOTONIC);
     errno = 0;
-    long r = call();
+    long r = by_event ? call_event() : call();
     int64_t ended = now(CLOCK_MONOTONIC);
     shown[4] = r;
     shown[5] = errno;
     shown[1] = ended;
-    if (is("semtimedop"))
+    if (is("msgrcv_event"))
+        msgctl(fd2, IPC_RMID, NULL);
+    // Long enough that a dump which waits for the end of a vfork finds it.
+    if (is("vfork_event"))
+        sleep(1);
+    if (is("semtimedop") || is("semop_event"))
         semctl(fd2, 0, IPC_RMID);
     if (is("mq_timedreceive")) {
         char path[32];

@@ -23,7 +23,15 @@ fn main() -> ExitCode {
     }
     let mut args = Arguments::from_args();
     args.test_threads.get_or_insert(1);
-    let trials = ["dumps", "dumps_tree", "killed_dumps", "killed_restores"]
+    let names = [
+        "dumps",
+        "dumps_tree",
+        "dumps_of_sleepers",
+        "killed_dumps",
+        "killed_tracers",
+        "killed_restores",
+    ];
+    let trials = names
         .into_iter()
         .map(|name| Trial::ignorable_test(format!("stop::{name}"), move || outer(name)))
         .collect();
@@ -36,7 +44,12 @@ fn outer(name: &str) -> Result<Completion, Failed> {
         return Ok(Completion::ignored_with("needs root, to make namespaces"));
     }
     let story = |e: anyhow::Error| format!("{e:#}");
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/stop/victim.c");
+    let program = if name == "dumps_of_sleepers" {
+        "tests/stop/sleepers.c"
+    } else {
+        "tests/stop/victim.c"
+    };
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(program);
     let lo = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs/lo_up.c");
     build_c(&lo, &[]).map_err(story)?;
     let victim = build_c(&source, &["-pthread".to_owned()]).map_err(story)?;
@@ -76,7 +89,9 @@ fn worker() -> ExitCode {
     let outcome = match name.as_str() {
         "dumps" => test.dumps(&["alone"], &[]),
         "dumps_tree" => test.dumps(&[], &["--tree"]),
-        "killed_dumps" => test.killed_dumps(),
+        "dumps_of_sleepers" => test.dumps(&["alone"], &[]),
+        "killed_dumps" => test.killed_dumps(false),
+        "killed_tracers" => test.killed_dumps(true),
         _ => test.killed_restores(),
     };
     match outcome {
@@ -311,23 +326,39 @@ impl Test {
         self.finish()
     }
 
-    /// Starts a command and kills it after a random time of up to `span` microseconds. Whether it was
-    /// still there then.
-    fn kill_within(mut command: Command, span: u64, random: &mut Random) -> Result<bool> {
+    /// Starts a command and kills it after a random time of up to `span` microseconds, or its `tracer`: the child that
+    /// does the work. Whether it was still there then.
+    fn kill_within(
+        mut command: Command,
+        span: u64,
+        tracer: bool,
+        random: &mut Random,
+    ) -> Result<bool> {
         let mut child = command
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()?;
         std::thread::sleep(Duration::from_micros(random.below(span)));
         let there = child.try_wait()?.is_none();
-        child.kill()?;
+        if tracer {
+            let pid = child.id();
+            let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+            for pid in children.unwrap_or_default().split_whitespace() {
+                let pid = nix::unistd::Pid::from_raw(pid.parse()?);
+                let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+            }
+        } else {
+            child.kill()?;
+        }
         child.wait()?;
         Ok(there)
     }
 
-    fn killed_dumps(&mut self) -> Result<()> {
+    /// Who is killed is what was started, in which case no call of the program may be broken off, or the process that
+    /// traces it, in which case it may happen between a stop and the first act after it.
+    fn killed_dumps(&mut self, tracer: bool) -> Result<()> {
         let mut random = Random::new();
-        self.start(&["lenient"])?;
+        self.start(&[if tracer { "lenient" } else { "alone" }])?;
         let before = self.look()?;
         let image = self.dir.join("image");
         let begun = Instant::now();
@@ -337,7 +368,7 @@ impl Test {
         let mut hits = 0;
         for i in 0..kills {
             clear(&self.dir, "image")?;
-            let hit = Self::kill_within(self.command(&[], &image), span, &mut random)?;
+            let hit = Self::kill_within(self.command(&[], &image), span, tracer, &mut random)?;
             hits += u64::from(hit);
             self.alone(true)
                 .and_then(|()| self.runs())
@@ -410,7 +441,7 @@ impl Test {
             let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
             self.alone(false)?;
             if i < kills {
-                hits += u64::from(Self::kill_within(restore(), span, &mut random)?);
+                hits += u64::from(Self::kill_within(restore(), span, false, &mut random)?);
             }
         }
         println!(

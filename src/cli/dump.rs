@@ -10,6 +10,7 @@ use clap::ValueEnum;
 use mistctl::dump::{After, Carried, Options, Report};
 use mistctl::error::Failure;
 use mistctl::image::{Compress, dated};
+use mistctl::kernel::apart::{self, Ended};
 use mistctl::pvm::local;
 use mistctl::pvm::tid::Tid;
 
@@ -143,6 +144,16 @@ EXAMPLES
         */10 * * * * mistctl dump $(cat /run/work.pid) -o /var/lib/mist/work --keep 6";
 
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    match apart::step_apart()? {
+        None => dump(args),
+        Some(Ended::Exited(code)) => Ok(ExitCode::from(code)),
+        Some(Ended::Killed(signal)) => Err(Failure::Failed.because(format!(
+            "the process that did the work was ended by {signal}; no image was made, and what was to be saved runs on"
+        ))),
+    }
+}
+
+fn dump(args: &Args) -> anyhow::Result<ExitCode> {
     let pid = find(args.process)?;
     mistctl::kernel::caps::caller()?.may_dump(pid)?;
     match (&args.output, args.keep) {

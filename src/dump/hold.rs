@@ -11,6 +11,7 @@ use super::process;
 use super::resume::{self, Tail, Watch};
 use crate::error::Failure;
 use crate::image::threads::Resume;
+use crate::kernel::apart::Postponed;
 use crate::kernel::arch::Regs;
 use crate::kernel::batch::Held;
 use crate::kernel::mem::Mem;
@@ -54,6 +55,8 @@ impl HeldProcess {
             released: false,
         };
         let mut known = BTreeSet::new();
+        // Until what the stops have done to calls is put right.
+        let _postponed = Postponed::new();
         loop {
             let new: Vec<i32> = thread_ids(pid)?
                 .into_iter()
@@ -69,8 +72,18 @@ impl HeldProcess {
                     seized.push(t);
                 }
             }
-            for t in seized {
-                let Some(stop) = wait_stopped(t, pid)? else {
+            // Those in whose calls a stop shows come last, one after the other.
+            let (fragile, others): (Vec<Tracee>, Vec<Tracee>) =
+                seized.into_iter().partition(|t| watch.is_fragile(t.tid));
+            for t in &others {
+                interrupt(t)?;
+            }
+            for (i, t) in others.iter().chain(&fragile).enumerate() {
+                if i >= others.len() {
+                    watch.last_look(t.tid);
+                    interrupt(t)?;
+                }
+                let Some(stop) = wait_stopped(*t, pid)? else {
                     continue;
                 };
                 if held.threads.is_empty() && held.runs_another(&program) {
@@ -81,7 +94,7 @@ impl HeldProcess {
                     held.tail = Tail::find(via, &held.mem);
                     watch = Watch::default();
                 }
-                if let Some(h) = hold(t, stop, pid, &held.mem, &mut held.tail)? {
+                if let Some(h) = hold(*t, stop, pid, &held.mem, &mut held.tail)? {
                     held.threads.push(h);
                 }
             }
@@ -100,7 +113,7 @@ impl HeldProcess {
             .position(|h| h.tracee.tid == pid)
             .unwrap_or(0);
         held.threads.swap(0, leader);
-        resume::settle(&mut held.threads, &mut watch, &held.mem, &mut held.tail)?;
+        resume::settle(&mut held.threads, &watch, &held.mem, &mut held.tail)?;
         Ok(held)
     }
 
@@ -164,6 +177,7 @@ impl HeldProcess {
         if std::mem::replace(&mut self.released, true) {
             return Ok(());
         }
+        let _postponed = Postponed::new();
         let mut first = Ok(());
         let sockets = resume::renew(&mut self.threads, &self.mem, &mut self.tail);
         for h in &self.threads {
@@ -223,13 +237,14 @@ fn thread_ids(pid: i32) -> Result<Vec<i32>> {
     Ok(ids)
 }
 
+fn interrupt(t: &Tracee) -> Result<()> {
+    t.interrupt()
+        .with_context(|| format!("interrupting thread {}", t.tid))
+}
+
 fn seize(pid: i32, tid: i32) -> Result<Option<Tracee>> {
     match Tracee::seize(tid, 0) {
-        Ok(t) => {
-            t.interrupt()
-                .with_context(|| format!("interrupting thread {tid}"))?;
-            Ok(Some(t))
-        }
+        Ok(t) => Ok(Some(t)),
         Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(None),
         Err(e) => {
             let status = procfs::process::Process::new(tid)
@@ -285,9 +300,7 @@ fn hold(
         }
         tracee.cont(0)?;
         std::thread::sleep(Duration::from_millis(1));
-        tracee
-            .interrupt()
-            .with_context(|| format!("interrupting thread {}", tracee.tid))?;
+        interrupt(&tracee)?;
         let Some(next) = wait_stopped(tracee, pid)? else {
             return Ok(None);
         };

@@ -3,6 +3,7 @@
 //! fields are. Root only: CAP_BPF and CAP_PERFMON, which file capabilities do not give mistctl.
 
 mod btf;
+pub mod threads;
 
 use std::cell::OnceCell;
 use std::io;
@@ -34,18 +35,6 @@ pub struct KernelMemory {
     map: OwnedFd,
     read: OwnedFd,
     pages: OnceCell<Pages>,
-}
-
-/// What a program is given and gives back.
-#[repr(C)]
-#[derive(Default)]
-struct Exchange {
-    address: u64,
-    len: u64,
-    /// The task_struct of the thread that asks.
-    found: u64,
-    /// 0, or the negative errno of the helper.
-    result: i64,
 }
 
 fn bpf(command: libc::c_int, attributes: &mut [u8]) -> io::Result<i64> {
@@ -135,24 +124,69 @@ fn load(program: &[[u8; 8]]) -> io::Result<OwnedFd> {
     )
 }
 
+/// What this kernel says of its types.
+fn types() -> Result<Btf> {
+    let path = "/sys/kernel/btf/vmlinux";
+    let bytes = std::fs::read(path).with_context(|| path.to_owned())?;
+    Btf::parse(bytes).with_context(|| format!("{path} is no BTF"))
+}
+
+/// A map with one value of so many bytes.
+fn map_of(bytes: usize) -> Result<OwnedFd> {
+    let size = |n: usize| (n as u32).to_ne_bytes();
+    descriptor(
+        MAP_CREATE,
+        &mut words(&[
+            &MAP_TYPE_ARRAY.to_ne_bytes(),
+            &size(4),
+            &size(bytes),
+            &size(1),
+        ]),
+    )
+    .context("bpf(BPF_MAP_CREATE)")
+}
+
+/// Runs a program on `context`, which it reads and writes.
+fn run(program: &OwnedFd, context: &mut [u64]) -> Result<()> {
+    bpf(
+        PROG_TEST_RUN,
+        &mut words(&[
+            &program.as_raw_fd().to_ne_bytes(),
+            // retval, data_size_in, data_size_out, data_in, data_out, repeat, duration.
+            &[0; 36],
+            &(size_of_val(context) as u32).to_ne_bytes(),
+            &[0; 4],
+            &(context.as_mut_ptr() as u64).to_ne_bytes(),
+            &[0; 8],
+        ]),
+    )
+    .context("bpf(BPF_PROG_TEST_RUN)")?;
+    Ok(())
+}
+
+/// The value of a map; `value` is as long as that.
+fn fetch(map: &OwnedFd, value: &mut [u8]) -> Result<()> {
+    let key = 0u32;
+    bpf(
+        MAP_LOOKUP_ELEM,
+        &mut words(&[
+            &map.as_raw_fd().to_ne_bytes(),
+            &[0; 4],
+            &(&raw const key as u64).to_ne_bytes(),
+            &(value.as_mut_ptr() as u64).to_ne_bytes(),
+            &[0; 8],
+        ]),
+    )
+    .context("bpf on a map")?;
+    Ok(())
+}
+
 impl KernelMemory {
     /// # Errors
     /// A kernel without BTF or BPF; a missing privilege.
     pub fn open() -> Result<Self> {
-        let path = "/sys/kernel/btf/vmlinux";
-        let bytes = std::fs::read(path).with_context(|| path.to_owned())?;
-        let btf = Btf::parse(bytes).with_context(|| format!("{path} is no BTF"))?;
-        let size = |n: usize| (n as u32).to_ne_bytes();
-        let map = descriptor(
-            MAP_CREATE,
-            &mut words(&[
-                &MAP_TYPE_ARRAY.to_ne_bytes(),
-                &size(4),
-                &size(MOST),
-                &size(1),
-            ]),
-        )
-        .context("bpf(BPF_MAP_CREATE)")?;
+        let btf = types()?;
+        let map = map_of(MOST)?;
         let read = load(&read_program(map.as_raw_fd())).context("bpf(BPF_PROG_LOAD)")?;
         Ok(Self {
             btf,
@@ -162,47 +196,17 @@ impl KernelMemory {
         })
     }
 
-    fn run(&self, mut e: Exchange) -> Result<Exchange> {
-        let context = &raw mut e as u64;
-        bpf(
-            PROG_TEST_RUN,
-            &mut words(&[
-                &self.read.as_raw_fd().to_ne_bytes(),
-                // retval, data_size_in, data_size_out, data_in, data_out, repeat, duration.
-                &[0; 36],
-                &(size_of::<Exchange>() as u32).to_ne_bytes(),
-                &[0; 4],
-                &context.to_ne_bytes(),
-                &[0; 8],
-            ]),
-        )
-        .context("bpf(BPF_PROG_TEST_RUN)")?;
-        if e.result < 0 {
-            return Err(io::Error::from_raw_os_error(-e.result as i32)).with_context(|| {
-                format!(
-                    "reading {} bytes of kernel memory at {:#x}",
-                    e.len, e.address
-                )
-            });
+    /// Copies into the map. Gives the task_struct of the thread that asks.
+    fn copy(&self, address: u64, len: usize) -> Result<u64> {
+        // As [`read_program`] has it: address, length; task_struct, result of the helper.
+        let mut context = [address, len as u64, 0, 0];
+        run(&self.read, &mut context)?;
+        let [_, _, task, result] = context.map(|w| w as i64);
+        if result < 0 {
+            return Err(io::Error::from_raw_os_error(-result as i32))
+                .with_context(|| format!("reading {len} bytes of kernel memory at {address:#x}"));
         }
-        Ok(e)
-    }
-
-    /// What was copied; `value` is as long as the map's.
-    fn fetch(&self, value: &mut [u8]) -> Result<()> {
-        let key = 0u32;
-        bpf(
-            MAP_LOOKUP_ELEM,
-            &mut words(&[
-                &self.map.as_raw_fd().to_ne_bytes(),
-                &[0; 4],
-                &(&raw const key as u64).to_ne_bytes(),
-                &(value.as_mut_ptr() as u64).to_ne_bytes(),
-                &[0; 8],
-            ]),
-        )
-        .context("bpf on a map")?;
-        Ok(())
+        Ok(task as u64)
     }
 
     /// Kernel memory at `address`.
@@ -214,12 +218,8 @@ impl KernelMemory {
         let mut value = vec![0; MOST];
         while all.len() < len {
             let n = (len - all.len()).min(MOST);
-            self.run(Exchange {
-                address: address.wrapping_add(all.len() as u64),
-                len: n as u64,
-                ..Exchange::default()
-            })?;
-            self.fetch(&mut value)?;
+            self.copy(address.wrapping_add(all.len() as u64), n)?;
+            fetch(&self.map, &mut value)?;
             all.extend_from_slice(value.get(..n).unwrap_or_default());
         }
         Ok(all)
@@ -227,7 +227,7 @@ impl KernelMemory {
 
     /// The task_struct of the calling thread.
     pub fn current(&self) -> Result<u64> {
-        Ok(self.run(Exchange::default())?.found)
+        self.copy(0, 0)
     }
 
     pub fn u64(&self, address: u64) -> Result<u64> {

@@ -1,67 +1,6 @@
-//! /proc/timer_list: every high-resolution timer of the machine (kernel/time/timer_list.c; root only).
-//!
-//! It names no owners. But the timer of a sleeping thread is there before the thread is stopped and
-//! not while it stands, which tells to the nanosecond when the thread was to wake.
+//! /proc/timer_list: the kernel's clocks (kernel/time/timer_list.c; root only).
 
-use std::collections::BTreeSet;
 use std::io;
-
-/// The timers of sleeping threads at one moment.
-#[derive(Debug, Default, Clone)]
-pub struct TimerList {
-    /// Hashed address, and when it expires: CLOCK_MONOTONIC, nanoseconds.
-    timers: BTreeSet<(u64, i64)>,
-}
-
-impl TimerList {
-    /// # Errors
-    /// EACCES without privilege; ENOENT where /proc has no such file.
-    pub fn read() -> io::Result<Self> {
-        Ok(Self::parse(&std::fs::read_to_string("/proc/timer_list")?))
-    }
-
-    fn parse(text: &str) -> Self {
-        let mut timers = BTreeSet::new();
-        // Of the clock base: what to subtract for CLOCK_MONOTONIC.
-        let mut offset = 0i64;
-        let mut sleeper = None;
-        for line in text.lines() {
-            let line = line.trim();
-            if let Some(value) = line.strip_prefix(".offset:") {
-                let value = value.trim().trim_end_matches("nsecs").trim();
-                // Printed as unsigned.
-                offset = value
-                    .parse::<u64>()
-                    .map(|v| v as i64)
-                    .or_else(|_| value.parse())
-                    .unwrap_or(0);
-            } else if let Some(value) = line.strip_prefix("# expires at ") {
-                // SOFT-HARD nsecs [...]: from the first on it may fire.
-                let soft = value.split('-').next().and_then(|v| v.parse::<i64>().ok());
-                if let (Some(id), Some(soft)) = (sleeper.take(), soft) {
-                    timers.insert((id, soft.wrapping_sub(offset)));
-                }
-            } else if line.starts_with('#') && line.contains("hrtimer_wakeup") {
-                sleeper = line
-                    .split_once('<')
-                    .and_then(|(_, r)| r.split_once('>'))
-                    .and_then(|(id, _)| u64::from_str_radix(id, 16).ok());
-            }
-        }
-        Self { timers }
-    }
-
-    /// When those expire that were here and are no more in `later`, in order.
-    pub fn vanished(&self, later: &Self) -> Vec<i64> {
-        let mut all: Vec<i64> = self
-            .timers
-            .difference(&later.timers)
-            .map(|(_, expires)| *expires)
-            .collect();
-        all.sort_unstable();
-        all
-    }
-}
 
 /// The kernel's coarse clock (jiffies), by which sockets time out (kernel/time/timer.c).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,7 +14,7 @@ pub struct Ticks {
 
 impl Ticks {
     /// # Errors
-    /// As for [`TimerList::read`]; a text without ticks.
+    /// EACCES without privilege; ENOENT where /proc has no such file; a text without ticks.
     pub fn read(tick: i64) -> io::Result<Self> {
         const TRIES: u32 = 4;
         for _ in 0..TRIES {
@@ -125,7 +64,13 @@ impl Ticks {
             .unwrap_or(LEVELS);
         let shift = 3 * level;
         let end = (((begun + ticks) >> shift) + 1) << shift;
-        self.at + (end - self.number).saturating_mul(self.tick)
+        self.at(end)
+    }
+
+    /// CLOCK_MONOTONIC at the tick with this number.
+    pub fn at(&self, number: i64) -> i64 {
+        let ticks = number.saturating_sub(self.number);
+        self.at.saturating_add(ticks.saturating_mul(self.tick))
     }
 
     /// The time-out of a wait that begins now and is to end at the tick in `left` nanoseconds.
@@ -162,25 +107,10 @@ mod tests {
         );
     }
 
-    const TEXT: &str = "now at 5 nsecs\n\ncpu: 0\n clock 0:\n  .index:      0\n  .offset:     0 nsecs\n\
-        active timers:\n #0: <00000000fd047d08>, hrtimer_wakeup, S:01\n \
-        # expires at 3626276752502-3626276802502 nsecs [in 308713 to 358713 nsecs]\n \
-        #1: <00000000000000aa>, it_real_fn, S:01\n # expires at 7-7 nsecs [in 1 to 1 nsecs]\n \
-        clock 1:\n  .offset:     1000 nsecs\nactive timers:\n \
-        #0: <00000000000000bb>, hrtimer_wakeup, S:01\n # expires at 1500-1600 nsecs [in 1 to 1 nsecs]\n";
-
-    #[test]
-    fn sleepers_are_told_from_other_timers() {
-        let all = TimerList::parse(TEXT);
-        let none = TimerList::default();
-        assert_eq!(all.vanished(&none), [500, 3626276752502]);
-        assert_eq!(all.vanished(&all.clone()), [0i64; 0]);
-    }
-
     proptest::proptest! {
         #[test]
         fn any_text_is_read(text in ".{0,300}") {
-            let _ = TimerList::parse(&text);
+            let _ = Ticks::parse(&text, 4_000_000);
         }
     }
 }

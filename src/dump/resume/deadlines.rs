@@ -1,33 +1,28 @@
 //! When a sleeping call was to time out.
 //!
-//! Best, as root: the timer that is in /proc/timer_list before the stop and not after it, to the
-//! nanosecond. Timers there have no names; of several threads each gets the one closest to when its
-//! sleep began plus its time-out. Else: what nanosleep has written as the time left (exact to the
-//! stop), or the beginning of the sleep (the scheduler's, se.exec_start) plus the time-out. That is
-//! good to some ten microseconds on hardware; a virtual machine's scheduler does not count the time
-//! its host took away, so there the sleep ends late by what was taken while it lasted. And a sleep
-//! that went on after an earlier stop or signal is late by as much as it had slept before that.
+//! As root from the kernel itself ([`crate::kernel::kmem::threads`]): from the thread's restart block, once it was
+//! stopped, where the kernel keeps the end there; else from the timer on its stack right before the stop, if the
+//! thread's count of sleeps says that the stop ended this very sleep. Else, and without that right, by what is
+//! never early: the time left that the kernel has written, counted from when we saw the stop; the beginning of the
+//! sleep (the scheduler's, se.exec_start) plus the time-out; the whole time-out once more. The beginning is good to
+//! some ten microseconds on hardware; a virtual machine's scheduler does not count the time its host took away, so
+//! there the sleep ends late by what was taken while it lasted.
 
 use std::collections::BTreeMap;
 
-use crate::kernel::arch::{NR_RESTART_SYSCALL, Regs};
-use crate::kernel::calls;
+use crate::kernel::arch::{ERESTART_RESTARTBLOCK, NR_RESTART_SYSCALL, Regs};
+use crate::kernel::calls::{self, Broken};
+use crate::kernel::kmem::threads::{Look, Task, Threads};
 use crate::kernel::mem::Mem;
 use crate::kernel::socket_timeout;
-use crate::kernel::timer_list::{Ticks, TimerList};
+use crate::kernel::timer_list::Ticks;
 use crate::kernel::tracee::monotonic_ns;
-
-/// Between the end of a call's look at the clock and the timer it starts.
-const CLOSE_NS: i64 = 500_000;
-
-/// Between a thread's stop and our noticing it, when others keep the processors busy.
-const NOTICED_NS: i64 = 2_000_000;
 
 /// What threads were doing right before they were stopped.
 #[derive(Debug, Default)]
 pub struct Watch {
     pid: i32,
-    timers: Option<TimerList>,
+    kernel: Option<&'static Threads>,
     /// When some thread may be in a call that its socket's time-out ends.
     ticks: Option<Ticks>,
     seen: BTreeMap<i32, Seen>,
@@ -37,10 +32,14 @@ pub struct Watch {
 struct Seen {
     /// The call, also when restart_syscall goes on with it.
     nr: u64,
-    restarted: bool,
-    /// When it went to sleep: CLOCK_MONOTONIC.
+    /// To be looked at right before it is stopped.
+    task: Option<Task>,
+    look: Option<Look>,
+    /// When it was asked to stop: CLOCK_MONOTONIC. A call that was to be over by then was not the one that is broken off.
+    asked: i64,
+    /// Without the right to look: when it went to sleep, CLOCK_MONOTONIC.
     since: Option<i64>,
-    /// How often it had gone to sleep. The stop adds one; more say that this was an earlier call.
+    /// And how often it had gone to sleep. The stop adds one; more say that this was an earlier call.
     sleeps: Option<u64>,
     /// Time-out in its arguments.
     timeout: Option<i64>,
@@ -49,7 +48,12 @@ struct Seen {
 impl Watch {
     /// Looks at the threads of a process that still runs. Costs some microseconds a thread.
     pub fn before(pid: i32, tids: &[i32], mem: &Mem) -> Self {
-        let mut seen = BTreeMap::new();
+        let mut watch = Self {
+            pid,
+            kernel: Threads::get(),
+            ..Self::default()
+        };
+        let mut sockets = false;
         for &tid in tids {
             let Some((nr, regs)) = in_call(pid, tid) else {
                 continue;
@@ -64,52 +68,63 @@ impl Watch {
                 nr
             };
             let timeout = calls::timeout(nr, &regs);
-            if timeout.is_none() && calls::socket_option(nr).is_none() {
+            let socket = calls::socket_option(nr).is_some();
+            sockets |= socket;
+            if timeout.is_none()
+                && !socket
+                && !calls::shows_stop(nr)
+                && calls::transfer(nr, &regs).is_none()
+            {
                 continue;
             }
-            let sched = Sched::read(&format!("/proc/{pid}/task/{tid}/sched"));
-            let s = Seen {
+            let mut s = Seen {
                 nr,
-                restarted,
-                since: sched.map(|s| s.exec_start),
-                sleeps: sched.map(|s| s.sleeps),
+                task: None,
+                look: None,
+                asked: 0,
+                since: None,
+                sleeps: None,
                 timeout: timeout.and_then(|(t, _)| calls::argument(t, &regs, mem).ok()),
             };
-            seen.insert(tid, s);
-        }
-        if seen.is_empty() {
-            return Self::default();
+            if let Some(kernel) = watch.kernel {
+                s.task = kernel.find(tid).ok();
+            } else if let Some(sched) = Sched::read(pid, tid) {
+                // What goes on with an earlier call began before this sleep.
+                s.since = (!restarted).then_some(sched.exec_start);
+                s.sleeps = Some(sched.sleeps);
+            }
+            watch.seen.insert(tid, s);
         }
         let mut offsets = Offsets::default();
-        for (tid, s) in &mut seen {
-            let offset = offsets.of_task(pid, *tid);
-            s.since = s.since.zip(offset).map(|(at, offset)| at + offset);
+        for (tid, s) in &mut watch.seen {
+            s.since = s
+                .since
+                .and_then(|at| Some(at + offsets.of_task(pid, *tid)?));
         }
-        let timed = seen.values().any(|s| s.timeout.is_some());
-        let timers = if timed { TimerList::read().ok() } else { None };
-        let by_socket = seen.values().any(|s| s.timeout.is_none());
-        let ticks = by_socket
-            .then(|| Ticks::read(socket_timeout::tick_ns()?).ok())
-            .flatten();
-        Self {
-            pid,
-            timers,
-            ticks,
-            seen,
+        if sockets {
+            watch.ticks = socket_timeout::tick_ns().and_then(|tick| Ticks::read(tick).ok());
         }
+        watch
     }
 
-    /// Forgets what was seen of threads that have begun another call before they stopped.
-    pub fn check(&mut self, tids: &[i32]) {
-        for tid in tids {
-            let now = Sched::read(&format!("/proc/{}/task/{tid}/sched", self.pid));
-            if let Some(s) = self.seen.get(tid)
-                && let (Some(before), Some(now)) = (s.sleeps, now)
-                && now.sleeps > before + 1
-            {
-                self.seen.remove(tid);
-            }
+    /// Whether a stop may show in the call that this thread is in: it is looked at, stopped and put right before
+    /// another is stopped.
+    pub fn is_fragile(&self, tid: i32) -> bool {
+        self.seen.contains_key(&tid)
+    }
+
+    /// To be called right before a thread is stopped: what it sleeps for.
+    pub fn last_look(&mut self, tid: i32) {
+        let Some(s) = self.seen.get_mut(&tid) else {
+            return;
+        };
+        if let (Some(kernel), Some(task)) = (self.kernel, s.task) {
+            s.look = kernel.look(task).ok();
+        } else if Sched::read(self.pid, tid).map(|now| now.sleeps) != s.sleeps {
+            // By now it sleeps in another call.
+            s.since = None;
         }
+        s.asked = monotonic_ns();
     }
 
     /// The call that a thread in restart_syscall goes on with.
@@ -117,94 +132,63 @@ impl Watch {
         self.seen.get(&tid).map(|s| s.nr)
     }
 
-    /// When the time-out of its socket, of `whole` nanoseconds, ends a thread's call; `stopped` if nobody knows
-    /// when that began.
-    pub fn socket_end(&self, tid: i32, whole: i64, stopped: i64) -> i64 {
-        let since = self.since(tid).unwrap_or(stopped);
-        self.ticks
-            .map_or(since.saturating_add(whole), |t| t.end(since, whole))
+    /// When call `nr` of a thread that was stopped in it is to time out. `left` is the end by what the kernel has
+    /// written as left.
+    pub fn end(&self, tid: i32, nr: u64, program: &Regs, left: Option<i64>) -> Option<i64> {
+        match calls::timeout(nr, program) {
+            Some((_, Broken::RestartBlock)) => self.by_restart_block(tid, nr, program).or(left),
+            _ => self.slept_until(tid, |l| l.until).or(left),
+        }
+        .or_else(|| {
+            let s = self.last_sleep(tid, nr)?;
+            let end = s.since?.saturating_add(s.timeout?);
+            (end > s.asked).then_some(end)
+        })
     }
 
-    /// When the sleep of a thread began.
-    pub fn since(&self, tid: i32) -> Option<i64> {
-        self.seen.get(&tid)?.since
+    /// When the time-out of its socket, of `whole` nanoseconds, ends a thread's call `nr`.
+    pub fn socket_end(&self, tid: i32, nr: u64, whole: i64) -> Option<i64> {
+        let by_tick = |l: &Look| Some(self.ticks?.at(l.until_tick?));
+        self.slept_until(tid, by_tick).or_else(|| {
+            let s = self.last_sleep(tid, nr)?;
+            let since = s.since?;
+            let end = self
+                .ticks
+                .map_or(since.saturating_add(whole), |t| t.end(since, whole));
+            (end > s.asked).then_some(end)
+        })
     }
 
-    /// Deadlines of these threads, which were stopped in timed calls. `left` says for some when they end by
-    /// what the kernel has said was left when they stopped, which was seen up to [`NOTICED_NS`] late.
-    pub fn deadlines(
-        &self,
-        tids: &[i32],
-        stopped: i64,
-        left: &BTreeMap<i32, i64>,
-    ) -> BTreeMap<i32, i64> {
-        let mut found = BTreeMap::new();
-        let mut timers = match (&self.timers, TimerList::read()) {
-            (Some(before), Ok(after)) if !tids.is_empty() => before.vanished(&after),
-            _ => Vec::new(),
-        };
-        let estimate = |tid: &i32| {
-            left.get(tid).copied().or_else(|| {
-                let s = self.seen.get(tid)?;
-                Some(s.since?.saturating_add(s.timeout?))
-            })
-        };
-        let sure =
-            |tid: &i32| left.contains_key(tid) || self.seen.get(tid).is_some_and(|s| !s.restarted);
-        timers.retain(|x| *x > stopped - CLOSE_NS);
-        // Those whose estimate is good: closest first, but none later than a sleep that began now.
-        let latest = |tid: &i32| {
-            let timeout = self.seen.get(tid).and_then(|s| s.timeout);
-            timeout.map_or(i64::MAX, |t| stopped.saturating_add(t))
-        };
-        let mut pairs: Vec<(i64, i32, i64)> = tids
-            .iter()
-            .filter(|t| sure(t))
-            .filter_map(|t| Some((*t, estimate(t)?)))
-            .flat_map(|(tid, e)| timers.iter().map(move |x| ((x - e).abs(), tid, *x)))
-            .filter(|(distance, tid, x)| {
-                // The scheduler's clock may have lost time during the sleep.
-                let asleep = self.since(*tid).map_or(0, |s| stopped - s);
-                let lost = if left.contains_key(tid) {
-                    NOTICED_NS
-                } else {
-                    asleep / 10
-                };
-                *x <= latest(tid) && *distance < CLOSE_NS + lost
-            })
-            .collect();
-        pairs.sort_unstable();
-        for (_, tid, expires) in pairs {
-            if !found.contains_key(&tid)
-                && let Some(i) = timers.iter().position(|x| *x == expires)
-            {
-                timers.remove(i);
-                found.insert(tid, expires);
-            }
+    fn by_restart_block(&self, tid: i32, nr: u64, program: &Regs) -> Option<i64> {
+        if program.rax as i64 != -ERESTART_RESTARTBLOCK {
+            return None;
         }
-        // The others are due before their estimates, in the same order.
-        let mut others: Vec<(i64, i32)> = tids
-            .iter()
-            .filter(|t| !found.contains_key(t) && self.seen.contains_key(t))
-            .map(|t| (estimate(t).unwrap_or(i64::MAX), *t))
-            .collect();
-        others.sort_unstable();
-        for (latest, tid) in others.iter().rev() {
-            let limit = latest.saturating_add(CLOSE_NS);
-            if !sure(tid)
-                && let Some(i) = timers.iter().rposition(|x| *x <= limit)
-            {
-                found.insert(*tid, timers.remove(i));
-            }
+        let kernel = self.kernel?;
+        let known = self.seen.get(&tid).and_then(|s| s.task);
+        let task = known.or_else(|| kernel.find(tid).ok())?;
+        let look = kernel.look(task).ok()?;
+        match nr as i64 {
+            libc::SYS_futex => look.futex_until(program.arg(0)),
+            libc::SYS_poll => look.poll_until(program.arg(0)),
+            libc::SYS_nanosleep => look.sleep_until(program.arg(1)),
+            libc::SYS_clock_nanosleep => look.sleep_until(program.arg(3)),
+            _ => None,
         }
-        for tid in tids {
-            if !found.contains_key(tid)
-                && let Some(e) = estimate(tid)
-            {
-                found.insert(*tid, e);
-            }
-        }
-        found
+    }
+
+    /// The end of the sleep that the stop broke off: CLOCK_MONOTONIC.
+    fn slept_until(&self, tid: i32, end: impl Fn(&Look) -> Option<i64>) -> Option<i64> {
+        let s = self.seen.get(&tid)?;
+        let stopped = self.kernel?.look(s.task?).ok()?;
+        let look = s.look.filter(|l| l.was_the_last_sleep(&stopped))?;
+        end(&look).filter(|end| *end > s.asked)
+    }
+
+    /// What was seen of the sleep that the stop broke off, in call `nr`.
+    fn last_sleep(&self, tid: i32, nr: u64) -> Option<&Seen> {
+        let s = self.seen.get(&tid).filter(|s| s.nr == nr)?;
+        let now = Sched::read(self.pid, tid)?;
+        (now.sleeps <= s.sleeps? + 1).then_some(s)
     }
 }
 
@@ -262,7 +246,11 @@ struct Sched {
 }
 
 impl Sched {
-    fn read(path: &str) -> Option<Self> {
+    fn read(pid: i32, tid: i32) -> Option<Self> {
+        Self::of(&format!("/proc/{pid}/task/{tid}/sched"))
+    }
+
+    fn of(path: &str) -> Option<Self> {
         let text = std::fs::read_to_string(path).ok()?;
         let value = |key: &str| {
             let line = text.lines().find(|l| l.starts_with(key))?;
@@ -303,7 +291,7 @@ fn offset_on(cpu: usize) -> Option<i64> {
             // Having slept we have just begun to run.
             std::thread::sleep(std::time::Duration::from_micros(1));
             let now = monotonic_ns();
-            Some(now - Sched::read("/proc/thread-self/sched")?.exec_start)
+            Some(now - Sched::of("/proc/thread-self/sched")?.exec_start)
         })
         .min();
     let _ = sched_setaffinity(me, &ours);
@@ -313,27 +301,6 @@ fn offset_on(cpu: usize) -> Option<i64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn watch(seen: &[(i32, bool, i64, i64)]) -> Watch {
-        Watch {
-            pid: 0,
-            timers: None,
-            ticks: None,
-            seen: seen
-                .iter()
-                .map(|&(tid, restarted, since, timeout)| {
-                    let s = Seen {
-                        nr: 35,
-                        restarted,
-                        since: Some(since),
-                        sleeps: None,
-                        timeout: Some(timeout),
-                    };
-                    (tid, s)
-                })
-                .collect(),
-        }
-    }
 
     #[test]
     fn calls_are_read() {
@@ -347,14 +314,5 @@ mod tests {
             ..r
         };
         assert_eq!(guess("do_nanosleep", &pointer), Some(35));
-    }
-
-    #[test]
-    fn without_timers_estimates_are_taken() {
-        let w = watch(&[(1, false, 1000, 500)]);
-        let all = w.deadlines(&[1, 2], 1200, &BTreeMap::new());
-        assert_eq!(all, BTreeMap::from([(1, 1500)]));
-        let left = BTreeMap::from([(1, 1277)]);
-        assert_eq!(w.deadlines(&[1], 1200, &left)[&1], 1277);
     }
 }

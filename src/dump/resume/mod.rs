@@ -10,7 +10,6 @@
 
 mod deadlines;
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::os::unix::fs::FileTypeExt;
 
@@ -221,8 +220,7 @@ fn waits(tid: i32, nr: u64, r: &Regs) -> bool {
 
 /// Once all threads stand: when their calls are to time out, and trampolines for what they have yet
 /// to transfer, so that from now on our death shows as little as our going on.
-pub fn settle(threads: &mut [Held], watch: &mut Watch, mem: &Mem, tail: &mut Tail) -> Result<()> {
-    let stopped = monotonic_ns();
+pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -> Result<()> {
     tail.lowest = tail.all.end;
     for h in threads.iter() {
         if tail.holds(h.regs.rip) {
@@ -230,16 +228,6 @@ pub fn settle(threads: &mut [Held], watch: &mut Watch, mem: &Mem, tail: &mut Tai
         }
         keep_frames(h, mem, tail);
     }
-    let sleepers: Vec<i32> = threads
-        .iter()
-        .filter(|h| matches!(h.resume, Resume::Timed { .. }))
-        .map(|h| h.tracee.tid)
-        .collect();
-    watch.check(&sleepers);
-    let mut timed = Vec::new();
-    let mut exact = BTreeMap::new();
-    // When they end, by what the kernel has said was left.
-    let mut left = BTreeMap::new();
     for h in threads.iter_mut() {
         let tid = h.tracee.tid;
         if let Resume::Timed { nr, .. } = &mut h.resume
@@ -255,32 +243,10 @@ pub fn settle(threads: &mut [Held], watch: &mut Watch, mem: &Mem, tail: &mut Tai
             continue;
         };
         match calls::timeout(nr, &h.program) {
-            Some((t, Broken::Updated)) => {
-                // The kernel has written what was left when it broke off.
-                timed.push(tid);
-                if let Ok(l) = calls::argument(t, &h.program, mem) {
-                    left.insert(tid, h.stopped_at.saturating_add(l));
-                }
-            }
-            Some((_, broken)) => {
-                timed.push(tid);
-                // nanosleep and clock_nanosleep have written how much is left, if that was wanted.
-                let at = match nr as i64 {
-                    libc::SYS_nanosleep => h.program.arg(1),
-                    libc::SYS_clock_nanosleep => h.program.arg(3),
-                    _ => 0,
-                };
-                let rem = calls::Timeout::Timespec(0);
-                let as_first = Regs {
-                    rdi: at,
-                    ..Regs::default()
-                };
-                if at != 0
-                    && broken == Broken::RestartBlock
-                    && let Ok(l) = calls::argument(rem, &as_first, mem)
-                {
-                    left.insert(tid, h.stopped_at.saturating_add(l));
-                }
+            Some((t, broken)) => {
+                let left = time_left(nr, t, broken, &h.program, mem);
+                let left = left.map(|l| h.stopped_at.saturating_add(l));
+                h.deadline = watch.end(tid, nr, &h.program, left);
             }
             None => {
                 let socket = SocketTimeout::of(tid, nr, h.program.arg(0) as i32);
@@ -288,36 +254,19 @@ pub fn settle(threads: &mut [Held], watch: &mut Watch, mem: &Mem, tail: &mut Tai
                     && matches!(h.resume, Resume::Timed { .. });
                 match socket {
                     Ok(Some(s)) if is_socket => {
-                        let (whole, stopped) = (s.whole_ns(), h.stopped_at);
-                        h.deadline = Some(watch.socket_end(tid, whole, stopped));
-                        // A call that begins elsewhere is rounded up to other ticks there.
-                        let since = watch.since(tid).unwrap_or(stopped);
-                        exact.insert(tid, since.saturating_add(whole));
+                        let whole = s.whole_ns();
+                        let end = watch.socket_end(tid, nr, whole).or(h.noted);
+                        h.deadline = end.or(Some(h.stopped_at.saturating_add(whole)));
                     }
                     _ => h.resume = Resume::Again { nr },
                 }
-                if let Some(d) = h.noted {
-                    h.deadline = h.deadline.map(|_| d);
-                    exact.remove(&tid);
-                }
-            }
-        }
-    }
-    if !timed.is_empty() {
-        let found = watch.deadlines(&timed, stopped, &left);
-        for h in threads.iter_mut() {
-            if let Some(d) = found.get(&h.tracee.tid) {
-                h.deadline = Some(*d);
             }
         }
     }
     for h in threads.iter_mut() {
         if let Resume::Timed { nr, left_ns } = &mut h.resume {
             *left_ns = match (h.deadline, calls::timeout(*nr, &h.program)) {
-                (Some(d), _) => {
-                    let d = exact.get(&h.tracee.tid).copied().unwrap_or(d);
-                    (d - h.stopped_at).max(0)
-                }
+                (Some(d), _) => (d - h.stopped_at).max(0),
                 (None, Some((t, _))) => calls::argument(t, &h.program, mem).unwrap_or(0),
                 (None, None) => 0,
             };
@@ -330,6 +279,26 @@ pub fn settle(threads: &mut [Held], watch: &mut Watch, mem: &Mem, tail: &mut Tai
         }
     }
     Ok(())
+}
+
+/// What is left of a time-out, as the kernel has written it where the program wanted to know.
+fn time_left(nr: u64, t: calls::Timeout, broken: Broken, program: &Regs, mem: &Mem) -> Option<i64> {
+    if broken == Broken::Updated {
+        return calls::argument(t, program, mem).ok();
+    }
+    let at = match nr as i64 {
+        libc::SYS_nanosleep => program.arg(1),
+        libc::SYS_clock_nanosleep => program.arg(3),
+        _ => return None,
+    };
+    let first = Regs {
+        rdi: at,
+        ..Regs::default()
+    };
+    let rest = calls::Timeout::Timespec(0);
+    (at != 0)
+        .then(|| calls::argument(rest, &first, mem).ok())
+        .flatten()
 }
 
 /// A signal frame on a thread's stack may lead back into a trampoline: that one stays.

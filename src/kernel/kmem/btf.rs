@@ -7,6 +7,8 @@ pub struct Btf {
     strings: usize,
     /// Offset in `bytes` of type number i + 1.
     types: Vec<usize>,
+    /// Those of structures.
+    structures: Vec<usize>,
 }
 
 const MAGIC: u16 = 0xeb9f;
@@ -28,17 +30,21 @@ impl Btf {
         let begin = header.checked_add(word(8)? as usize)?;
         let end = begin.checked_add(word(12)? as usize)?;
         let strings = header.checked_add(word(16)? as usize)?;
-        let mut types = Vec::new();
+        let (mut types, mut structures) = (Vec::new(), Vec::new());
         let mut at = begin;
         while at < end {
             types.push(at);
             let info = word(at + 4)?;
+            if info >> 24 & 0x1f == STRUCT {
+                structures.push(at);
+            }
             at += TYPE + behind(info)?;
         }
         Some(Self {
             bytes,
             strings,
             types,
+            structures,
         })
     }
 
@@ -54,10 +60,8 @@ impl Btf {
 
     /// Offset in `bytes` of the structure with this name.
     fn structure(&self, name: &str) -> Option<usize> {
-        self.types.iter().copied().find(|&at| {
-            let kind = self.word(at + 4).map(|i| i >> 24 & 0x1f);
-            kind == Some(STRUCT) && self.word(at).is_some_and(|n| self.is_named(n, name))
-        })
+        let mut all = self.structures.iter().copied();
+        all.find(|&at| self.word(at).is_some_and(|n| self.is_named(n, name)))
     }
 
     /// Bytes of a structure.
@@ -67,12 +71,23 @@ impl Btf {
             .map(u64::from)
     }
 
-    /// Bytes from the beginning of a structure to one of its fields; those of its anonymous parts count.
+    /// Bytes from the beginning of a structure to one of its fields; those of its anonymous parts count. "a.b" is
+    /// field b of the structure that is field a.
     pub fn offset(&self, structure: &str, field: &str) -> Option<u64> {
-        self.find(self.structure(structure)?, field, DEEPEST)
+        let (mut at, mut sum) = (self.structure(structure)?, 0);
+        for part in field.split('.') {
+            let (offset, of_type) = self.find(at, part, DEEPEST)?;
+            sum += offset;
+            at = (of_type as usize)
+                .checked_sub(1)
+                .and_then(|i| self.types.get(i))
+                .copied()?;
+        }
+        Some(sum)
     }
 
-    fn find(&self, at: usize, field: &str, depth: u32) -> Option<u64> {
+    /// Offset of a field, and the number of its type.
+    fn find(&self, at: usize, field: &str, depth: u32) -> Option<(u64, u32)> {
         let info = self.word(at + 4)?;
         if !matches!(info >> 24 & 0x1f, STRUCT | UNION) {
             return None;
@@ -85,13 +100,13 @@ impl Btf {
             let offset = u64::from(bits / 8);
             let name = self.word(member)?;
             if self.is_named(name, field) {
-                return Some(offset);
+                return Some((offset, self.word(member + 4)?));
             }
             if name == 0 && depth > 0 {
                 let inner = (self.word(member + 4)? as usize).checked_sub(1)?;
                 let inner = *self.types.get(inner)?;
-                if let Some(more) = self.find(inner, field, depth - 1) {
-                    return Some(offset + more);
+                if let Some((more, of_type)) = self.find(inner, field, depth - 1) {
+                    return Some((offset + more, of_type));
                 }
             }
         }
@@ -137,6 +152,9 @@ mod tests {
         assert_eq!(btf.offset("sk_buff", "next"), Some(0));
         assert!(btf.offset("sk_buff", "len").is_some_and(|o| o > 16));
         assert_eq!(btf.offset("sk_buff", "no such field"), None);
+        let sleeper = |field| btf.offset("hrtimer_sleeper", field).unwrap();
+        assert!(sleeper("timer.node.expires") < sleeper("timer.base"));
+        assert_eq!(btf.offset("hrtimer_sleeper", "timer.node.nothing"), None);
         assert_eq!(btf.offset("no such structure", "next"), None);
     }
 
