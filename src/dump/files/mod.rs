@@ -19,12 +19,11 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use crate::dump::tables::Tables;
 use crate::error::{Classify, Failure};
 use crate::image::files::{Description, DescriptionId, External, Fd, Kind, Lock, LockClass, Owner};
-use crate::kernel::sched::Urgent;
 use crate::kernel::{fds, kcmp, pidfd};
 pub use fdinfo::FdInfo;
 pub use order::Order;
@@ -430,37 +429,18 @@ impl Facts {
 }
 
 /// So many descriptors are duplicated before it is known which mean the same.
-const AT_ONCE: usize = 1024;
-/// So many descriptors are worth a second thread.
-const MANY: usize = 256;
+const AT_ONCE: usize = 256;
 
-/// Reads the descriptors with these numbers, of a process that stands still.
+/// Reads the descriptors with these numbers, of a process that stands still. In one thread: with two, the kernel would
+/// wait for all processors each time that our own table grows.
 fn gather(pid: i32, tid: i32, pidfd: BorrowedFd<'_>, numbers: &[i32]) -> Result<Vec<Facts>> {
     let shown = tid.to_string();
-    let some = |numbers: &[i32]| -> Result<Vec<Facts>> {
-        let one = |&fd: &i32| {
-            let own = pidfd::get_fd(pidfd, fd)
-                .with_context(|| format!("process {pid}: fd {fd}: pidfd_getfd"))?;
-            Facts::read(pid, fd, own, &shown)
-        };
-        numbers.iter().map(one).collect()
+    let one = |&fd: &i32| {
+        let own = pidfd::get_fd(pidfd, fd)
+            .with_context(|| format!("process {pid}: fd {fd}: pidfd_getfd"))?;
+        Facts::read(pid, fd, own, &shown)
     };
-    if numbers.len() < MANY {
-        return some(numbers);
-    }
-    let (mine, other) = numbers.split_at(numbers.len() / 2);
-    let (mut all, rest) = std::thread::scope(|scope| {
-        let rest = scope.spawn(|| {
-            let _urgent = Urgent::new();
-            some(other)
-        });
-        (some(mine), rest.join())
-    });
-    let rest = rest.unwrap_or_else(|_| bail!("the thread that reads descriptors panicked"))?;
-    if let Ok(all) = &mut all {
-        all.extend(rest);
-    }
-    all
+    numbers.iter().map(one).collect()
 }
 
 /// Where among `known` the description behind `own` is or belongs.
