@@ -58,7 +58,12 @@ const DECIDE: Duration = Duration::from_secs(30);
 /// When there is nobody to tell.
 pub fn run(stream: UnixStream) -> Result<()> {
     let (mut link, job) = Link::new(stream)?;
-    let done = match Mover::new(&job).and_then(|mut mover| mover.run(&mut link)) {
+    let mover = Mover::new(&job).map_err(|e| match crate::dump::has_ended(job.pid) {
+        true => Failure::NoSuchProcess
+            .with(e.context(format!("task {} has ended before it was moved", Tid(job.v)))),
+        false => e,
+    });
+    let done = match mover.and_then(|mut mover| mover.run(&mut link)) {
         Ok(moved) => FromMover::Done(moved),
         Err(e) => FromMover::Failed(Failed::of(&e)),
     };
