@@ -75,8 +75,8 @@ const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "spmd",
         shell: "console 4 spmd",
-        prints: &["Pass a token through the   4 tid ring", "token ring done"], moves: &[] },
-    Scenario { name: "fspmd", shell: "console 4 fspmd", prints: &["token ring done"], moves: &[] },
+        prints: &["Pass a token through the   4 tid ring", "token ring done"], moves: &[Move("spmd"), Free("spmd")] },
+    Scenario { name: "fspmd", shell: "console 4 fspmd", prints: &["token ring done"], moves: &[Move("fspmd"), Free("fspmd")] },
     Scenario { name: "hitc and hitc_slave", shell: "hitc", prints: &["I got result from tid"], moves: &[Move("hitc"), Stop("hitc"), Free("hitc_slave"), Move("hitc_slave"), GoOn("hitc")] },
     Scenario { name: "timing and timing_slave", shell: "timing", prints: &["done"], moves: &[Move("timing"), Stop("timing"), Free("timing_slave"), Move("timing_slave"), GoOn("timing")] },
     Scenario {

@@ -204,8 +204,12 @@ impl Client {
             format!("{:x}", to.ctx),
             format!("{:x}", to.tag),
         ];
-        let body = (first..)
+        // The tid last: with it pvmd tells the collector at once that the task begins, by the context and tag it
+        // has by then (tm_setopt, tdpro.c).
+        let body = [first, first + 1, first + 2]
+            .into_iter()
             .zip(&values)
+            .rev()
             .fold(Body::new(), |body, (option, value)| {
                 body.int(option).string(value.as_bytes())
             });
