@@ -17,8 +17,8 @@ use crate::kernel::mem::Mem;
 use crate::kernel::pagemap::{Pagemap, Tracked};
 use crate::kernel::uffd::{self, Uffd};
 
-/// Bytes read at once, beginning at a multiple of it.
-const STEP: u64 = 1 << 20;
+/// Bytes read at once, beginning at a multiple of it: they stay in a cache until they are encrypted.
+const STEP: u64 = 256 << 10;
 
 /// A run of pages: from, to (addresses).
 pub type Run = (u64, u64);
@@ -46,8 +46,8 @@ pub struct Round {
     pub looked_through: u64,
 }
 
-/// Takes whole pages: address, content.
-pub type Take<'a> = dyn FnMut(u64, &[u8]) -> Result<()> + 'a;
+/// Takes whole pages: address, content. It may keep the buffer, and leave another.
+pub type Take<'a> = dyn FnMut(u64, &mut Vec<u8>) -> Result<()> + 'a;
 
 impl Tracker {
     /// Begins to follow process `pid`, which stands still for a moment. Where the kernel cannot do it
@@ -88,7 +88,7 @@ impl Tracker {
             uffd,
             why_not,
             owed: Vec::new(),
-            buffer: vec![0; STEP as usize],
+            buffer: Vec::new(),
         })
     }
 
@@ -192,17 +192,14 @@ impl Tracker {
         let mut at = start;
         while at < end {
             let to = end.min(at - at % STEP + STEP);
-            let mut buffer = std::mem::take(&mut self.buffer);
-            let out = buffer.get_mut(..(to - at) as usize).unwrap_or_default();
-            let result = match self.mem.read(at, out) {
+            self.buffer.resize((to - at) as usize, 0);
+            match self.mem.read(at, &mut self.buffer) {
                 Ok(()) => {
                     round.bytes += to - at;
-                    take(at, out)
+                    take(at, &mut self.buffer)?;
                 }
-                Err(_) => self.read_pages(at, to, round, take),
-            };
-            self.buffer = buffer;
-            result?;
+                Err(_) => self.read_pages(at, to, round, take)?,
+            }
             at = to;
         }
         Ok(())
@@ -215,12 +212,12 @@ impl Tracker {
         round: &mut Round,
         take: &mut Take,
     ) -> Result<()> {
-        let mut page = [0; PAGE as usize];
         for at in (start..end).step_by(PAGE as usize) {
-            match self.mem.read(at, &mut page) {
+            self.buffer.resize(PAGE as usize, 0);
+            match self.mem.read(at, &mut self.buffer) {
                 Ok(()) => {
                     round.bytes += PAGE;
-                    take(at, &page)?;
+                    take(at, &mut self.buffer)?;
                 }
                 // Unmapped, or not to be read any more; the last round finds out.
                 Err(_) => self.owed.push((at, at + PAGE)),
@@ -262,15 +259,12 @@ impl Tracker {
             let mut at = start;
             while at < end {
                 let to = end.min(at - at % STEP + STEP);
-                let out = self
-                    .buffer
-                    .get_mut(..(to - at) as usize)
-                    .unwrap_or_default();
-                self.mem.read(at, out).with_context(|| {
+                self.buffer.resize((to - at) as usize, 0);
+                self.mem.read(at, &mut self.buffer).with_context(|| {
                     format!("reading memory {at:#x}-{to:#x} of process {}", self.pid)
                 })?;
                 round.bytes += to - at;
-                take(at, out)?;
+                take(at, &mut self.buffer)?;
                 at = to;
             }
         }

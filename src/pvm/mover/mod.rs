@@ -261,7 +261,7 @@ impl<'j> Mover<'j> {
         }
         let mut before = u64::MAX;
         while self.moved.rounds < MOST_ROUNDS {
-            let round = tracker.round(&mut |at, data| sender.put(SPACE, at, data))?;
+            let round = sender.feed(SPACE, |take| tracker.round(take))?;
             sender.round()?;
             self.moved.rounds += 1;
             if round.bytes < LITTLE || round.bytes > before / 4 * 3 {

@@ -4,13 +4,15 @@ use std::fs::File;
 use std::io::{Seek, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::frames::{Frame, LONGEST, Stream, Totals};
-use crate::dump::Sink;
+use super::frames::{Frame, Stream, Totals};
+use super::header::LONGEST;
+use crate::dump::{Sink, Take};
 use crate::image::rounds::Populated;
 use crate::image::{Manifest, RoundsWriter, SpaceId};
 use crate::kernel::arch;
@@ -40,6 +42,8 @@ const PAGE: usize = arch::PAGE as usize;
 const PAGES_HEADER: usize = 12;
 /// Bytes sent in one frame: what is packed, and sent while the next is packed.
 const PIECE: usize = 1 << 20;
+/// Buffers that wait between two threads at each end: as many as smooth out that one of them stalls.
+const AHEAD: usize = 8;
 /// Most bytes of a carried file, and of a manifest.
 const LARGEST_OBJECT: u64 = 1 << 40;
 const LARGEST_MANIFEST: usize = 1 << 30;
@@ -72,19 +76,50 @@ impl ImageSender {
             let zero = pages.next().is_some_and(is_zero);
             let same = 1 + pages.take_while(|page| is_zero(page) == zero).count();
             let len = rest.len().min(same * PAGE);
-            let mut body = Vec::with_capacity(PAGES_HEADER + len);
-            body.extend(space.to_be_bytes());
-            body.extend((addr + at as u64).to_be_bytes());
+            let mut place = [0; PAGES_HEADER];
+            let (in_space, at_addr) = place.split_at_mut(4);
+            in_space.copy_from_slice(&space.to_be_bytes());
+            at_addr.copy_from_slice(&(addr + at as u64).to_be_bytes());
+            let mut stream = self.stream();
             if zero {
-                body.extend((len as u64).to_be_bytes());
-                self.stream().send(kind::ZEROS, &body)?;
+                stream.send_behind(kind::ZEROS, &place, &(len as u64).to_be_bytes())?;
             } else {
-                body.extend_from_slice(rest.get(..len).unwrap_or_default());
-                self.stream().send(kind::PAGES, &body)?;
+                let pages = rest.get(..len).unwrap_or_default();
+                stream.send_behind(kind::PAGES, &place, pages)?;
             }
             at += len;
         }
         Ok(())
+    }
+
+    /// Lets `work` give pages of a space, which another thread sends while it gets the next ones.
+    ///
+    /// # Errors
+    /// Those of `work`; when the connection breaks.
+    pub fn feed<R>(&self, space: SpaceId, work: impl FnOnce(&mut Take) -> Result<R>) -> Result<R> {
+        let (full, to_send) = sync_channel::<(u64, Vec<u8>)>(AHEAD);
+        let (empty, sent) = sync_channel::<Vec<u8>>(AHEAD + 1);
+        std::thread::scope(|scope| {
+            let sender = scope.spawn(move || -> Result<()> {
+                for (addr, data) in to_send {
+                    self.put(space, addr, &data)?;
+                    // Nobody wants it any more at the end.
+                    let _ = empty.try_send(data);
+                }
+                Ok(())
+            });
+            let done = work(&mut |addr, data| {
+                let next = sent.try_recv().unwrap_or_default();
+                full.send((addr, std::mem::replace(data, next)))
+                    .map_err(|_| anyhow!("the stream broke"))
+            });
+            drop(full);
+            let sent = sender
+                .join()
+                .unwrap_or_else(|_| Err(anyhow!("the sending thread panicked")));
+            // What stopped the sender stopped the work.
+            sent.and(done)
+        })
     }
 
     /// Says that a round is over, and waits until all of it has arrived; the receiver does what can be done now.
@@ -175,77 +210,140 @@ impl Sink for ImageSender {
     }
 }
 
-/// Receives an image into the directory `path`, which must not exist; it is complete when this returns.
+/// Receives an image into the directory `path`, which must not exist; it is complete when this returns. What has
+/// been opened is stored by another thread while the next is.
 ///
 /// # Errors
 /// When the connection breaks or ends before the image does, or what arrives makes no sense. What was received
 /// so far is gone then.
 pub fn receive(stream: &mut Stream, path: &Path) -> Result<()> {
     let writer = RoundsWriter::create(path)?;
-    let mut populated = Populated::new();
-    let mut manifest = Vec::new();
-    let mut object: Option<File> = None;
-    loop {
-        let Some(Frame { kind, body }) = stream.recv()? else {
-            bail!("the stream ended before the task was whole");
-        };
-        match kind {
-            kind::PAGES => {
-                let (space, addr, data) = place(&body)?;
-                writer.put(space, addr, data)?;
-            }
-            kind::ZEROS => zeros(&writer, &body)?,
-            kind::ROUND => {
-                writer.settle()?;
-                stream.send(kind::ROUND, &[])?;
-                stream.flush()?;
-            }
-            kind::POPULATED => {
-                let (space, runs) = runs(&body)?;
-                populated.entry(space).or_default().extend(runs);
-            }
-            kind::OBJECT => {
-                let mut file = match object.take() {
-                    Some(file) => file,
-                    None => {
-                        let file = memfd_create(c"mist-object", MFdFlags::MFD_CLOEXEC);
-                        File::from(file.context("memfd_create")?)
+    let (manifest, populated) = std::thread::scope(|scope| {
+        let (opened, to_store) = sync_channel::<Frame>(AHEAD);
+        let (settled, is_settled) = sync_channel::<()>(1);
+        let (empty, stored) = sync_channel::<Vec<u8>>(AHEAD + 1);
+        let writer = &writer;
+        let store = scope.spawn(move || Store::new(writer).run(to_store, &empty, &settled));
+        // Its end ends the storing thread.
+        let received = (|| -> Result<()> {
+            loop {
+                let buffer = stored.try_recv().unwrap_or_default();
+                let Some(frame) = stream.recv_into(buffer)? else {
+                    bail!("the stream ended before the task was whole");
+                };
+                let kind = frame.kind;
+                // What is wrong with storing the storing thread tells.
+                if opened.send(frame).is_err() || kind == kind::END {
+                    return Ok(());
+                }
+                if kind == kind::ROUND {
+                    if is_settled.recv().is_err() {
+                        return Ok(());
                     }
-                };
-                file.write_all(&body).context("keeping a carried file")?;
-                if file.stream_position().context("lseek")? > LARGEST_OBJECT {
-                    bail!("a carried file is too long");
-                }
-                object = Some(file);
-            }
-            kind::OBJECT_END => {
-                let file = match object.take() {
-                    Some(file) => file,
-                    None => File::from(
-                        memfd_create(c"mist-object", MFdFlags::MFD_CLOEXEC)
-                            .context("memfd_create")?,
-                    ),
-                };
-                let name = writer.add_object(&file)?;
-                if name.as_bytes() != body {
-                    bail!("a carried file has not the content it should have");
+                    stream.send(kind::ROUND, &[])?;
+                    stream.flush()?;
                 }
             }
-            kind::MANIFEST => {
-                manifest.extend_from_slice(&body);
-                if manifest.len() > LARGEST_MANIFEST {
-                    bail!("the manifest is too long");
-                }
-            }
-            kind::END => break,
-            kind => bail!("a frame of an unknown kind ({kind}) arrived"),
-        }
-    }
+        })();
+        drop(opened);
+        let stored = store
+            .join()
+            .unwrap_or_else(|_| Err(anyhow!("the storing thread panicked")));
+        received.and(stored)
+    })?;
     let manifest: Manifest =
         serde_json::from_slice(&manifest).context("the manifest that arrived is none")?;
     // It is needed for this move only.
     writer.finish(&manifest, &populated, false)?;
     Ok(())
+}
+
+/// What arrives, on its way into an image.
+struct Store<'a> {
+    writer: &'a RoundsWriter,
+    populated: Populated,
+    manifest: Vec<u8>,
+    object: Option<File>,
+}
+
+impl<'a> Store<'a> {
+    fn new(writer: &'a RoundsWriter) -> Store<'a> {
+        Store {
+            writer,
+            populated: Populated::new(),
+            manifest: Vec::new(),
+            object: None,
+        }
+    }
+
+    /// Takes frames until the last one, or until no more come; the manifest, and which pages there are.
+    fn run(
+        mut self,
+        frames: Receiver<Frame>,
+        empty: &SyncSender<Vec<u8>>,
+        settled: &SyncSender<()>,
+    ) -> Result<(Vec<u8>, Populated)> {
+        for Frame { kind, body } in frames {
+            match kind {
+                kind::END => break,
+                kind::ROUND => {
+                    self.writer.settle()?;
+                    let _ = settled.send(());
+                }
+                kind => self.take(kind, &body)?,
+            }
+            // Of the buffers as many go round as are needed.
+            let _ = empty.try_send(body);
+        }
+        Ok((self.manifest, self.populated))
+    }
+
+    fn take(&mut self, kind: u8, body: &[u8]) -> Result<()> {
+        match kind {
+            kind::PAGES => {
+                let (space, addr, data) = place(body)?;
+                self.writer.put(space, addr, data)?;
+            }
+            kind::ZEROS => zeros(self.writer, body)?,
+            kind::POPULATED => {
+                let (space, runs) = runs(body)?;
+                self.populated.entry(space).or_default().extend(runs);
+            }
+            kind::OBJECT => {
+                let mut file = self.object()?;
+                file.write_all(body).context("keeping a carried file")?;
+                if file.stream_position().context("lseek")? > LARGEST_OBJECT {
+                    bail!("a carried file is too long");
+                }
+                self.object = Some(file);
+            }
+            kind::OBJECT_END => {
+                let name = self.writer.add_object(&self.object()?)?;
+                if name.as_bytes() != body {
+                    bail!("a carried file has not the content it should have");
+                }
+            }
+            kind::MANIFEST => {
+                self.manifest.extend_from_slice(body);
+                if self.manifest.len() > LARGEST_MANIFEST {
+                    bail!("the manifest is too long");
+                }
+            }
+            kind => bail!("a frame of an unknown kind ({kind}) arrived"),
+        }
+        Ok(())
+    }
+
+    /// The file that is arriving, which may be the first one's beginning.
+    fn object(&mut self) -> Result<File> {
+        match self.object.take() {
+            Some(file) => Ok(file),
+            None => {
+                let file = memfd_create(c"mist-object", MFdFlags::MFD_CLOEXEC);
+                Ok(File::from(file.context("memfd_create")?))
+            }
+        }
+    }
 }
 
 /// Space, address and what follows them.

@@ -1,6 +1,6 @@
 //! The two ends of a stream.
 
-use std::io::{BufReader, ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
@@ -9,6 +9,8 @@ use anyhow::{Context, Result, anyhow, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use snow::{HandshakeState, TransportState};
 
+use super::header::{HEADER, Header, LONGEST};
+use super::input::Input;
 use super::key::Key;
 use super::rate::{Packer, Packing};
 
@@ -17,9 +19,10 @@ const PATTERN: &str = "Noise_NNpsk0_25519_AESGCM_SHA256";
 const SEALED: usize = 65535;
 const TAG: usize = 16;
 const PLAIN: usize = SEALED - TAG;
-/// Most bytes of a frame.
-pub const LONGEST: usize = 4 << 20;
-const HEADER: usize = 12;
+/// Bytes written and read at once: few calls, and they stay in a second-level cache between the socket and the cipher.
+const AT_ONCE: usize = 256 << 10;
+/// Of a message: its length in front of it.
+const LENGTH: usize = 2;
 /// Messages after which both sides change their keys: far below what AES-GCM allows.
 const REKEY: u64 = 1 << 20;
 /// How long a handshake may take: nothing is computed in it that takes long.
@@ -46,15 +49,16 @@ pub struct Frame {
 /// One end of a stream whose other end has proved that it knows the key.
 pub struct Stream {
     tcp: TcpStream,
-    reader: BufReader<TcpStream>,
+    input: Input,
     peer: String,
     noise: TransportState,
     sent: u64,
     received: u64,
-    /// Sealed messages that wait to be written.
-    out: Vec<u8>,
-    sealed: Vec<u8>,
-    plain: Vec<u8>,
+    /// Sealed messages that wait to be written: so many bytes of it.
+    out: Box<[u8]>,
+    waiting: usize,
+    /// The beginning of a frame: its header and what fits into the same message.
+    first: Vec<u8>,
     packer: Packer,
     totals: Totals,
 }
@@ -108,7 +112,7 @@ impl Stream {
             }
             let proved = handshake(key, id, false).and_then(|state| {
                 let mut stream = Stream::shake(tcp, from.to_string(), state)?;
-                if !stream.open()? || !stream.plain.is_empty() {
+                if stream.open(&mut [0; TAG])? != Some(0) {
                     bail!("no proof");
                 }
                 stream.timeless()
@@ -144,17 +148,16 @@ impl Stream {
             }
         }
         // What has been read so far was exactly the handshake.
-        let reader = tcp.try_clone().context("cannot duplicate the stream")?;
         Ok(Stream {
             tcp,
-            reader: BufReader::with_capacity(256 << 10, reader),
+            input: Input::new(AT_ONCE),
             peer,
             noise: state.into_transport_mode().context("handshake")?,
             sent: 0,
             received: 0,
-            out: Vec::new(),
-            sealed: vec![0; SEALED],
-            plain: Vec::new(),
+            out: vec![0; AT_ONCE + LENGTH + SEALED].into(),
+            waiting: 0,
+            first: Vec::with_capacity(PLAIN),
             packer: Packer::new(),
             totals: Totals::default(),
         })
@@ -179,20 +182,47 @@ impl Stream {
     /// # Errors
     /// When the connection breaks, or the frame is longer than [`LONGEST`].
     pub fn send(&mut self, kind: u8, body: &[u8]) -> Result<()> {
-        if body.len() > LONGEST {
-            bail!("a frame of {} bytes is too long", body.len());
+        self.send_behind(kind, &[], body)
+    }
+
+    /// The same, of a frame that begins with `head`: what comes behind it is not copied together with it.
+    ///
+    /// # Errors
+    /// As for [`Stream::send`].
+    pub fn send_behind(&mut self, kind: u8, head: &[u8], body: &[u8]) -> Result<()> {
+        let raw = head.len() + body.len();
+        if raw > LONGEST || head.len() > PLAIN - HEADER {
+            bail!("a frame of {raw} bytes is too long");
         }
-        let (packing, packed) = self.packer.pack(body, &self.tcp);
-        let mut plain = Vec::with_capacity(HEADER + packed.len());
-        plain.extend([kind, packing as u8, 0, 0]);
-        plain.extend((packed.len() as u32).to_be_bytes());
-        plain.extend((body.len() as u32).to_be_bytes());
-        plain.extend_from_slice(&packed);
-        drop(packed);
-        for part in plain.chunks(PLAIN) {
+        match self.packer.pack(head, body, &self.tcp) {
+            Some((packing, packed)) => self.frame(kind, packing, raw, &[], &packed),
+            None => self.frame(kind, Packing::None, raw, head, body),
+        }
+    }
+
+    fn frame(
+        &mut self,
+        kind: u8,
+        packing: Packing,
+        raw: usize,
+        head: &[u8],
+        body: &[u8],
+    ) -> Result<()> {
+        let mut first = std::mem::take(&mut self.first);
+        first.clear();
+        first.extend([kind, packing as u8, 0, 0]);
+        first.extend(((head.len() + body.len()) as u32).to_be_bytes());
+        first.extend((raw as u32).to_be_bytes());
+        first.extend_from_slice(head);
+        let (with_it, behind) = body.split_at(body.len().min(PLAIN - first.len()));
+        first.extend_from_slice(with_it);
+        let sealed = self.seal(&first);
+        self.first = first;
+        sealed?;
+        for part in behind.chunks(PLAIN) {
             self.seal(part)?;
         }
-        self.totals.raw += body.len() as u64;
+        self.totals.raw += raw as u64;
         Ok(())
     }
 
@@ -201,12 +231,13 @@ impl Stream {
     /// # Errors
     /// When the connection breaks.
     pub fn flush(&mut self) -> Result<()> {
+        let out = self.out.get(..self.waiting).unwrap_or_default();
         self.tcp
-            .write_all(&self.out)
+            .write_all(out)
             .with_context(|| format!("cannot write to {}", self.peer))?;
-        self.totals.wire += self.out.len() as u64;
-        self.packer.wrote(self.out.len());
-        self.out.clear();
+        self.totals.wire += self.waiting as u64;
+        self.packer.wrote(self.waiting);
+        self.waiting = 0;
         Ok(())
     }
 
@@ -220,21 +251,42 @@ impl Stream {
     /// # Errors
     /// When the connection breaks, or what arrives was not sealed by the other end in this order.
     pub fn recv(&mut self) -> Result<Option<Frame>> {
-        if !self.open()? {
+        self.recv_into(Vec::new())
+    }
+
+    /// The same, into a buffer that has been used before: memory that is new has to be cleared by the kernel first.
+    ///
+    /// # Errors
+    /// As for [`Stream::recv`].
+    pub fn recv_into(&mut self, mut body: Vec<u8>) -> Result<Option<Frame>> {
+        let mut first = std::mem::take(&mut self.first);
+        first.resize(SEALED, 0);
+        let opened = self.open(&mut first);
+        self.first = first;
+        let Some(len) = opened? else {
             return Ok(None);
-        }
-        let header = Header::read(&self.plain)?;
-        let mut packed = self.plain.get(HEADER..).unwrap_or_default().to_vec();
-        while packed.len() < header.packed {
-            if !self.open()? {
-                bail!("{} closed the stream in the middle of a frame", self.peer);
-            }
-            packed.extend_from_slice(&self.plain);
-        }
-        if packed.len() != header.packed {
+        };
+        let first = self.first.get(..len).unwrap_or_default();
+        let header = Header::read(first)?;
+        let data = first.get(HEADER..).unwrap_or_default();
+        if data.len() > header.packed {
             bail!("a frame is longer than it says");
         }
-        let body = header.packing.unpack(packed, header.raw)?;
+        // The cipher wants room for the tag, too.
+        body.resize(header.packed + TAG, 0);
+        let mut at = data.len();
+        body.get_mut(..at).unwrap_or_default().copy_from_slice(data);
+        while at < header.packed {
+            let Some(len) = self.open(body.get_mut(at..).unwrap_or_default())? else {
+                bail!("{} closed the stream in the middle of a frame", self.peer);
+            };
+            at += len;
+        }
+        if at != header.packed {
+            bail!("a frame is longer than it says");
+        }
+        body.truncate(at);
+        let body = header.packing.unpack(body, header.raw)?;
         Ok(Some(Frame {
             kind: header.kind,
             body,
@@ -242,59 +294,54 @@ impl Stream {
     }
 
     fn seal(&mut self, plain: &[u8]) -> Result<()> {
+        let at = self.waiting + LENGTH;
+        let sealed = self.out.get_mut(at..).unwrap_or_default();
         let len = self
             .noise
-            .write_message(plain, &mut self.sealed)
+            .write_message(plain, sealed)
             .context("cannot encrypt")?;
         self.sent += 1;
         if self.sent.is_multiple_of(REKEY) {
             self.noise.rekey_outgoing();
         }
-        self.out.extend((len as u16).to_be_bytes());
-        self.out
-            .extend_from_slice(self.sealed.get(..len).unwrap_or_default());
-        // Large enough that few calls are made, small enough that the wire never waits for us.
-        if self.out.len() >= 256 << 10 {
+        if let Some(length) = self.out.get_mut(self.waiting..at) {
+            length.copy_from_slice(&(len as u16).to_be_bytes());
+        }
+        self.waiting = at + len;
+        if self.waiting >= AT_ONCE {
             self.flush()?;
         }
         Ok(())
     }
 
-    /// Opens the next message into `plain`; false at the end of the stream.
-    fn open(&mut self) -> Result<bool> {
-        let mut len = [0; 2];
+    /// Opens the next message into the beginning of `plain`, which has room for its tag, too; none at the end of the
+    /// stream.
+    fn open(&mut self, plain: &mut [u8]) -> Result<Option<usize>> {
         let peer = &self.peer;
-        let (one, rest) = len.split_at_mut(1);
-        loop {
-            match self.reader.read(one) {
-                Ok(0) => return Ok(false),
-                Ok(_) => break,
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(e) => return Err(e).with_context(|| format!("cannot read from {peer}")),
-            }
+        let broken = |e: std::io::Error| match e.kind() {
+            ErrorKind::UnexpectedEof => anyhow!(e).context(format!("{peer} broke off")),
+            _ => anyhow!(e).context(format!("cannot read from {peer}")),
+        };
+        if !self.input.need(&mut self.tcp, LENGTH).map_err(broken)? {
+            return Ok(None);
         }
-        self.reader
-            .read_exact(rest)
-            .with_context(|| format!("{peer} broke off"))?;
-        let len = usize::from(u16::from_be_bytes(len));
-        let sealed = self
-            .sealed
-            .get_mut(..len)
-            .ok_or_else(|| anyhow!("a message is too long"))?;
-        self.reader
-            .read_exact(sealed)
-            .with_context(|| format!("{peer} broke off"))?;
-        self.plain.resize(len, 0);
+        let length = self.input.take(LENGTH).try_into().unwrap_or_default();
+        let len = usize::from(u16::from_be_bytes(length));
+        if !self.input.need(&mut self.tcp, len).map_err(broken)? && len > 0 {
+            return Err(broken(ErrorKind::UnexpectedEof.into()));
+        }
+        if len > plain.len() {
+            bail!("a frame is longer than it says");
+        }
         let opened = self
             .noise
-            .read_message(sealed, &mut self.plain)
+            .read_message(self.input.take(len), plain)
             .map_err(|_| anyhow!("what arrived from {peer} was not sealed with the key"))?;
-        self.plain.truncate(opened);
         self.received += 1;
         if self.received.is_multiple_of(REKEY) {
             self.noise.rekey_incoming();
         }
-        Ok(true)
+        Ok(Some(opened))
     }
 }
 
@@ -309,35 +356,6 @@ fn handshake(key: &Key, id: &str, first: bool) -> Result<HandshakeState> {
         builder.build_responder()
     };
     state.context("Noise")
-}
-
-struct Header {
-    kind: u8,
-    packing: Packing,
-    packed: usize,
-    raw: usize,
-}
-
-impl Header {
-    fn read(bytes: &[u8]) -> Result<Header> {
-        let Some([kind, packing, _, _, a, b, c, d, e, f, g, h]) =
-            bytes.first_chunk::<HEADER>().copied()
-        else {
-            bail!("a frame has no header");
-        };
-        let packed = u32::from_be_bytes([a, b, c, d]) as usize;
-        let raw = u32::from_be_bytes([e, f, g, h]) as usize;
-        // A frame that would grow by packing is sent as it is.
-        if raw > LONGEST || packed > raw {
-            bail!("a frame of {raw} bytes ({packed} packed) is too long");
-        }
-        Ok(Header {
-            kind,
-            packing: Packing::of(packing)?,
-            packed,
-            raw,
-        })
-    }
 }
 
 #[cfg(test)]
@@ -562,25 +580,5 @@ mod tests {
             assert_eq!(kinds, [&Some(1)], "{way}");
             assert!(got.last().unwrap().is_err(), "{way}");
         }
-    }
-
-    #[test]
-    fn headers_that_claim_too_much_are_refused() {
-        let header = |packed: u32, raw: u32, packing: u8| {
-            let mut bytes = vec![1, packing, 0, 0];
-            bytes.extend(packed.to_be_bytes());
-            bytes.extend(raw.to_be_bytes());
-            Header::read(&bytes)
-        };
-        assert!(header(10, 10, 0).is_ok());
-        assert!(header(u32::MAX, u32::MAX, 0).is_err());
-        assert!(header(11, 10, 1).is_err());
-        assert!(header(10, 10, 9).is_err());
-        assert!(Header::read(&[1, 0, 0]).is_err());
-        // What unpacks to something else than it says.
-        let packed = lz4_flex::block::compress(&[7; 1000]);
-        assert!(Packing::Lz4.unpack(packed.clone(), 999).is_err());
-        assert!(Packing::Lz4.unpack(packed, 1001).is_err());
-        assert!(Packing::Zstd.unpack(vec![1, 2, 3], 100).is_err());
     }
 }

@@ -13,9 +13,12 @@
 
 mod content;
 mod frames;
+mod header;
+mod input;
 mod key;
 mod rate;
 
 pub use content::{ImageSender, receive};
-pub use frames::{Frame, LONGEST, Stream, Totals};
+pub use frames::{Frame, Stream, Totals};
+pub use header::LONGEST;
 pub use key::Key;

@@ -1,6 +1,5 @@
 //! Packing what is sent, when that is faster than the link: both are measured while sending.
 
-use std::borrow::Cow;
 use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::time::Instant;
@@ -92,19 +91,23 @@ impl Packer {
         }
     }
 
-    /// What of a frame goes over the wire, and how it is packed.
-    pub fn pack<'a>(&mut self, body: &'a [u8], tcp: &TcpStream) -> (Packing, Cow<'a, [u8]>) {
+    /// What goes over the wire for a frame that is `head` and `body`, if it is to be packed, and how.
+    pub fn pack(
+        &mut self,
+        head: &[u8],
+        body: &[u8],
+        tcp: &TcpStream,
+    ) -> Option<(Packing, Vec<u8>)> {
         self.look_at_link(tcp);
         if body.len() < SHORT || self.link == 0.0 {
-            return (Packing::None, Cow::Borrowed(body));
+            return None;
         }
         let way = self.best();
-        let Some(at) = WAYS.iter().position(|w| *w == way) else {
-            return (Packing::None, Cow::Borrowed(body));
-        };
+        let at = WAYS.iter().position(|w| *w == way)?;
+        let whole = [head, body].concat();
         let began = Instant::now();
-        let packed = way.pack(body);
-        let len = body.len() as f64;
+        let packed = way.pack(&whole);
+        let len = whole.len() as f64;
         let record = Record {
             cost: began.elapsed().as_secs_f64() / len,
             ratio: packed.as_ref().map_or(1.0, |p| p.len() as f64 / len),
@@ -113,10 +116,7 @@ impl Packer {
         if let Some(slot) = self.records.get_mut(at) {
             *slot = Some(record);
         }
-        match packed {
-            Some(packed) => (way, Cow::Owned(packed)),
-            None => (Packing::None, Cow::Borrowed(body)),
-        }
+        packed.map(|packed| (way, packed))
     }
 
     /// The way by which a raw byte is through soonest. The link works on while we pack, so the slower of the two counts.

@@ -1,0 +1,64 @@
+//! What a frame begins with.
+
+use anyhow::{Result, bail};
+
+use super::rate::Packing;
+
+/// Most bytes of a frame.
+pub const LONGEST: usize = 4 << 20;
+/// Bytes of a header.
+pub const HEADER: usize = 12;
+
+pub struct Header {
+    pub kind: u8,
+    pub packing: Packing,
+    pub packed: usize,
+    pub raw: usize,
+}
+
+impl Header {
+    pub fn read(bytes: &[u8]) -> Result<Header> {
+        let Some([kind, packing, _, _, a, b, c, d, e, f, g, h]) =
+            bytes.first_chunk::<HEADER>().copied()
+        else {
+            bail!("a frame has no header");
+        };
+        let packed = u32::from_be_bytes([a, b, c, d]) as usize;
+        let raw = u32::from_be_bytes([e, f, g, h]) as usize;
+        // A frame that would grow by packing is sent as it is.
+        if raw > LONGEST || packed > raw {
+            bail!("a frame of {raw} bytes ({packed} packed) is too long");
+        }
+        Ok(Header {
+            kind,
+            packing: Packing::of(packing)?,
+            packed,
+            raw,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_that_claim_too_much_are_refused() {
+        let header = |packed: u32, raw: u32, packing: u8| {
+            let mut bytes = vec![1, packing, 0, 0];
+            bytes.extend(packed.to_be_bytes());
+            bytes.extend(raw.to_be_bytes());
+            Header::read(&bytes)
+        };
+        assert!(header(10, 10, 0).is_ok());
+        assert!(header(u32::MAX, u32::MAX, 0).is_err());
+        assert!(header(11, 10, 1).is_err());
+        assert!(header(10, 10, 9).is_err());
+        assert!(Header::read(&[1, 0, 0]).is_err());
+        // What unpacks to something else than it says.
+        let packed = lz4_flex::block::compress(&[7; 1000]);
+        assert!(Packing::Lz4.unpack(packed.clone(), 999).is_err());
+        assert!(Packing::Lz4.unpack(packed, 1001).is_err());
+        assert!(Packing::Zstd.unpack(vec![1, 2, 3], 100).is_err());
+    }
+}
