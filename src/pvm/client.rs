@@ -3,27 +3,24 @@
 //! One connection, one thread; everything has a time limit, and every error names the pvmd. What the virtual
 //! machine can be asked is in [`crate::pvm::virtual_machine`].
 
+mod proof;
+mod pvmd;
+
 use std::collections::VecDeque;
-use std::ffi::{OsStr, OsString};
-use std::fs::{File, OpenOptions};
-use std::io::{ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::ffi::OsStr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockType, SockaddrIn, UnixAddr, connect, getsockopt, recv,
-    send, setsockopt, socket, sockopt,
-};
-use nix::sys::time::{TimeVal, TimeValLike};
-use pvm_abi::{CTX_TC, CTX_TM, HELPER_PID, NOOP_MAGIC, place};
+use nix::sys::socket::{MsgFlags, getsockopt, recv, send, sockopt};
+use pvm_abi::{CTX_TC, CTX_TM, HELPER_PID, NOOP_MAGIC};
+
+use proof::{Proof, give_proof};
+pub use pvmd::Pvmd;
 
 use crate::pvm::tid::Tid;
 use crate::pvm::virtual_machine::error_name;
@@ -33,135 +30,6 @@ use crate::pvm::wire::{self, Assembler, Body, Message, Reader, XDR, tc, tm};
 pub const PATIENCE: Duration = Duration::from_secs(30);
 /// Bytes of messages that may be half received.
 const PARTIAL_LIMIT: usize = 256 << 20;
-
-/// Where a pvmd listens.
-#[derive(Clone, Debug)]
-pub struct Pvmd {
-    address: Address,
-    /// For errors: the address, and where it was found.
-    name: String,
-    /// Folder for the files by which task and pvmd prove who they are.
-    tmp: PathBuf,
-}
-
-#[derive(Clone, Debug)]
-enum Address {
-    Unix(PathBuf),
-    Tcp(SocketAddrV4),
-}
-
-impl Pvmd {
-    /// The pvmd that a task with this process's environment (PVMSOCK, PVM_TMP, PVM_VMID) enrols with; none when
-    /// no pvmd has left its address. It may have died since.
-    ///
-    /// # Errors
-    /// When the file with the address cannot be read, or holds none.
-    pub fn find() -> Result<Option<Pvmd>> {
-        let sock = std::env::var_os("PVMSOCK").filter(|sock| !sock.is_empty());
-        Pvmd::find_at(sock.as_deref(), &place::own_address_file())
-    }
-
-    /// The same, given PVMSOCK and the file in which the pvmd leaves its address.
-    ///
-    /// # Errors
-    /// As for [`Pvmd::find`].
-    pub fn find_at(sock: Option<&OsStr>, file: &Path) -> Result<Option<Pvmd>> {
-        let tmp = file.parent().unwrap_or(Path::new("/tmp")).to_owned();
-        let (line, from) = match sock {
-            Some(sock) => (sock.to_owned(), "PVMSOCK".to_owned()),
-            None => match first_line(file) {
-                Ok(line) => (line, file.display().to_string()),
-                Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
-                Err(e) => {
-                    return Err(e).with_context(|| {
-                        format!("cannot read the pvmd's address from {}", file.display())
-                    });
-                }
-            },
-        };
-        let address = Address::of(&line).with_context(|| {
-            format!(
-                "{from} holds no address of a pvmd: '{}'",
-                line.to_string_lossy()
-            )
-        })?;
-        let name = format!("the pvmd at {} ({from})", line.to_string_lossy());
-        Ok(Some(Pvmd { address, name, tmp }))
-    }
-
-    /// Path of the tid table of this pvmd's tasks, see docs/shim.md.
-    ///
-    /// # Errors
-    /// When the pvmd is gone.
-    pub fn table_path(&self) -> Result<PathBuf> {
-        let sock = match &self.address {
-            Address::Unix(path) => Some(path.as_os_str()),
-            Address::Tcp(_) => None,
-        };
-        crate::pvm::table::path_for(sock, &place::own_address_file())
-    }
-
-    /// Connects; the socket does not block.
-    fn connect(&self, limit: Duration) -> Result<OwnedFd> {
-        let family = match self.address {
-            Address::Unix(_) => AddressFamily::Unix,
-            Address::Tcp(_) => AddressFamily::Inet,
-        };
-        let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
-            .context("cannot make a socket")?;
-        // connect(2) heeds it too; a listener whose queue is full would let it wait for ever.
-        let limit = TimeVal::milliseconds(limit.as_millis().clamp(1, 3_600_000) as i64);
-        setsockopt(&fd, sockopt::SendTimeout, &limit).context("cannot set SO_SNDTIMEO")?;
-        match &self.address {
-            Address::Unix(path) => connect(fd.as_raw_fd(), &UnixAddr::new(path.as_path())?),
-            Address::Tcp(to) => connect(fd.as_raw_fd(), &SockaddrIn::from(*to)),
-        }
-        .with_context(|| format!("cannot connect to {}", self.name))?;
-        if matches!(self.address, Address::Tcp(_)) {
-            setsockopt(&fd, sockopt::TcpNoDelay, &true).context("cannot set TCP_NODELAY")?;
-        }
-        nix::fcntl::fcntl(
-            &fd,
-            nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK),
-        )
-        .context("cannot set O_NONBLOCK")?;
-        Ok(fd)
-    }
-
-    /// Whether nobody listens there any more: the pvmd died and left its files behind.
-    ///
-    /// # Errors
-    /// When that cannot be told.
-    pub fn is_dead(&self) -> Result<bool> {
-        match self.connect(PATIENCE) {
-            Ok(_) => Ok(false),
-            Err(e) => match e.downcast_ref::<Errno>() {
-                Some(Errno::ECONNREFUSED | Errno::ENOENT) => Ok(true),
-                _ => Err(e),
-            },
-        }
-    }
-}
-
-fn first_line(file: &Path) -> std::io::Result<OsString> {
-    let mut text = Vec::new();
-    File::open(file)?.take(4096).read_to_end(&mut text)?;
-    let line = text.split(|byte| *byte == b'\n').next().unwrap_or_default();
-    Ok(OsStr::from_bytes(line).to_owned())
-}
-
-impl Address {
-    /// A path, or an internet address and port in hexadecimal: 7f000001:e10a.
-    fn of(line: &OsStr) -> Option<Address> {
-        if line.as_bytes().starts_with(b"/") {
-            return Some(Address::Unix(PathBuf::from(line)));
-        }
-        let (host, port) = line.to_str()?.split_once(':')?;
-        let host = u32::from_str_radix(host, 16).ok()?;
-        let port = u16::from_str_radix(port, 16).ok()?;
-        Some(Address::Tcp(SocketAddrV4::new(Ipv4Addr::from(host), port)))
-    }
-}
 
 /// Our own cookie, PVMEPID: by it pvmd knows whom it has forked. Without it we are a task that nobody spawned.
 pub fn own_cookie() -> i32 {
@@ -615,133 +483,5 @@ impl Client {
 impl AsFd for Client {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
-    }
-}
-
-/// An empty file of ours: who writes to it is this user, or root.
-struct Proof {
-    path: PathBuf,
-    file: File,
-}
-
-impl Proof {
-    fn new(tmp: &Path) -> Result<Proof> {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let mut tries = 0;
-        loop {
-            let number = NEXT.fetch_add(1, Ordering::Relaxed);
-            let path = tmp.join(format!("pvmtmp.mist.{}.{number}", std::process::id()));
-            match OpenOptions::new()
-                .write(true)
-                .create_new(true)
-                .mode(0o600)
-                .open(&path)
-            {
-                Ok(file) => return Ok(Proof { path, file }),
-                Err(e) if e.kind() == ErrorKind::AlreadyExists && tries < 1000 => tries += 1,
-                Err(e) => {
-                    return Err(e).with_context(|| {
-                        format!(
-                            "cannot make {}, by which the pvmd shows whose it is",
-                            path.display()
-                        )
-                    });
-                }
-            }
-        }
-    }
-
-    fn given(&self) -> Result<bool> {
-        let meta = self
-            .file
-            .metadata()
-            .with_context(|| format!("{}: fstat", self.path.display()))?;
-        Ok(meta.len() > 0)
-    }
-}
-
-impl Drop for Proof {
-    fn drop(&mut self) {
-        // The pvmd does not remove it; when it cannot be removed it is an empty file in /tmp.
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
-/// Writes to the pvmd's own file, if it is one that the pvmd may have made.
-fn give_proof(path: &Path) -> Result<()> {
-    let failed = || {
-        format!(
-            "cannot write to {}, by which we show whose we are",
-            path.display()
-        )
-    };
-    let mut file = OpenOptions::new()
-        .write(true)
-        .custom_flags(nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK | nix::libc::O_NOCTTY)
-        .open(path)
-        .with_context(failed)?;
-    let meta = file.metadata().with_context(failed)?;
-    if !meta.is_file() || meta.len() > 1 || meta.uid() != nix::unistd::geteuid().as_raw() {
-        return Err(anyhow!("it is no empty file of this user's")).with_context(failed);
-    }
-    file.write_all(b"m").with_context(failed)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn addresses_are_paths_or_hexadecimal() {
-        let of = |text: &str| Address::of(OsStr::new(text));
-        assert!(matches!(of("/tmp/x"), Some(Address::Unix(path)) if path == Path::new("/tmp/x")));
-        assert!(matches!(
-            of("7f000001:e10a"),
-            Some(Address::Tcp(to)) if to == SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0xe10a)
-        ));
-        for wrong in ["", "x", "7f000001", "7f000001:", ":1", "7f000001:10000"] {
-            assert!(of(wrong).is_none(), "{wrong}");
-        }
-    }
-
-    #[test]
-    fn no_file_means_no_pvmd_and_nonsense_is_named() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("pvmd.7");
-        assert!(Pvmd::find_at(None, &file).unwrap().is_none());
-        std::fs::write(&file, "what\n").unwrap();
-        let error = Pvmd::find_at(None, &file).unwrap_err().to_string();
-        assert!(error.contains("pvmd.7 holds no address"), "{error}");
-        std::fs::write(&file, "/nonexistent/socket\n").unwrap();
-        assert!(
-            Pvmd::find_at(None, &file)
-                .unwrap()
-                .unwrap()
-                .is_dead()
-                .unwrap()
-        );
-    }
-
-    #[test]
-    fn a_listener_that_says_nothing_is_no_pvmd() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("socket");
-        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        let server = std::thread::spawn(move || {
-            let (mut peer, _) = listener.accept().unwrap();
-            let mut some = [0; 10];
-            peer.read_exact(&mut some).unwrap();
-            // Here the connection ends.
-        });
-        let sock = path.as_os_str().to_owned();
-        let pvmd = Pvmd::find_at(Some(&sock), &dir.path().join("pvmd.7"))
-            .unwrap()
-            .unwrap();
-        let error = format!("{:#}", Client::enrol(&pvmd, 0).err().unwrap());
-        server.join().unwrap();
-        assert!(error.contains("cannot enrol with the pvmd at"), "{error}");
-        assert!(error.contains("(PVMSOCK)"), "{error}");
-        let left = std::fs::read_dir(dir.path()).unwrap().count();
-        assert_eq!(left, 1, "only the socket is left");
     }
 }
