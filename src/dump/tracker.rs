@@ -12,9 +12,10 @@ use super::hold::HeldProcess;
 use super::memory::is_private;
 use crate::error::Failure;
 use crate::image::Vma;
+use crate::image::memory::Backing;
 use crate::kernel::arch::{PAGE, TASK_SIZE};
 use crate::kernel::mem::Mem;
-use crate::kernel::pagemap::{Pagemap, Tracked};
+use crate::kernel::pagemap::{Behind, Pagemap, Tracked};
 use crate::kernel::uffd::{self, Uffd};
 
 /// Bytes read at once, beginning at a multiple of it: they stay in a cache until they are encrypted.
@@ -129,7 +130,8 @@ impl Tracker {
                 continue;
             }
             round.looked_through += end - start;
-            self.mapping(&pagemap, (start, end), &owed, &mut round, take)?;
+            let behind = behind(m.inode != 0);
+            self.mapping(&pagemap, ((start, end), behind), &owed, &mut round, take)?;
         }
         if self.mem.is_over() {
             return Err(self.gone());
@@ -148,7 +150,7 @@ impl Tracker {
     fn mapping(
         &mut self,
         pagemap: &Pagemap,
-        (start, end): Run,
+        ((start, end), behind): (Run, Behind),
         owed: &[Run],
         round: &mut Round,
         take: &mut Take,
@@ -156,6 +158,7 @@ impl Tracker {
         let all = Tracked {
             only_written: false,
             protect: true,
+            behind,
         };
         let written = Tracked {
             only_written: true,
@@ -249,7 +252,8 @@ impl Tracker {
                 v.guards = guards;
                 continue;
             }
-            let pages = pagemap.look(v.start, v.end, self.uffd.is_some())?;
+            let behind = behind(v.backing != Backing::Anonymous);
+            let pages = pagemap.look(v.start, v.end, behind, self.uffd.is_some())?;
             changed.extend(union(&pages.written, &intersection(&pages.private, &owed)));
             populated.extend(pages.private);
             v.guards = pages.guards;
@@ -269,6 +273,14 @@ impl Tracker {
             }
         }
         Ok((populated, round))
+    }
+}
+
+/// What a mapping shows where the process has nothing of its own.
+fn behind(file: bool) -> Behind {
+    match file {
+        true => Behind::File,
+        false => Behind::Nothing,
     }
 }
 

@@ -104,7 +104,7 @@ impl Pagemap {
         end: u64,
         each: &mut dyn FnMut(u64, u64) -> Result<()>,
     ) -> Result<()> {
-        self.scan(start, end, self.own(), each)
+        self.scan(start, end, self.own(Behind::File), each)
     }
 
     /// The pages that [`Pagemap::private`] would give, all or only those written to since the last call with
@@ -120,7 +120,7 @@ impl Pagemap {
         how: Tracked,
         each: &mut dyn FnMut(u64, u64) -> Result<()>,
     ) -> Result<bool> {
-        let own = self.own();
+        let own = self.own(how.behind);
         let wanted = Wanted {
             flags: CHECK_WPASYNC | if how.protect { WP_MATCHING } else { 0 },
             all: own.all | if how.only_written { WRITTEN } else { 0 },
@@ -151,8 +151,9 @@ impl Pagemap {
     ///
     /// # Errors
     /// Those of PAGEMAP_SCAN but EPERM.
-    pub fn look(&self, start: u64, end: u64, tracked: bool) -> Result<Pages> {
+    pub fn look(&self, start: u64, end: u64, behind: Behind, tracked: bool) -> Result<Pages> {
         let guard = if self.knows_guards { GUARD } else { 0 };
+        let file = behind.category();
         let mut pages = Pages::default();
         let mut regions = [Region::default(); 512];
         let mut at = start;
@@ -162,11 +163,13 @@ impl Pagemap {
                 start: at,
                 end,
                 category_anyof_mask: PRESENT | SWAPPED | guard,
-                return_mask: WRITTEN | FILE | PRESENT | SWAPPED | PFNZERO | guard,
+                return_mask: WRITTEN | file | PRESENT | SWAPPED | PFNZERO | guard,
                 ..ScanArg::default()
             };
             let n = match self.ioctl(&mut arg, &mut regions) {
-                Err(nix::errno::Errno::EPERM) if tracked => return self.look(start, end, false),
+                Err(nix::errno::Errno::EPERM) if tracked => {
+                    return self.look(start, end, behind, false);
+                }
                 n => n.with_context(|| {
                     format!("scanning pages {at:#x}-{end:#x} of process {}", self.pid)
                 })?,
@@ -196,7 +199,7 @@ impl Pagemap {
         // Told to stop at one page: the region of a large mapping is found by walking all of its tables.
         let mut first = [Region::default()];
         let (n, _) = self
-            .scan_once(start, end, self.own(), &mut first, 1)
+            .scan_once(start, end, self.own(Behind::File), &mut first, 1)
             .with_context(|| {
                 format!("scanning pages {start:#x}-{end:#x} of process {}", self.pid)
             })?;
@@ -204,9 +207,9 @@ impl Pagemap {
     }
 
     /// Pages that are a process's own and hold something.
-    fn own(&self) -> Wanted {
+    fn own(&self, behind: Behind) -> Wanted {
         // Guard pages look like swapped ones; kernels that have none do not know the category.
-        let not = FILE | PFNZERO | if self.knows_guards { GUARD } else { 0 };
+        let not = behind.category() | PFNZERO | if self.knows_guards { GUARD } else { 0 };
         Wanted {
             inverted: not,
             all: not,
@@ -338,11 +341,126 @@ fn add(runs: &mut Vec<(u64, u64)>, run: (u64, u64)) {
     }
 }
 
+/// What a private mapping shows where the process has nothing of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Behind {
+    /// Zeros: all that is there is the process's own.
+    Nothing,
+    /// Pages of a file. To tell them from the process's own the kernel looks at each page, not at the page tables
+    /// alone, and that takes several times as long.
+    File,
+}
+
+impl Behind {
+    fn category(self) -> u64 {
+        match self {
+            Behind::Nothing => 0,
+            Behind::File => FILE,
+        }
+    }
+}
+
 /// What [`Pagemap::tracked`] does.
 #[derive(Debug, Clone, Copy)]
 pub struct Tracked {
+    pub behind: Behind,
     /// Only pages written to since they were protected last; else all.
     pub only_written: bool,
     /// Protect what is told of: its next write is noted.
     pub protect: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::arch::PAGE;
+
+    const HUGE: u64 = 2 << 20;
+
+    fn map(len: u64, flags: i32, fd: i32) -> u64 {
+        // SAFETY: a new private mapping, which is left to the end of the process.
+        let at = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len as usize,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | flags,
+                fd,
+                0,
+            )
+        };
+        assert_ne!(at, libc::MAP_FAILED);
+        at as u64
+    }
+
+    fn touch(at: u64, value: Option<u8>) {
+        let at = at as *mut u8;
+        // SAFETY: within a mapping of [`map`], which nobody else uses.
+        unsafe {
+            match value {
+                Some(value) => at.write_volatile(value),
+                None => drop(at.read_volatile()),
+            }
+        }
+    }
+
+    fn advise(at: u64, len: u64, advice: i32) {
+        // SAFETY: within a mapping of [`map`]; the advice changes nothing that it shows.
+        // What a kernel does not know of it is left out.
+        unsafe { libc::madvise(at as *mut libc::c_void, len as usize, advice) };
+    }
+
+    #[test]
+    fn without_a_file_behind_it_the_same_pages_are_found_without_looking_at_them() {
+        let pagemap = Pagemap::open(std::process::id() as i32).unwrap();
+        let private = |start, end, behind| {
+            let mut found = Vec::new();
+            let how = pagemap.look(start, end, behind, false).unwrap();
+            pagemap
+                .scan(start, end, pagemap.own(behind), &mut |from, to| {
+                    add(&mut found, (from, to));
+                    Ok(())
+                })
+                .unwrap();
+            assert_eq!(found, how.private);
+            found
+        };
+        // Small pages: own, zero, none, forked, paged out where that is possible, one to be merged with another.
+        let small = map(64 * PAGE, libc::MAP_ANONYMOUS, -1);
+        advise(small, 64 * PAGE, libc::MADV_NOHUGEPAGE);
+        for page in 0..64 {
+            match page % 4 {
+                0 => touch(small + page * PAGE, Some(page as u8 + 1)),
+                1 => touch(small + page * PAGE, None),
+                2 => touch(small + page * PAGE, Some(7)),
+                _ => {}
+            }
+        }
+        advise(small, 64 * PAGE, libc::MADV_MERGEABLE);
+        advise(small, 16 * PAGE, libc::MADV_PAGEOUT);
+        let want: Vec<_> = (0..64)
+            .filter(|page| page % 2 == 0)
+            .map(|page| (small + page * PAGE, small + (page + 1) * PAGE))
+            .collect();
+        assert_eq!(private(small, small + 64 * PAGE, Behind::Nothing), want);
+        assert_eq!(private(small, small + 64 * PAGE, Behind::File), want);
+        // Huge pages: own, zero, none, and one of which a part has been given back.
+        let huge = map(6 * HUGE, libc::MAP_ANONYMOUS, -1).next_multiple_of(HUGE);
+        advise(huge, 5 * HUGE, libc::MADV_HUGEPAGE);
+        touch(huge, Some(1));
+        touch(huge + HUGE, None);
+        touch(huge + 3 * HUGE, Some(1));
+        advise(huge + 3 * HUGE + PAGE, PAGE, libc::MADV_DONTNEED);
+        let found = private(huge, huge + 5 * HUGE, Behind::Nothing);
+        assert!(found.first().is_some_and(|run| run.0 == huge));
+        assert_eq!(private(huge, huge + 5 * HUGE, Behind::File), found);
+        // What a file shows is not the process's own, and to be told from it.
+        let file = std::fs::File::open("/proc/self/exe").unwrap();
+        let mapped = map(8 * PAGE, 0, file.as_raw_fd());
+        (0..8).for_each(|page| touch(mapped + page * PAGE, None));
+        touch(mapped + 3 * PAGE, Some(1));
+        let own = [(mapped + 3 * PAGE, mapped + 4 * PAGE)];
+        assert_eq!(private(mapped, mapped + 8 * PAGE, Behind::File), own);
+        assert_ne!(private(mapped, mapped + 8 * PAGE, Behind::Nothing), own);
+    }
 }
