@@ -11,8 +11,10 @@ use crate::error::Failure;
 /// How long a process is waited for that is traced, and one whose memory is being filled.
 const TRACED: Duration = Duration::from_secs(2);
 const FILLED: Duration = Duration::from_secs(60);
-/// Between two looks: neither state has an event that others could wait for.
+/// Between two looks: neither state has an event that others could wait for. A look at large memory takes a while itself,
+/// and the processor may be what the other one waits for: most of the time is left to it.
 const LOOK: Duration = Duration::from_millis(5);
+const SHARE: u32 = 4;
 
 /// Returns when process `pid` is no longer traced, as by a mistctl that is about to let it go, and its memory is no
 /// longer being filled (`mistctl restore --lazy`): a page that is missing looks like one that holds nothing. Before it
@@ -23,6 +25,7 @@ const LOOK: Duration = Duration::from_millis(5);
 pub fn wait(pid: i32) -> Result<()> {
     let from = Instant::now();
     loop {
+        let began = Instant::now();
         let traced = is_traced(pid) && from.elapsed() < TRACED;
         if !traced && !is_being_filled(pid)? {
             return Ok(());
@@ -33,7 +36,7 @@ pub fn wait(pid: i32) -> Result<()> {
                  when that has ended"
             )));
         }
-        std::thread::sleep(LOOK);
+        std::thread::sleep(LOOK.max(began.elapsed() * SHARE));
     }
 }
 
