@@ -63,6 +63,7 @@ fn main() -> ExitCode {
             inside_send,
         ),
         ("what a task sent, and its output, has left it", left),
+        ("every agent's marker is waited for", markers),
     ])
 }
 
@@ -490,4 +491,30 @@ fn left(kit: &Path) {
         kill(pvmd, Signal::SIGCONT).unwrap();
         arrived(LIMIT).unwrap();
     }
+}
+
+/// What another host has on its way is there when the marker behind it is, and not before; markers of another kind,
+/// number or sender are none.
+fn markers(kit: &Path) {
+    let vm = Vm::start(kit);
+    let mut task = vm.actor();
+    let v = task.enrol();
+    let found = Task::find(task.pid()).unwrap().unwrap();
+    let (mut one, mut two) = (client_of(&vm), client_of(&vm));
+    let agents = [one.tid(), two.tid()];
+    let guardian = Arc::new(Guardian::start().unwrap());
+    let arrived = |limit| flush::arrived(&found, &guardian, (KIND, 8), &agents, limit).map(drop);
+    let mark = |client: &mut Client, kind: u32, number: u32| {
+        let number = number.to_be_bytes();
+        client.send_noop(Tid(v), kind, &number).unwrap();
+        // The pvmd has passed it on when it answers.
+        assert!(client.lives(Tid(v)).unwrap());
+    };
+    mark(&mut one, KIND, 8);
+    mark(&mut two, KIND, 7);
+    mark(&mut two, KIND + 1, 8);
+    let error = arrived(SHORT).unwrap_err().to_string();
+    assert!(error.contains("missing from 1 agents"), "{error}");
+    mark(&mut two, KIND, 8);
+    arrived(LIMIT).unwrap();
 }

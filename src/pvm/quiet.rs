@@ -153,3 +153,44 @@ fn waits_to_read(regs: &Regs, mem: &Mem) -> Result<bool> {
     let (seconds, rest) = (mem.read_u64(time)?, mem.read_u64(time + 8)?);
     Ok(seconds != 0 || rest != 0)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A select that a signal has interrupted, with this write set and time-out.
+    fn interrupted(write: &[u64; 2], time: Option<&[u64; 2]>) -> Regs {
+        Regs {
+            orig_rax: libc::SYS_select as u64,
+            rax: -ERESTARTNOHAND as u64,
+            rdi: 70,
+            rdx: write.as_ptr() as u64,
+            r8: time.map_or(0, |time| time.as_ptr() as u64),
+            ..Regs::default()
+        }
+    }
+
+    fn waits(regs: Regs) -> bool {
+        waits_to_read(&regs, &Mem::open(std::process::id() as i32).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn who_has_something_to_write_is_not_quiet() {
+        assert!(waits(interrupted(&[0, 0], None)));
+        assert!(!waits(interrupted(&[0, 1 << 5], None)));
+        // Past the count.
+        assert!(waits(interrupted(&[0, 1 << 6], None)));
+    }
+
+    #[test]
+    fn who_only_looks_is_not_quiet() {
+        assert!(waits(interrupted(&[0, 0], Some(&[0, 1]))));
+        assert!(!waits(interrupted(&[0, 0], Some(&[0, 0]))));
+    }
+
+    #[test]
+    fn who_is_on_his_way_out_is_not_quiet() {
+        let regs = interrupted(&[0, 0], None);
+        assert!(!waits(Regs { rax: 1, ..regs }));
+    }
+}
