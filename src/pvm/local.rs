@@ -276,10 +276,13 @@ fn elsewhere(tid: Tid) -> Result<i32> {
     )))
 }
 
-/// Whether a process stands by a signal (SIGSTOP), and nobody traces it.
-pub fn is_stopped(pid: i32) -> bool {
-    let process = process(pid, false).ok().flatten();
-    process.is_some_and(|process| process.doing == Doing::Stopped)
+/// Whether a process stands by a SIGSTOP, or has one pending that it takes as soon as its tracer lets it go.
+pub fn stands(pid: i32) -> bool {
+    let status = procfs::process::Process::new(pid).and_then(|p| p.status());
+    status.is_ok_and(|status| {
+        let pending = (status.sigpnd | status.shdpnd) & 1 << (libc::SIGSTOP - 1);
+        status.state.starts_with('T') || pending != 0
+    })
 }
 
 /// When a process was started: field 22 of its stat (clock ticks after the boot), which follows a name that may

@@ -119,9 +119,13 @@ impl Agent {
     }
 
     pub(super) fn open_gate(&mut self, v: u32, r: u32) -> Result<()> {
+        let closed = self.table.entry(v).filter(|entry| entry.state.is_closed());
         self.table.open_gate(v, r)?;
         self.closing.retain(|closing| closing.v != v);
         self.closed_for.remove(&v);
+        if let Some(entry) = closed {
+            self.left_standing(Tid(entry.next), entry.next == r)?;
+        }
         self.nudge()
     }
 

@@ -9,6 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail};
+use nix::libc;
 use nix::poll::{PollFd, PollFlags};
 use pvm_abi::place;
 
@@ -16,7 +17,9 @@ use super::control::{Answer, Failed, Landing};
 use super::lines::Lines;
 use super::{Agent, ENDED, Ticket};
 use crate::error::Failure;
+use crate::kernel::pidfd;
 use crate::pvm::land::protocol::{Commit, Order, Source, ToAgent, ToLander};
+use crate::pvm::local;
 use crate::pvm::spawn::{Sink, Spawn};
 use crate::pvm::stream::Key;
 use crate::pvm::tid::Tid;
@@ -37,6 +40,8 @@ struct Lander {
     order: Landing,
     stage: Stage,
     line: Option<Lines>,
+    /// It was parked for a move when the line to it ended.
+    lost: bool,
     /// Who waits to be told of: its enrolment, that it is parked, that it runs.
     landed: Option<Ticket>,
     parked: Option<Ticket>,
@@ -143,6 +148,23 @@ impl Landings {
     fn get(&mut self, id: &str) -> Result<&mut Lander> {
         let found = self.landers.get_mut(id);
         found.with_context(|| format!("there is no lander of a move {id}"))
+    }
+
+    /// Whether somebody sees to it that this incarnation runs, or ends.
+    fn tended(&self, r: Tid) -> bool {
+        let tends = |l: &Lander| l.line.is_some() || matches!(l.stage, Stage::Running(_));
+        self.landers.values().any(|l| l.r == r && tends(l))
+    }
+
+    /// Those of moves whose process may stand, and who have just been lost.
+    fn lost(&mut self) -> Vec<(u32, Tid)> {
+        let mut lost = Vec::new();
+        for lander in self.landers.values_mut() {
+            if std::mem::take(&mut lander.lost) {
+                lost.push((lander.order.v, lander.r));
+            }
+        }
+        lost
     }
 
     /// A link to mistctl that bears the program's name.
@@ -257,6 +279,7 @@ impl Lander {
         }
         if ended {
             self.line = None;
+            self.lost = matches!(self.stage, Stage::Parked(_)) && self.order.moves.is_some();
             if !matches!(self.stage, Stage::Running(_) | Stage::Failed(_)) {
                 let error = anyhow!("the lander of {id} ({}) has ended", self.r);
                 self.failed(Failed::of(&error), answers);
@@ -290,6 +313,7 @@ impl Agent {
             order,
             stage: Stage::Started,
             line: None,
+            lost: false,
             landed: Some(ticket),
             parked: None,
             running: None,
@@ -312,8 +336,31 @@ impl Agent {
         self.serve_landers()
     }
 
+    /// An incarnation that was parked, and that nobody tends any more: not its tracer, nor the keeper that would decide
+    /// then. It does what came of the move.
+    pub(super) fn left_standing(&mut self, r: Tid, runs: bool) -> Result<()> {
+        if r.host() != self.own.host() || self.landings.tended(r) {
+            return Ok(());
+        }
+        let left = self.tasks()?.into_iter().find(|task| task.tid == r);
+        if let Some(task) = left
+            && local::stands(task.pid)
+        {
+            let signal = if runs { libc::SIGCONT } else { libc::SIGKILL };
+            let _ = pidfd::open(task.pid).map(|p| pidfd::send_signal(p.as_fd(), signal));
+        }
+        Ok(())
+    }
+
     pub(super) fn serve_landers(&mut self) -> Result<()> {
         self.landings.hear()?;
+        for (v, r) in self.landings.lost() {
+            // Nobody knows yet what comes of it while the gate is closed; it is seen to when that opens.
+            match self.table.entry(v) {
+                Some(entry) if entry.state.is_closed() => {}
+                entry => self.left_standing(r, entry.is_some_and(|entry| entry.r == r.0))?,
+            }
+        }
         for (ticket, answer) in std::mem::take(&mut self.landings.answers) {
             self.answer(ticket, answer)?;
         }

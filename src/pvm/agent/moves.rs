@@ -268,7 +268,7 @@ impl Agent {
             // The mover had it stop in case that it dies (see `crate::pvm::mover`).
             let stopped = self.tasks()?.into_iter().find(|t| t.tid.0 == outcome.from);
             if let Some(task) = stopped
-                && local::is_stopped(task.pid)
+                && local::stands(task.pid)
             {
                 let _ = pidfd::open(task.pid)
                     .map(|task| pidfd::send_signal(task.as_fd(), Signal::SIGCONT as i32));
