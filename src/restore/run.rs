@@ -201,10 +201,6 @@ fn restore(
     shared.keep()?;
     built.release()?;
     report.warnings.extend(sockets.activate());
-    let mut sleepers = Vec::new();
-    for r in &ready {
-        sleepers.push(resume::set(r.leader.mem(), &r.living(), r.process, r.vdso)?);
-    }
     for w in [
         &opened.warnings,
         &built.warnings,
@@ -214,6 +210,12 @@ fn restore(
         report.warnings.extend(w.iter().cloned());
     }
     drop(opened);
+    undertaker.await_clean()?;
+    // Last of all: sleeps that have begun go on from here.
+    let mut sleepers = Vec::new();
+    for r in &ready {
+        sleepers.push(resume::set(r.leader.mem(), &r.living(), r.process, r.vdso)?);
+    }
     let mut undertaker = Some(undertaker);
     let mut parked = false;
     if let Some(guest) = &mut guest {
@@ -226,9 +228,6 @@ fn restore(
             kill_parked(ready.iter().filter(|_| parked));
             return Err(e);
         }
-    }
-    if let Some(undertaker) = &mut undertaker {
-        undertaker.await_clean()?;
     }
     if let Some(f) = opts.before_release {
         f();

@@ -25,7 +25,7 @@ const LATE_US: i64 = 250_000;
 /// How early a timed call may seem to be after a restore. The program takes the time away from
 /// its own two-millisecond steps, and in it is the time for which it already stood still while
 /// its timers were still to be read.
-const EARLY_US: i64 = 50_000;
+const EARLY_US: i64 = 150_000;
 
 /// One program, one variant, one way of saving it.
 pub struct Test {
