@@ -408,6 +408,9 @@ fn tasks(kit: &Path) {
     assert_eq!(listed(&mut partner, "0"), [v, p]);
     old.leave();
     assert_eq!(listed(&mut partner, "0"), [v, p]);
+    // On the host that the task leaves.
+    assert!(vm.table().decide(v, r2).unwrap());
+    assert_eq!(listed(&mut partner, "0"), [v, p]);
     vm.table().open_gate(v, r2).unwrap();
     assert_eq!(listed(&mut partner, "0"), [v, p]);
     // Again: libpvm frees its list by its own count.

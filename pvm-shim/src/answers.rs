@@ -232,7 +232,7 @@ fn shows(real: &Real, tasks: &[TaskInfo], at: usize) -> bool {
         None => r == v,
         Some(entry) if entry.state == State::Hidden => false,
         // The last step of a move: the old incarnation has ended, its task is the new one.
-        Some(entry) if entry.state == State::Moving && entry.next == r => {
+        Some(entry) if entry.state.is_closed() && entry.next == r => {
             let old = entry.r as c_int;
             !tasks.iter().any(|task| task.tid == old)
                 // SAFETY: the real function; we are inside libpvm, and not below mroute.
