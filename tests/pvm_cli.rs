@@ -57,6 +57,10 @@ fn main() -> ExitCode {
         ("mistctl shim and exec", shim_and_exec),
         ("mistctl pvm start and stop", start_and_stop),
         (
+            "file capabilities of mistctl cost its children no variable",
+            strong,
+        ),
+        (
             "mistctl pvm start after a pvmd that died",
             start_after_death,
         ),
@@ -516,6 +520,43 @@ fn start_and_stop(kit: &Path) {
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     assert_eq!(json(&output)["pid"], pid);
     assert_eq!(it.left(), ["hosts"], "only the test's own file is left");
+}
+
+/// ld.so(8) takes these away from a program with file capabilities.
+const TAKEN: [(&str, &str); 3] = [
+    ("LD_LIBRARY_PATH", "/opt/own/lib"),
+    ("TMPDIR", "/var/tmp"),
+    ("LD_PRELOAD", "libpvm3.so.3"),
+];
+
+fn strong(kit: &Path) {
+    let mistctl = kit.join(stage::STRONG);
+    if !mistctl.exists() {
+        eprintln!("SKIPPED: file capabilities: setcap does not work here");
+        return;
+    }
+    let it = Started::new(kit);
+    let run = |arguments: &[&str]| {
+        let mut command = it.vm.command(stage::STRONG, false);
+        command.env("PVM_TMP", &it.tmp).envs(TAKEN).args(arguments);
+        let output = started(|| command.output().unwrap());
+        assert!(output.status.success(), "{output:?}");
+        output
+    };
+    let given = |variables: &str| {
+        for (name, value) in TAKEN {
+            let line = match name {
+                "LD_PRELOAD" => format!("{name}={}/libmistshim.so:{value}", kit.display()),
+                _ => format!("{name}={value}"),
+            };
+            assert!(variables.lines().any(|l| l == line), "{line}: {variables}");
+        }
+    };
+    given(&String::from_utf8_lossy(&run(&["exec", "env"]).stdout));
+    // The pvmd, which passes on what it has to its tasks.
+    let begun = json(&run(&["pvm", "start", "--json", "--name", "127.0.0.1"]));
+    let variables = fs::read_to_string(format!("/proc/{}/environ", begun["pid"])).unwrap();
+    given(&variables.replace('\0', "\n"));
 }
 
 fn start_after_death(kit: &Path) {

@@ -6,7 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
-use super::{out, shim};
+use super::{environment, out, shim};
 
 /// Run one program with the PVM shim
 ///
@@ -30,9 +30,12 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         .command
         .split_first()
         .ok_or_else(|| anyhow::anyhow!("no program was given"))?;
-    let preload = preloaded(&library, std::env::var_os("LD_PRELOAD").as_deref());
+    let variables = environment::callers()?;
+    let preload = preloaded(&library, environment::value(&variables, "LD_PRELOAD"));
     let e = Command::new(program)
         .args(arguments)
+        .env_clear()
+        .envs(variables)
         .env("LD_PRELOAD", preload)
         .exec();
     let code = if e.kind() == ErrorKind::NotFound {

@@ -5,6 +5,7 @@ mod agent;
 mod check;
 mod completions;
 mod dump;
+mod environment;
 mod exec;
 mod foreground;
 mod land;

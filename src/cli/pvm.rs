@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use mistctl::error::Failure;
 use mistctl::pvm::daemon::{self, Start};
 
-use super::{exec, out, shim};
+use super::{environment, exec, out, shim};
 
 /// Start and stop PVM virtual machines whose tasks can be moved
 ///
@@ -76,10 +76,12 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
 
 fn start(args: &StartArgs) -> anyhow::Result<ExitCode> {
     let library = shim::find()?;
-    let preload = exec::preloaded(&library, std::env::var_os("LD_PRELOAD").as_deref());
+    let variables = environment::callers()?;
+    let preload = exec::preloaded(&library, environment::value(&variables, "LD_PRELOAD"));
     let started = daemon::start(&Start {
         library: &library,
         preload: &preload,
+        environment: &variables,
         hostfile: args.hostfile.as_deref(),
         name: args.name.as_deref(),
     })?;

@@ -37,6 +37,8 @@ pub struct Start<'a> {
     pub library: &'a Path,
     /// Value of LD_PRELOAD here: the shim and what was there before.
     pub preload: &'a std::ffi::OsStr,
+    /// All other variables, for the pvmd and its tasks.
+    pub environment: &'a [(std::ffi::OsString, std::ffi::OsString)],
     /// A hostfile as pvmd reads it.
     pub hostfile: Option<&'a Path>,
     /// The name by which other hosts reach this one; without it, the hostname.
@@ -127,7 +129,10 @@ fn launch(what: &Start<'_>, hosts: Option<&Hostfile>, file: &Path) -> Result<Chi
         command.arg(&hostfile.path);
     }
     let said = errors.file.try_clone().context("cannot duplicate a file")?;
+    let variables = what.environment.iter().map(|(name, value)| (name, value));
     command
+        .env_clear()
+        .envs(variables)
         .env("LD_PRELOAD", what.preload)
         .env("PVM_DPATH", with_env(what.library, &remote_pvmd()))
         .env_remove("PVMSOCK")

@@ -23,6 +23,8 @@ use crate::common;
 const USER: &str = "mist-shim";
 /// Set for a test that runs under that user: the folder with what it needs.
 const KIT: &str = "MIST_SHIM_KIT";
+/// mistctl with a file capability, in the kit; not there where that cannot be had.
+pub const STRONG: &str = "strong-mistctl";
 /// How long anything may take on a busy machine.
 pub const LIMIT: Duration = Duration::from_secs(30);
 
@@ -96,6 +98,7 @@ fn outside() -> ExitCode {
     fs::copy(library(), kit.join("libmistshim.so")).unwrap();
     fs::copy(std::env::current_exe().unwrap(), kit.join("tests")).unwrap();
     fs::copy(env!("CARGO_BIN_EXE_mistctl"), kit.join("mistctl")).unwrap();
+    make_strong(kit);
     let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/shim");
     for program in ["actor", "api"] {
         let libraries = ["-lgpvm3", "-lpvm3"].map(String::from);
@@ -119,6 +122,19 @@ fn outside() -> ExitCode {
     match ended.code() {
         Some(0) => ExitCode::SUCCESS,
         _ => ExitCode::FAILURE,
+    }
+}
+
+/// Puts mistctl as an administrator installs it beside the other one.
+fn make_strong(kit: &Path) {
+    let strong = kit.join(STRONG);
+    fs::copy(env!("CARGO_BIN_EXE_mistctl"), &strong).unwrap();
+    let set = Command::new("setcap")
+        .arg("cap_sys_ptrace=ep")
+        .arg(&strong)
+        .status();
+    if !set.is_ok_and(|status| status.success()) {
+        fs::remove_file(strong).unwrap();
     }
 }
 
