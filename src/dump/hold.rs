@@ -15,6 +15,7 @@ use crate::kernel::apart::Postponed;
 use crate::kernel::arch::Regs;
 use crate::kernel::batch::Held;
 use crate::kernel::mem::Mem;
+use crate::kernel::proc_file;
 use crate::kernel::sched::Urgent;
 use crate::kernel::tracee::{Stop, Tracee, monotonic_ns};
 
@@ -32,6 +33,8 @@ pub struct HeldProcess {
     pub mem: Mem,
     /// Leader first (unless it is a zombie, then any other).
     pub threads: Vec<Held>,
+    /// When the first of its threads was asked to stop.
+    pub since: Instant,
     tail: Tail,
     released: bool,
 }
@@ -51,6 +54,7 @@ impl HeldProcess {
             pid,
             mem,
             threads: Vec::new(),
+            since: Instant::now(),
             tail,
             released: false,
         };
@@ -204,7 +208,7 @@ impl Drop for HeldProcess {
 
 /// Where its program and its vDSO lie: elsewhere after each exec.
 fn auxv(tid: i32) -> Option<Vec<u8>> {
-    std::fs::read(format!("/proc/{tid}/auxv")).ok()
+    proc_file::read(format!("/proc/{tid}/auxv")).ok()
 }
 
 fn gone_or(pid: i32, e: anyhow::Error) -> anyhow::Error {
@@ -328,7 +332,7 @@ fn wait_stopped(t: Tracee, pid: i32) -> Result<Option<Stop>> {
             None if begun.elapsed() < PATIENCE => {}
             None => {
                 let path = format!("/proc/{pid}/task/{}/wchan", t.tid);
-                let place = std::fs::read_to_string(path).unwrap_or_default();
+                let place = proc_file::text(path).unwrap_or_default();
                 return Err(Failure::Busy.because(format!(
                     "thread {} of process {pid} does not stop: it waits in the kernel ({}), as a \
                      parent does for its vfork child or a program for a dead file server; nothing \
@@ -360,9 +364,8 @@ fn wait_for_vfork(pid: i32) -> Result<()> {
 
 fn in_vfork(pid: i32, tid: i32) -> bool {
     const FORKS: [i64; 3] = [libc::SYS_vfork, libc::SYS_clone, libc::SYS_clone3];
-    let read = |name: &str| {
-        std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/{name}")).unwrap_or_default()
-    };
+    let read =
+        |name: &str| proc_file::text(format!("/proc/{pid}/task/{tid}/{name}")).unwrap_or_default();
     let nr = read("syscall")
         .split_whitespace()
         .next()

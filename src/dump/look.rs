@@ -17,6 +17,7 @@ use crate::image::{Description, Origin, Socket, SpaceId};
 use crate::kernel::arch::{self, PAGE, TASK_SIZE};
 use crate::kernel::batch::{self, Batch, Cloned, Snapshot};
 use crate::kernel::guardian::Guardian;
+use crate::kernel::proc_file;
 use crate::kernel::time_ns::Offsets;
 use crate::kernel::{pidfd, vdso};
 use crate::net::{self, SocketDumper};
@@ -223,7 +224,7 @@ fn origin(tid: i32) -> Result<Origin> {
         hostname: text(uts.nodename()),
         kernel: text(uts.release()),
         machine: arch::MACHINE.to_owned(),
-        boot_id: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        boot_id: proc_file::text("/proc/sys/kernel/random/boot_id")
             .unwrap_or_default()
             .trim()
             .to_owned(),

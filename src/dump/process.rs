@@ -1,5 +1,6 @@
 //! What threads of a process share, as /proc shows it; and what cannot be carried.
 
+use crate::kernel::proc_file;
 use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Context, Result};
@@ -185,14 +186,13 @@ pub fn read(
     let proc = Proc::new(via).with_context(ctx)?;
     let stat = proc.stat().with_context(ctx)?;
     let status = proc.status().with_context(ctx)?;
-    let timers = std::fs::read_to_string(format!("/proc/{via}/timers")).unwrap_or_default();
+    let timers = proc_file::text(format!("/proc/{via}/timers")).unwrap_or_default();
     p.posix_timers = queries::parse_timers(&timers)?;
     p.umask = status.umask.unwrap_or(0o22);
     p.limits = limits(via)?;
-    let personality =
-        std::fs::read_to_string(format!("/proc/{via}/personality")).with_context(ctx)?;
+    let personality = proc_file::text(format!("/proc/{via}/personality")).with_context(ctx)?;
     p.personality = u64::from_str_radix(personality.trim(), 16).with_context(ctx)?;
-    let adj = std::fs::read_to_string(format!("/proc/{via}/oom_score_adj")).with_context(ctx)?;
+    let adj = proc_file::text(format!("/proc/{via}/oom_score_adj")).with_context(ctx)?;
     p.oom_score_adj = adj.trim().parse().with_context(ctx)?;
     p.mm = mm_layout(via, &stat)?;
     p.exe = link(via, "exe", tables)?;
@@ -243,7 +243,7 @@ fn empty(stat: &Stat) -> Process {
 
 fn mm_layout(pid: i32, stat: &Stat) -> Result<MmLayout> {
     let path = format!("/proc/{pid}/auxv");
-    let auxv = std::fs::read(&path).with_context(|| format!("reading {path}"))?;
+    let auxv = proc_file::read(&path).with_context(|| format!("reading {path}"))?;
     Ok(MmLayout {
         start_code: stat.startcode,
         end_code: stat.endcode,
@@ -296,7 +296,7 @@ const LIMITS: [(&str, u32); 16] = [
 
 fn limits(pid: i32) -> Result<Vec<Limit>> {
     let path = format!("/proc/{pid}/limits");
-    let text = std::fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+    let text = proc_file::text(&path).with_context(|| format!("reading {path}"))?;
     let value = |s: Option<&str>| match s {
         Some("unlimited") => Some(u64::MAX),
         Some(n) => n.parse().ok(),

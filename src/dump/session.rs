@@ -349,14 +349,14 @@ fn stop_all(
     stop_first: &mut dyn FnMut(i32) -> Result<HeldProcess>,
 ) -> Result<Stopped> {
     let (mut pids, mut holds) = (Vec::new(), Holds::new());
-    let mut begun = Instant::now();
     loop {
         let new: Vec<i32> = process::tree(opts.pid, opts.tree)
             .into_iter()
             .filter(|pid| !pids.contains(pid))
             .collect();
         if new.is_empty() {
-            return Ok((pids, holds, begun));
+            let begun = holds.iter().flatten().map(|h| h.since).min();
+            return Ok((pids, holds, begun.unwrap_or_else(Instant::now)));
         }
         for pid in new {
             let stat = procfs::process::Process::new(pid).and_then(|p| p.stat());
@@ -375,11 +375,9 @@ fn stop_all(
                 holds.push(None);
                 continue;
             }
-            let held = if pid == opts.pid {
-                begun = Instant::now();
-                stop_first(pid)
-            } else {
-                HeldProcess::stop(pid)
+            let held = match pid == opts.pid {
+                true => stop_first(pid),
+                false => HeldProcess::stop(pid),
             };
             let held = match held {
                 Err(e) if pid != opts.pid && Failure::of(&e) == Failure::NoSuchProcess => continue,

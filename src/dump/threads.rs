@@ -10,6 +10,7 @@ use crate::image::signals::PendingSignal;
 use crate::image::threads::Thread;
 use crate::kernel::batch::Held;
 use crate::kernel::mem::Mem;
+use crate::kernel::proc_file;
 use crate::kernel::sched;
 
 /// Everything of a held thread that can be seen from outside; [`complete`] adds the rest.
@@ -104,12 +105,12 @@ pub fn status(pid: i32, tid: i32) -> Result<Status> {
 
 fn comm(pid: i32, tid: i32) -> Result<String> {
     let path = format!("/proc/{pid}/task/{tid}/comm");
-    let text = std::fs::read(&path).with_context(|| format!("reading {path}"))?;
+    let text = proc_file::read(&path).with_context(|| format!("reading {path}"))?;
     Ok(String::from_utf8_lossy(text.strip_suffix(b"\n").unwrap_or(&text)).into_owned())
 }
 
 pub fn number(path: &str) -> Result<u64> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("reading {path}"))?;
+    let text = proc_file::text(path).with_context(|| format!("reading {path}"))?;
     match text.trim().parse() {
         Ok(n) => Ok(n),
         Err(_) => bail!("{path} holds {:?}, not a number", text.trim()),

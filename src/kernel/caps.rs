@@ -351,7 +351,7 @@ fn status_of(who: &str) -> anyhow::Result<Status> {
         .next()
         .and_then(|p| p.parse().ok())
         .unwrap_or(0);
-    let text = fs::read_to_string(&path).map_err(|e| no_process(pid, e))?;
+    let text = super::proc_file::text(&path).map_err(|e| no_process(pid, e))?;
     let field = |name: &str| {
         text.lines()
             .find_map(|l| l.strip_prefix(name)?.strip_prefix(':'))

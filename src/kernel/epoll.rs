@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::epoll::{EpollCreateFlags, EpollEvent, EpollTimeout};
 
-use super::fds;
+use super::{fds, proc_file};
 
 /// One thing to watch.
 #[derive(Debug, Clone, Copy)]
@@ -102,7 +102,7 @@ fn add_here(epoll: BorrowedFd<'_>, entries: &[Entry<'_>]) -> Result<()> {
 fn entry_is_armed(epoll: &OwnedFd, entry: &Entry<'_>) -> Result<bool> {
     // Of this thread: its table is not its process's.
     let path = format!("/proc/thread-self/fdinfo/{}", epoll.as_raw_fd());
-    let text = std::fs::read_to_string(&path).with_context(|| path)?;
+    let text = proc_file::text(&path).with_context(|| path)?;
     Ok(text.lines().any(|line| {
         let mut words = line.split_whitespace();
         let number = words.nth(1).and_then(|w| w.parse().ok());

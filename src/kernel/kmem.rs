@@ -13,7 +13,7 @@ use std::os::unix::fs::FileExt;
 use anyhow::{Context, Result};
 
 use super::arch::PAGE;
-use btf::Btf;
+use btf::{Btf, Bytes};
 
 /// What one copy brings at most, bytes.
 const MOST: usize = 64 * 1024;
@@ -127,7 +127,7 @@ fn load(program: &[[u8; 8]]) -> io::Result<OwnedFd> {
 /// What this kernel says of its types.
 fn types() -> Result<Btf> {
     let path = "/sys/kernel/btf/vmlinux";
-    let bytes = std::fs::read(path).with_context(|| path.to_owned())?;
+    let bytes = Bytes::of(path).with_context(|| path.to_owned())?;
     Btf::parse(bytes).with_context(|| format!("{path} is no BTF"))
 }
 

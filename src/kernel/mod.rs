@@ -18,6 +18,7 @@ pub mod pagemap;
 pub mod pid_ns;
 pub mod pidfd;
 pub mod probe;
+pub mod proc_file;
 pub mod remote;
 pub mod sched;
 pub mod shm;

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 
 use super::guardian::{Guardian, Undo};
 use super::timer_list::Ticks;
-use super::{calls, pidfd, sockopt};
+use super::{calls, pidfd, proc_file, sockopt};
 
 /// How long to wait for a thread to be back in its call. It does nothing else on the way there.
 const PATIENCE: Duration = Duration::from_millis(20);
@@ -107,7 +107,7 @@ impl SocketTimeout {
         let want = format!("{} ", self.nr);
         let begun = Instant::now();
         while begun.elapsed() < PATIENCE {
-            match std::fs::read_to_string(&path) {
+            match proc_file::text(&path) {
                 Ok(text) if text.starts_with(&want) => break,
                 // A sleep, for to yield would not let it run when we come before it (kernel/sched.rs).
                 Ok(_) => std::thread::sleep(Duration::from_micros(20)),

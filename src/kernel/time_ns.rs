@@ -3,6 +3,8 @@
 use anyhow::{Context, Result};
 use nix::sched::{CloneFlags, setns, unshare};
 
+use super::proc_file;
+
 /// How far CLOCK_MONOTONIC and CLOCK_BOOTTIME of a namespace are ahead of the host's, in nanoseconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Offsets {
@@ -16,7 +18,7 @@ const SECOND: i128 = 1_000_000_000;
 impl Offsets {
     /// Those of a process ("self" is us); none on a kernel without time namespaces.
     pub fn of(who: &str) -> Self {
-        std::fs::read_to_string(format!("/proc/{who}/timens_offsets"))
+        proc_file::text(format!("/proc/{who}/timens_offsets"))
             .map(|text| Self::parse(&text))
             .unwrap_or_default()
     }

@@ -2,6 +2,8 @@
 
 use std::io;
 
+use super::proc_file;
+
 /// The kernel's coarse clock (jiffies), by which sockets time out (kernel/time/timer.c).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ticks {
@@ -18,7 +20,7 @@ impl Ticks {
     pub fn read(tick: i64) -> io::Result<Self> {
         const TRIES: u32 = 4;
         for _ in 0..TRIES {
-            let text = std::fs::read_to_string("/proc/timer_list")?;
+            let text = proc_file::text("/proc/timer_list")?;
             if let Some(ticks) = Self::parse(&text, tick) {
                 return Ok(ticks);
             }

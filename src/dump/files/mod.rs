@@ -24,6 +24,7 @@ use anyhow::{Context, Result};
 use crate::dump::tables::Tables;
 use crate::error::{Classify, Failure};
 use crate::image::files::{Description, DescriptionId, External, Fd, Kind, Lock, LockClass, Owner};
+use crate::kernel::proc_file;
 use crate::kernel::{fds, kcmp, pidfd};
 pub use fdinfo::FdInfo;
 pub use order::Order;
@@ -115,7 +116,7 @@ impl std::fmt::Display for Place {
             return write!(f, "descriptor in flight ({})", self.link);
         }
         write!(f, "process {}", self.pid)?;
-        if let Ok(comm) = std::fs::read_to_string(format!("/proc/{}/comm", self.pid)) {
+        if let Ok(comm) = proc_file::text(format!("/proc/{}/comm", self.pid)) {
             write!(f, " ({})", comm.trim_end())?;
         }
         write!(f, ": fd {} ({})", self.fd, self.link)

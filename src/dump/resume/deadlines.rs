@@ -14,6 +14,7 @@ use crate::kernel::arch::{ERESTART_RESTARTBLOCK, NR_RESTART_SYSCALL, Regs};
 use crate::kernel::calls::{self, Broken};
 use crate::kernel::kmem::threads::{Look, Task, Threads};
 use crate::kernel::mem::Mem;
+use crate::kernel::proc_file;
 use crate::kernel::socket_timeout;
 use crate::kernel::timer_list::Ticks;
 use crate::kernel::tracee::monotonic_ns;
@@ -194,7 +195,7 @@ impl Watch {
 
 /// The system call a thread sleeps in, with its arguments (/proc/PID/syscall).
 fn in_call(pid: i32, tid: i32) -> Option<(u64, Regs)> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")).ok()?;
+    let text = proc_file::text(format!("/proc/{pid}/task/{tid}/syscall")).ok()?;
     parse(&text)
 }
 
@@ -211,7 +212,7 @@ fn parse(text: &str) -> Option<(u64, Regs)> {
 
 /// Which call restart_syscall goes on with: the function it sleeps in tells.
 fn restarting(pid: i32, tid: i32, r: &Regs) -> Option<u64> {
-    let place = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/wchan")).ok()?;
+    let place = proc_file::text(format!("/proc/{pid}/task/{tid}/wchan")).ok()?;
     guess(&place, r)
 }
 
@@ -251,7 +252,7 @@ impl Sched {
     }
 
     fn of(path: &str) -> Option<Self> {
-        let text = std::fs::read_to_string(path).ok()?;
+        let text = proc_file::text(path).ok()?;
         let value = |key: &str| {
             let line = text.lines().find(|l| l.starts_with(key))?;
             Some(line.split(':').nth(1)?.trim())
@@ -271,7 +272,7 @@ struct Offsets(BTreeMap<usize, Option<i64>>);
 impl Offsets {
     /// For the CPU on which a task last ran.
     fn of_task(&mut self, pid: i32, tid: i32) -> Option<i64> {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
+        let stat = proc_file::text(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
         // proc(5): field 39, counted behind the name, which ends with the last parenthesis.
         let behind = stat.rsplit_once(')')?.1;
         let cpu = behind.split_whitespace().nth(36)?.parse().ok()?;

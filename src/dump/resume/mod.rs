@@ -25,6 +25,7 @@ use crate::kernel::arch::{
 use crate::kernel::batch::{self, Held};
 use crate::kernel::calls::{self, Broken};
 use crate::kernel::mem::Mem;
+use crate::kernel::proc_file;
 use crate::kernel::socket_timeout::{self, SocketTimeout};
 use crate::kernel::tracee::monotonic_ns;
 use crate::kernel::vdso;
@@ -85,7 +86,7 @@ impl Tail {
 
 fn vdso_tail(tid: i32, mem: &Mem) -> Option<Range<u64>> {
     const AT_SYSINFO_EHDR: u64 = 33;
-    let auxv = std::fs::read(format!("/proc/{tid}/auxv")).ok()?;
+    let auxv = proc_file::read(format!("/proc/{tid}/auxv")).ok()?;
     let word = |b: &[u8]| b.try_into().map_or(0, u64::from_le_bytes);
     let base = auxv
         .chunks_exact(16)
@@ -210,7 +211,7 @@ fn waits(tid: i32, nr: u64, r: &Regs) -> bool {
     if !kind.is_ok_and(|k| k.is_fifo() || k.is_socket() || k.is_char_device()) {
         return false;
     }
-    let info = std::fs::read_to_string(format!("/proc/{tid}/fdinfo/{fd}")).unwrap_or_default();
+    let info = proc_file::text(format!("/proc/{tid}/fdinfo/{fd}")).unwrap_or_default();
     let flags = info
         .lines()
         .find_map(|l| l.strip_prefix("flags:"))

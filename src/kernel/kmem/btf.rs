@@ -1,14 +1,55 @@
 //! The kernel's own description of its types (Documentation/bpf/btf.rst): where a field of a structure stands.
 
+use std::fs::File;
+use std::io::{self, Read};
+use std::ops::Deref;
+
+use memmap2::{Mmap, MmapOptions};
+
 /// Sections of /sys/kernel/btf/vmlinux, and where each type begins.
 #[derive(Debug)]
 pub struct Btf {
-    bytes: Vec<u8>,
+    bytes: Bytes,
     strings: usize,
     /// Offset in `bytes` of type number i + 1.
     types: Vec<usize>,
     /// Those of structures.
     structures: Vec<usize>,
+}
+
+/// Mapped where the kernel lets it be (6.16 and later): a read(2) brings 4 KiB of some megabytes.
+#[derive(Debug)]
+pub enum Bytes {
+    Mapped(Mmap),
+    Read(Vec<u8>),
+}
+
+impl Bytes {
+    /// What a file of the kernel's holds, which does not change.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn of(path: &str) -> io::Result<Self> {
+        let mut file = File::open(path)?;
+        // SAFETY: the kernel's file is read-only memory, for as long as it runs.
+        if let Ok(mapped) = unsafe { MmapOptions::new().populate().map(&file) } {
+            return Ok(Self::Mapped(mapped));
+        }
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)?;
+        Ok(Self::Read(bytes))
+    }
+}
+
+impl Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Mapped(m) => m,
+            Self::Read(v) => v,
+        }
+    }
 }
 
 const MAGIC: u16 = 0xeb9f;
@@ -21,7 +62,7 @@ const DEEPEST: u32 = 16;
 
 impl Btf {
     /// None for what is no BTF.
-    pub fn parse(bytes: Vec<u8>) -> Option<Self> {
+    pub fn parse(bytes: Bytes) -> Option<Self> {
         let word = |at: usize| read_u32(&bytes, at);
         if bytes.get(..2)? != MAGIC.to_ne_bytes() {
             return None;
@@ -30,7 +71,9 @@ impl Btf {
         let begin = header.checked_add(word(8)? as usize)?;
         let end = begin.checked_add(word(12)? as usize)?;
         let strings = header.checked_add(word(16)? as usize)?;
-        let (mut types, mut structures) = (Vec::new(), Vec::new());
+        // A type with its members is some forty bytes.
+        let mut types = Vec::with_capacity(end.min(bytes.len()) / 32);
+        let mut structures = Vec::new();
         let mut at = begin;
         while at < end {
             types.push(at);
@@ -139,11 +182,11 @@ fn read_u32(bytes: &[u8], at: usize) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
-    use super::Btf;
+    use super::{Btf, Bytes};
 
     #[test]
     fn finds_fields_in_anonymous_parts() {
-        let Ok(bytes) = std::fs::read("/sys/kernel/btf/vmlinux") else {
+        let Ok(bytes) = Bytes::of("/sys/kernel/btf/vmlinux") else {
             eprintln!("SKIPPED: this kernel has no BTF");
             return;
         };
@@ -164,7 +207,7 @@ mod tests {
             if let Some(magic) = bytes.get_mut(..2) {
                 magic.copy_from_slice(&super::MAGIC.to_ne_bytes());
             }
-            if let Some(btf) = Btf::parse(bytes) {
+            if let Some(btf) = Btf::parse(Bytes::Read(bytes)) {
                 let _ = btf.offset("a", "b");
             }
         }

@@ -1,0 +1,54 @@
+//! Files of /proc, read while somebody stands still for it: std::fs::read asks for a size first, which is 0, and then
+//! gropes with 32 bytes, 64 and so on, ten calls for a line of text.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+
+/// All of a file.
+///
+/// # Errors
+/// As open(2) and read(2).
+pub fn read(path: impl AsRef<Path>) -> io::Result<Vec<u8>> {
+    const STEP: usize = 4096;
+    let mut file = File::open(path)?;
+    let mut all = vec![0; STEP];
+    let mut len = 0;
+    loop {
+        match file.read(all.get_mut(len..).unwrap_or_default()) {
+            Ok(0) => {
+                all.truncate(len);
+                return Ok(all);
+            }
+            Ok(n) => len += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+        if all.len() - len < STEP / 2 {
+            all.resize(len + STEP, 0);
+        }
+    }
+}
+
+/// The same, of text.
+///
+/// # Errors
+/// As [`read`]; InvalidData for what is not UTF-8.
+pub fn text(path: impl AsRef<Path>) -> io::Result<String> {
+    String::from_utf8(read(path)?).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn what_it_reads_is_what_is_there() {
+        for path in ["/proc/self/auxv", "/proc/self/limits", "/proc/kallsyms"] {
+            assert_eq!(
+                super::read(path).unwrap(),
+                std::fs::read(path).unwrap(),
+                "{path}"
+            );
+        }
+        assert!(super::read("/proc/nothing").is_err());
+    }
+}
