@@ -82,6 +82,14 @@ fn main() -> ExitCode {
             "a_tracer_killed_while_parked_leaves_nothing_uncommitted",
             parking::tracer_dies_uncommitted,
         ),
+        (
+            "a_committed_task_whose_tracer_and_keeper_are_killed_runs",
+            |scene| parking::both_die(scene, State::Decided),
+        ),
+        (
+            "a_parked_task_whose_tracer_and_keeper_are_killed_ends_with_its_move",
+            |scene| parking::both_die(scene, State::Moving),
+        ),
     ];
     testhosts::main(tests.iter().copied(), || Ok(()), |(), test| on_scene(test))
 }

@@ -101,6 +101,35 @@ impl Parking<'_> {
         Ok(tracer)
     }
 
+    /// The process that decides when the tracer has died: its child.
+    fn keeper(&self) -> Result<i32> {
+        let of = format!("pgrep -P {}", self.tracer()?);
+        let said = self.scene.hosts.exec(HOST, &of)?;
+        said.parse()
+            .with_context(|| format!("children of the tracer: {said}"))
+    }
+
+    /// Nobody is left who would decide: the parked one stands still, and nobody traces it.
+    fn forsake(&self) -> Result<()> {
+        let tracer = self.tracer()?;
+        self.kill(self.keeper()?)?;
+        self.kill(tracer)?;
+        let stands = format!(
+            "grep -q '^TracerPid:.0$' /proc/{0}/status && grep -q '^State:.T' /proc/{0}/status",
+            self.landed
+        );
+        wait_for("the parked one to stand still", LIMIT, || {
+            Ok(self.scene.hosts.exec(HOST, &stands).ok())
+        })
+        .map(drop)
+    }
+
+    /// Has the agents of the virtual machine started, which take up what others have left.
+    fn start_agents(&self) -> Result<()> {
+        let start = format!("{} agent --everywhere", self.scene.mistctl.path());
+        self.scene.hosts.exec(HOST, &start).map(drop)
+    }
+
     /// The new one is the task, with what the old one had not read.
     fn runs_here(&mut self) -> Result<()> {
         let (r, v) = (self.r, self.v);
@@ -238,6 +267,20 @@ pub fn tracer_dies_uncommitted(scene: &Scene) -> Result<()> {
     parking.note(State::Moving)?;
     parking.kill(parking.tracer()?)?;
     parking.runs_there()?;
+    parking.end();
+    Ok(())
+}
+
+/// The tracer has been killed, and its keeper: the agent of the host does what came of the move.
+pub fn both_die(scene: &Scene, state: State) -> Result<()> {
+    let mut parking = Parking::new(scene, LONG)?;
+    parking.note(state)?;
+    parking.forsake()?;
+    parking.start_agents()?;
+    match state {
+        State::Decided => parking.runs_here()?,
+        _ => parking.runs_there()?,
+    }
     parking.end();
     Ok(())
 }
