@@ -1,5 +1,7 @@
 //! PVM tasks that come back from images: real pvmds, real tasks, on hosts of their own.
 
+#[path = "pvm_restore/anew.rs"]
+mod anew;
 mod common;
 #[path = "pvm_restore/parking.rs"]
 mod parking;
@@ -36,9 +38,10 @@ fn main() -> ExitCode {
     let tests: &[(&str, Test)] = &[
         ("a_task_comes_back_and_its_partners_go_on", comes_back),
         ("a_task_comes_back_on_another_host", on_another_host),
+        ("a_task_comes_back_into_a_new_virtual_machine", anew::tids),
         (
-            "a_task_comes_back_into_a_new_virtual_machine",
-            in_a_new_machine,
+            "nobody_gets_a_context_that_a_restored_task_knows",
+            anew::contexts,
         ),
         ("a_task_that_lives_is_not_restored", living),
         ("megabytes_that_were_not_read_move_along", much_unread),
@@ -280,32 +283,6 @@ fn on_another_host(scene: &Scene) -> Result<()> {
     let of = |what: &str| format!("[t{v:x}] {what}");
     let expected = ["BEGIN", "one", "EOF", "BEGIN", "two", "EOF"].map(of);
     ensure!(boss.said == expected, "{:?}", boss.said);
-    Ok(())
-}
-
-fn in_a_new_machine(scene: &Scene) -> Result<()> {
-    let mut boss = scene.actor("h0", "boss")?;
-    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
-    let pid = worker.pid();
-    worker.tell("recv -1 7");
-    until_receives(scene, "h1", pid)?;
-    let image = scene.dump("h1", pid, "image", "--kill")?;
-    scene
-        .hosts
-        .exec("h0", &format!("{} pvm stop", scene.mistctl.path()))?;
-    drop(boss);
-    scene.start()?;
-    let said = restore(scene, "h0", &image, "")?;
-    ensure!(said["host"] == "h1", "{said}");
-    // Nobody gets the tid that it knows itself by.
-    let mut boss = scene.actor("h1", "second")?;
-    let me = boss.enrol();
-    ensure!(me & 0x3ffff > v & 0x3ffff, "{me:x} {v:x}");
-    boss.ask(&format!("send {v:x} 7 hello"));
-    ensure!(worker.answer().contains(&format!("from {me:x}")));
-    ensure!(worker.ask("mytid") == format!("{v:x}"));
-    worker.leave();
-    boss.leave();
     Ok(())
 }
 

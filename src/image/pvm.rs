@@ -32,6 +32,9 @@ pub struct PvmTask {
     /// What it waits for an answer to, and is to be asked again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub asked: Option<Asked>,
+    /// The highest context id of each host that it may know.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub contexts: Vec<u32>,
     /// Mailbox entries it owns that vanish with it.
     pub mailbox: Vec<MailboxEntry>,
     /// Where the shim's block and libpvm's variables are in its memory.

@@ -20,6 +20,7 @@ use crate::pvm::asked;
 use crate::pvm::block::TaskBlock;
 use crate::pvm::client::{Client, Pvmd};
 use crate::pvm::connection::{Connection, Daemons};
+use crate::pvm::contexts;
 use crate::pvm::mailbox;
 use crate::pvm::tid::Tid;
 use crate::pvm::wire::{FRAGMENT_HEADER, LONGEST_FRAGMENT, MESSAGE_HEADER, tc};
@@ -30,6 +31,8 @@ const INLINE: usize = 16 << 10;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// First and only fragment of a message (pvmproto.h: FFSOM, FFEOM).
 const WHOLE: u8 = 3;
+/// First fragment of one.
+const FIRST: u8 = 1;
 /// What libpvm's `struct Pvmtracer` begins with: six ints.
 const TRACER: usize = 24;
 
@@ -186,13 +189,14 @@ impl Task {
                 .iter()
                 .map(|(fd, _)| description(*fd))
                 .collect::<Result<_>>()?,
-            unread: keep(unread, sink)?,
             output_to,
             trace_to,
             away: false,
             asked: asked::question(&self.block, mem)
                 .with_context(|| format!("what task {} asks its pvmd", self.v))?,
+            contexts: self.contexts(mem, &unread, &[output_to.1, trace_to.1])?,
             mailbox: self.mailbox(client)?,
+            unread: keep(unread, sink)?,
             block: self.block.address(),
             table: (self.block.table()?, self.block.table_len()?),
         })
@@ -220,6 +224,24 @@ impl Task {
         let mut next = || ints.next().unwrap_or(0);
         let trace = (next(), next(), next() as i32);
         Ok(((next(), next(), next() as i32), trace))
+    }
+
+    /// Context ids it has at hand: its present one, those of messages it has not read, and of its sinks.
+    fn contexts(&self, mem: &Mem, unread: &[u8], sinks: &[u32]) -> Result<Vec<u32>> {
+        // Its place among the globals (pvm_abi::block::Globals).
+        const PVMMYCTX: usize = 8;
+        let mut found = sinks.to_vec();
+        if let Some(at) = self.block.globals()?.get(PVMMYCTX).filter(|at| **at != 0) {
+            let own = mem.read_vec(*at, 4)?.try_into().unwrap_or_default();
+            found.push(u32::from_ne_bytes(own));
+        }
+        let first = fragments(unread, self.r)?
+            .into_iter()
+            .filter(|f| f.flags & FIRST != 0);
+        // The third word of a message's header.
+        let context = |f: Fragment<'_>| f.body.get(8..12)?.try_into().ok().map(u32::from_be_bytes);
+        found.extend(first.filter_map(context));
+        Ok(contexts::highest(found))
     }
 
     /// The entries that vanish with it.

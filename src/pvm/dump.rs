@@ -10,6 +10,7 @@ use crate::image::ImageWriter;
 use crate::pvm::away::Away;
 use crate::pvm::capture::Task;
 use crate::pvm::client::Client;
+use crate::pvm::contexts;
 use crate::pvm::quiet;
 
 /// Dumps a process, whatever it is: a PVM task as such, any other as [`dump::run`] does. `away`: the task is killed
@@ -41,11 +42,27 @@ fn run_task(task: &Task, opts: &Options, away: bool) -> Result<Report> {
         true => Some(Away::begin(task, &mut client)?),
         false => None,
     };
-    let done = save(task, &opts, &mut client, away.as_ref(), writer, started);
+    let elsewhere = contexts::counted_elsewhere(&mut client);
+    let known = elsewhere.as_deref().unwrap_or_default();
+    let done = save(
+        task,
+        &opts,
+        &mut client,
+        away.as_ref(),
+        known,
+        writer,
+        started,
+    );
     let mut report = match (done, &away) {
         (Err(e), Some(away)) => return Err(away.call_off(&mut client, e)),
         (done, _) => done?,
     };
+    if let Err(e) = &elsewhere {
+        report.warnings.push(format!(
+            "contexts that task {} has from tasks of other hosts may be given out again in a new virtual machine: {e:#}",
+            task.v
+        ));
+    }
     if let Some(away) = &away
         && let Err(e) = away.stays(&mut client)
     {
@@ -63,6 +80,7 @@ fn save(
     opts: &Options,
     client: &mut Client,
     away: Option<&Away>,
+    elsewhere: &[u32],
     writer: ImageWriter,
     started: Instant,
 ) -> Result<Report> {
@@ -75,6 +93,10 @@ fn save(
         }
         let mut captured = task.capture(session, client, sink)?;
         captured.away = away.is_some();
+        // What its own pvmd has given out by now, and nothing later, it may know.
+        let own = client.use_up_context()?;
+        let all = elsewhere.iter().chain([&own]).chain(&captured.contexts);
+        captured.contexts = contexts::highest(all.copied());
         session.set_pvm(captured);
         session.hang_up(task.connection.task_end()?);
         Ok(())

@@ -7,6 +7,7 @@ pub mod block;
 pub mod capture;
 pub mod client;
 pub mod connection;
+pub mod contexts;
 pub mod daemon;
 pub mod dump;
 pub mod flush;

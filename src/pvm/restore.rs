@@ -11,6 +11,7 @@ use crate::image::pvm::PvmTask;
 use crate::pvm::agent::control::{Answer, Known, Landing, Peer, Request};
 use crate::pvm::agent::{Caller, ensure};
 use crate::pvm::client::{Client, Pvmd};
+use crate::pvm::contexts;
 use crate::pvm::spawn::{Sink, Spawn};
 use crate::pvm::tid::Tid;
 use crate::pvm::virtual_machine::Host;
@@ -64,6 +65,8 @@ pub fn run(path: &Path, task: &PvmTask, host: Option<&str>, lazy: bool) -> Resul
         host,
     };
     landing.refuse_living(v)?;
+    contexts::use_up(&mut landing.client, &landing.agents, &task.contexts)
+        .context("cannot use up the contexts that the task may know")?;
     let done = landing.land(path, task, lazy, !begins_anew && !task.away);
     match done {
         Ok(restored) => {

@@ -64,6 +64,8 @@ pub mod tm {
     pub const SETOPT: u32 = BASE + 22;
     /// What such options are.
     pub const GETOPT: u32 = BASE + 23;
+    /// Gives out a context id, or takes one back.
+    pub const CONTEXT: u32 = BASE + 24;
 }
 
 /// Tags of messages from libpvm to libpvm, context [`pvm_abi::CTX_TC`].

@@ -293,6 +293,8 @@ static int run(int argc, char **argv)
 		show(n);
 	} else if (!strcmp(c, "context"))
 		say("%d", pvm_setcontext(NUM(1)));
+	else if (!strcmp(c, "newcontext"))
+		say("%x", pvm_newcontext());
 	else if (!strcmp(c, "minfo")) {
 		struct pvmminfo info;
 		n = pvm_recv(TID(1), NUM(2));

@@ -11,7 +11,7 @@ use crate::pvm::local::Seen;
 /// Tag of control messages: "MIST".
 pub const TAG: i32 = 0x4d49_5354;
 /// Version of what is in them. Agents of another version refuse.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Longest message that is taken.
 pub const LONGEST: usize = 4 << 20;
 
@@ -105,6 +105,8 @@ pub enum Request {
     Abandon { id: String, r: u32 },
     /// What can be seen of the tasks on your host.
     Status,
+    /// Use up so many context ids of your pvmd: at least one, and not too many at once.
+    UseUpContexts { count: u32 },
     /// Move a task of your host: `tid` is virtual or real; the other agents by host.
     Migrate {
         tid: u32,
@@ -223,6 +225,10 @@ pub enum Answer {
     },
     Status {
         tasks: Vec<Seen>,
+    },
+    /// The last context id that was used up.
+    Context {
+        last: u32,
     },
     Moved(Moved),
 }

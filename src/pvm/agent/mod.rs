@@ -34,6 +34,7 @@ use pvm_abi::{AGENTS, CTX_TC, CTX_TM, NOOP_MARKER};
 
 use crate::error::Failure;
 use crate::pvm::client::{self, Client, Pvmd};
+use crate::pvm::contexts;
 use crate::pvm::local::{self, Seen};
 use crate::pvm::mailbox::{MULTI_INSTANCE, packed};
 use crate::pvm::table::TidTable;
@@ -409,6 +410,9 @@ impl Agent {
             }
             Request::Status => Ok(Some(Answer::Status {
                 tasks: self.status()?,
+            })),
+            Request::UseUpContexts { count } => Ok(Some(Answer::Context {
+                last: contexts::count(&mut self.client, count)?,
             })),
             Request::Migrate { tid, to, agents } => {
                 self.migrate(ticket, tid, &to, agents).map(|()| None)

@@ -1,0 +1,78 @@
+//! Restores into a virtual machine that was started anew, where everything is counted from 1 again.
+
+use super::*;
+
+/// Ends the virtual machine and starts another.
+fn again(scene: &Scene, boss: Actor) -> Result<()> {
+    scene
+        .hosts
+        .exec("h0", &format!("{} pvm stop", scene.mistctl.path()))?;
+    drop(boss);
+    scene.start()
+}
+
+pub fn tids(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    let pid = worker.pid();
+    worker.tell("recv -1 7");
+    until_receives(scene, "h1", pid)?;
+    let image = scene.dump("h1", pid, "image", "--kill")?;
+    again(scene, boss)?;
+    let said = restore(scene, "h0", &image, "")?;
+    ensure!(said["host"] == "h1", "{said}");
+    // Nobody gets the tid that it knows itself by.
+    let mut boss = scene.actor("h1", "second")?;
+    let me = boss.enrol();
+    ensure!(me & 0x3ffff > v & 0x3ffff, "{me:x} {v:x}");
+    boss.ask(&format!("send {v:x} 7 hello"));
+    ensure!(worker.answer().contains(&format!("from {me:x}")));
+    ensure!(worker.ask("mytid") == format!("{v:x}"));
+    worker.leave();
+    boss.leave();
+    Ok(())
+}
+
+pub fn contexts(scene: &Scene) -> Result<()> {
+    for agents in [false, true] {
+        contexts_with(scene, agents).with_context(|| format!("agents: {agents}"))?;
+    }
+    Ok(())
+}
+
+fn contexts_with(scene: &Scene, agents: bool) -> Result<()> {
+    let name = |who: &str| format!("{who}-{agents}");
+    let mut boss = scene.actor("h0", &name("boss"))?;
+    let (mut worker, v) = scene.worker(&mut boss, "h1", &name("worker"))?;
+    // One it has made, of many; and one that it has from a task of another host.
+    let last = |actor: &mut Actor, count: usize| {
+        let made: Vec<u32> = (0..count).map(|_| actor.tid("newcontext")).collect();
+        made.last().copied().unwrap_or_default()
+    };
+    let (own, given) = (last(&mut worker, 300), last(&mut boss, 5));
+    let present = if agents {
+        // It remembers the other one: only the agent there can tell.
+        let ps = format!("{} ps", scene.mistctl.path());
+        scene.hosts.exec("h1", &ps)?;
+        0
+    } else {
+        worker.ask(&format!("context {given}"));
+        given
+    };
+    let pid = worker.pid();
+    let image = scene.dump("h1", pid, &name("image"), "--kill")?;
+    again(scene, boss)?;
+    restore(scene, "h0", &image, "")?;
+    for (host, known) in [("h0", given), ("h1", own)] {
+        let mut stranger = scene.actor(host, &name(host))?;
+        let new = stranger.tid("newcontext");
+        ensure!(new & !0x3ffff == known & !0x3ffff, "{new:x} {known:x}");
+        ensure!(new > known, "{new:x} is given out, and {known:x} known");
+        stranger.leave();
+    }
+    // It goes on using what it has.
+    ensure!(worker.ask("context 0") == present.to_string());
+    ensure!(worker.ask("mytid") == format!("{v:x}"));
+    worker.leave();
+    Ok(())
+}
