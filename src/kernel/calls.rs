@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use super::arch::Regs;
-use super::arch::trampoline::{self, Trampoline};
+use super::arch::trampoline::{self, Probe, Trampoline};
 use super::mem::Mem;
 use crate::image::threads::Resume;
 
@@ -100,6 +100,26 @@ pub fn socket_option(nr: u64) -> Option<i32> {
         | libc::SYS_connect => Some(libc::SO_SNDTIMEO),
         _ => None,
     }
+}
+
+/// How such a call can wait for its socket outside of it: whether the socket is to be ready for writing, and the call
+/// that then does the same without waiting. None where readiness is not what it waits for (connect) or not all (a
+/// vector of messages). What is accepted has nothing of the kind.
+pub fn socket_wait(nr: u64, r: &Regs) -> Option<(bool, Option<Probe>)> {
+    const DONTWAIT: u64 = libc::MSG_DONTWAIT as u64;
+    let plain = || vec![(3, DONTWAIT), (4, 0), (5, 0)];
+    let flag = |i: usize| vec![(i, r.arg(i) | DONTWAIT)];
+    let (writes, probe) = match nr as i64 {
+        libc::SYS_recvfrom => (false, Some((nr, flag(3)))),
+        libc::SYS_recvmsg => (false, Some((nr, flag(2)))),
+        libc::SYS_read => (false, Some((libc::SYS_recvfrom as u64, plain()))),
+        libc::SYS_accept | libc::SYS_accept4 => (false, None),
+        libc::SYS_sendto => (true, Some((nr, flag(3)))),
+        libc::SYS_sendmsg => (true, Some((nr, flag(2)))),
+        libc::SYS_write => (true, Some((libc::SYS_sendto as u64, plain()))),
+        _ => return None,
+    };
+    Some((writes, probe))
 }
 
 /// What a call transfers, for the rest of it.

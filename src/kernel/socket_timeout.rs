@@ -5,8 +5,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+use super::arch::Regs;
+use super::arch::trampoline::Wait;
 use super::guardian::{Guardian, Undo};
 use super::timer_list::Ticks;
+use super::tracee::monotonic_ns;
 use super::{calls, pidfd, proc_file, sockopt};
 
 /// How long to wait for a thread to be back in its call. It does nothing else on the way there.
@@ -40,6 +43,12 @@ pub fn tick_ns() -> Option<i64> {
         .and_then(|b| b.try_into().ok())
         .map(i64::from_le_bytes)?;
     (us > 0).then_some(us * 1000)
+}
+
+/// times(2).
+fn clock_ticks() -> i64 {
+    // SAFETY: without a place for it nothing but the result is given.
+    unsafe { libc::times(std::ptr::null_mut()) }
 }
 
 impl SocketTimeout {
@@ -81,6 +90,39 @@ impl SocketTimeout {
             .saturating_add(word(8).saturating_mul(1000))
     }
 
+    /// A wait in `program`'s call that is precise where the socket's time-out is not, and ends in `left_ns`. The
+    /// process's CLOCK_MONOTONIC is `ahead_ns` of ours. None for calls that cannot wait so.
+    pub fn wait(&self, program: &Regs, left_ns: i64, ahead_ns: i64) -> Option<Wait> {
+        const FD_MAX: u32 = 512;
+        /// times(2): USER_HZ of them are a second.
+        const CLOCK_TICK_NS: i64 = 10_000_000;
+        let fd = u32::try_from(program.arg(0) as i32)
+            .ok()
+            .filter(|fd| *fd < FD_MAX)?;
+        let (writes, probe) = calls::socket_wait(self.nr, program)?;
+        // Others may seem ready to be written to when they are not.
+        let stream = || {
+            let kind = sockopt::get(&self.socket, libc::SOL_SOCKET, libc::SO_TYPE, 4).ok();
+            kind.is_some_and(|k| k == libc::SOCK_STREAM.to_ne_bytes())
+        };
+        if writes && !stream() {
+            return None;
+        }
+        let left_ns = left_ns.max(0);
+        let note = monotonic_ns().saturating_add(left_ns);
+        // It may be behind by a tick of the kernel's.
+        let clock = clock_ticks() + left_ns / CLOCK_TICK_NS - 1;
+        Some(Wait {
+            fd,
+            writes,
+            left: calls::timespec(left_ns as u64),
+            end: calls::timespec(note.saturating_add(ahead_ns).max(0) as u64),
+            note,
+            clock,
+            probe,
+        })
+    }
+
     fn set(&self, value: &[u8; 16]) -> Result<()> {
         sockopt::set(&self.socket, libc::SOL_SOCKET, self.option, value)
             .context("setting the time-out of a socket")
@@ -94,6 +136,17 @@ impl SocketTimeout {
         guardian.protect(&self.socket, &undo)?;
         self.guardian = Some(guardian);
         self.set(&calls::timeval(left_ns.max(1000) as u64))
+    }
+
+    /// The same for calls that are to end at the first tick in or behind `left_ns`, and begin now.
+    pub fn shorten_to_next_tick(&mut self, left_ns: i64) -> Result<()> {
+        let tick = tick_ns();
+        let ticks = tick.and_then(|t| Ticks::read(t).ok());
+        let whole = |t: i64, ticks: Ticks| Ticks::wait(t, ticks.next(monotonic_ns(), left_ns));
+        self.shorten(match (tick, ticks) {
+            (Some(t), Some(ticks)) => whole(t, ticks),
+            _ => left_ns,
+        })
     }
 
     /// The same for calls that are to end at the tick in `left_ns`, and not behind it.

@@ -1,6 +1,7 @@
 //! /proc/timer_list: the kernel's clocks (kernel/time/timer_list.c; root only).
 
 use std::io;
+use std::time::{Duration, Instant};
 
 use super::proc_file;
 
@@ -18,19 +19,24 @@ impl Ticks {
     /// # Errors
     /// EACCES without privilege; ENOENT where /proc has no such file; a text without ticks.
     pub fn read(tick: i64) -> io::Result<Self> {
-        const TRIES: u32 = 4;
+        const TRIES: u32 = 8;
         for _ in 0..TRIES {
+            let begun = Instant::now();
             let text = proc_file::text("/proc/timer_list")?;
-            if let Some(ticks) = Self::parse(&text, tick) {
+            let took = begun.elapsed().as_nanos() as i64;
+            if let Some(ticks) = Self::parse(&text, tick, took) {
                 return Ok(ticks);
             }
+            // Another read at once would come as close to the tick.
+            std::thread::sleep(Duration::from_millis(1));
         }
         Err(io::ErrorKind::InvalidData.into())
     }
 
-    /// None close to a tick, where it is not sure which of the two numbers it is.
-    fn parse(text: &str, tick: i64) -> Option<Self> {
-        const SURE: i64 = 1_000_000;
+    /// The text says what time it was when the reading began, which took so long, but counts the ticks as it goes on.
+    /// None when it is not sure which of two numbers it is: shortly behind a tick, and where one came meanwhile.
+    fn parse(text: &str, tick: i64, took: i64) -> Option<Self> {
+        const UNSURE: i64 = 250_000;
         let number = |line: &str, prefix: &str| -> Option<i64> {
             let rest = line.trim().strip_prefix(prefix)?;
             let digits = rest
@@ -46,13 +52,11 @@ impl Ticks {
         let next = lines.find_map(|l| number(l, "# expires at"))?;
         let since = (now - next).checked_rem_euclid(tick)?;
         let at = now - since;
-        ((SURE / 4)..(tick - SURE))
-            .contains(&since)
-            .then_some(Self {
-                tick,
-                at,
-                number: jiffies,
-            })
+        (since >= UNSURE && since.saturating_add(took) < tick).then_some(Self {
+            tick,
+            at,
+            number: jiffies,
+        })
     }
 
     /// When a wait for `whole` nanoseconds that was begun at `since` ends: after whole ticks, and long ones with
@@ -75,6 +79,12 @@ impl Ticks {
         self.at.saturating_add(ticks.saturating_mul(self.tick))
     }
 
+    /// How long it is from `now` to the first tick that is not before the one in `left` nanoseconds.
+    pub fn next(&self, now: i64, left: i64) -> i64 {
+        let over = (now.saturating_add(left) - self.at).rem_euclid(self.tick);
+        left + (self.tick - over) % self.tick
+    }
+
     /// The time-out of a wait that begins now and is to end at the tick in `left` nanoseconds.
     pub fn wait(tick: i64, left: i64) -> i64 {
         let ticks = left.max(0) / tick + i64::from(left % tick > 0);
@@ -90,7 +100,7 @@ mod tests {
     fn socket_time_outs_end_at_ticks() {
         let text = "now at 1001500000 nsecs\n #0: <1>, tick_nohz_handler, S:01\n # expires at 1004000000-1004000000 nsecs\n\
             jiffies: 4003\n";
-        let ticks = Ticks::parse(text, 4_000_000).unwrap();
+        let ticks = Ticks::parse(text, 4_000_000, 100_000).unwrap();
         assert_eq!((ticks.at, ticks.number), (1_000_000_000, 4003));
         // Ten ticks: to the one behind the tenth. 175: to the next multiple of eight.
         assert_eq!(ticks.end(1_001_000_000, 40_000_000), 1_044_000_000);
@@ -103,16 +113,22 @@ mod tests {
         let later = 1_201_000_000;
         let rest = Ticks::wait(4_000_000, end - later);
         assert_eq!(ticks.end(later, rest), end);
-        assert_eq!(
-            Ticks::parse(&text.replace("1001500000", "1003900000"), 4_000_000),
-            None
-        );
+        assert_eq!(ticks.next(later, 10_500_000), 11_000_000);
+        assert_eq!(ticks.next(later, 11_000_000), 11_000_000);
+        for (now, took) in [
+            ("1001500000", 2_600_000),
+            ("1003900000", 100_000),
+            ("1000100000", 100_000),
+        ] {
+            let text = text.replace("1001500000", now);
+            assert_eq!(Ticks::parse(&text, 4_000_000, took), None);
+        }
     }
 
     proptest::proptest! {
         #[test]
         fn any_text_is_read(text in ".{0,300}") {
-            let _ = Ticks::parse(&text, 4_000_000);
+            let _ = Ticks::parse(&text, 4_000_000, 1000);
         }
     }
 }

@@ -39,12 +39,20 @@ impl Afterwards {
 
 /// Registers and masks of all threads, right before they are released; `vdso` is the range of the one
 /// that works here. Nothing of ours is needed in the process any more.
-pub fn set(mem: &Mem, threads: &[&Remote], p: &Process, vdso: (u64, u64)) -> Result<Afterwards> {
+/// The process's CLOCK_MONOTONIC is `ahead_ns` of ours.
+pub fn set(
+    mem: &Mem,
+    threads: &[&Remote],
+    p: &Process,
+    vdso: (u64, u64),
+    ahead_ns: i64,
+) -> Result<Afterwards> {
     let bytes = mem.read_vec(vdso.0, vdso.1.saturating_sub(vdso.0) as usize)?;
     let start = (vdso.0 + vdso::elf_len(&bytes)?).next_multiple_of(8);
     let mut place = Place {
         start,
         lowest: vdso.1,
+        ahead_ns,
     };
     let mut after = Afterwards::default();
     for (r, t) in threads.iter().zip(&p.threads) {
@@ -63,6 +71,19 @@ pub fn set(mem: &Mem, threads: &[&Remote], p: &Process, vdso: (u64, u64)) -> Res
 struct Place {
     start: u64,
     lowest: u64,
+    /// Of the clock that is seen there.
+    ahead_ns: i64,
+}
+
+impl Place {
+    /// The address of a trampoline with so many bytes, which does not depend on the address.
+    fn take(&mut self, len: usize) -> Option<u64> {
+        let at = self.lowest.checked_sub(len as u64)? & !7;
+        (at >= self.start + WORK).then(|| {
+            self.lowest = at;
+            at
+        })
+    }
 }
 
 /// Bytes at its beginning that [`begin`] uses.
@@ -107,19 +128,25 @@ fn go_on(
             }
             None => {
                 let socket = SocketTimeout::of(tracee.tid, nr, regs.arg(0) as i32);
-                if let Ok(Some(mut s)) = socket {
-                    s.shorten(left)?;
-                    after.sockets.push(s);
-                    // For a later dump.
-                    let end = Some(monotonic_ns().saturating_add(left));
-                    let emit = |at| trampoline::emit(at, &regs, nr, &[], None, end, &[], &[]);
-                    let at = place.lowest.saturating_sub(emit(0).bytes.len() as u64) & !7;
-                    if at >= place.start + WORK {
-                        let t = emit(at);
-                        mem.write(at, &t.bytes)?;
-                        place.lowest = at;
-                        return Ok(t.regs);
-                    }
+                let Ok(Some(mut s)) = socket else {
+                    return Ok(regs);
+                };
+                if let Some(w) = s.wait(&regs, left, place.ahead_ns)
+                    && let Some(at) = place.take(trampoline::wait(0, &regs, &w).bytes.len())
+                {
+                    let t = trampoline::wait(at, &regs, &w);
+                    mem.write(at, &t.bytes)?;
+                    return Ok(t.regs);
+                }
+                s.shorten_to_next_tick(left)?;
+                after.sockets.push(s);
+                // For a later dump.
+                let end = Some(monotonic_ns().saturating_add(left));
+                let emit = |at| trampoline::emit(at, &regs, nr, &[], None, end, &[], &[]);
+                if let Some(at) = place.take(emit(0).bytes.len()) {
+                    let t = emit(at);
+                    mem.write(at, &t.bytes)?;
+                    return Ok(t.regs);
                 }
                 return Ok(regs);
             }
@@ -129,8 +156,7 @@ fn go_on(
     let Some(sketch) = calls::rest(0, &regs, &t.resume, left, mem)? else {
         return Ok(regs);
     };
-    let at = place.lowest.saturating_sub(sketch.bytes.len() as u64) & !7;
-    if at < place.start + WORK {
+    let Some(at) = place.take(sketch.bytes.len()) else {
         after.warnings.push(format!(
             "thread {}: no room left in the vDSO to let its system call {nr} end in time; it {}",
             t.tid,
@@ -143,10 +169,9 @@ fn go_on(
             }
         ));
         return Ok(regs);
-    }
+    };
     if let Some(t) = calls::rest(at, &regs, &t.resume, left, mem)? {
         mem.write(at, &t.bytes)?;
-        place.lowest = at;
         regs = t.regs;
     }
     Ok(regs)

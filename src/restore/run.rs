@@ -103,7 +103,7 @@ fn restore(
         ..Report::default()
     };
     let mut ids = Ids::choose(processes, opts, guest.is_some(), &mut report)?;
-    let same_clocks = set_clocks(&manifest.origin, guest.is_some(), &mut report)?;
+    let clocks = set_clocks(&manifest.origin, guest.is_some(), &mut report)?;
     let mut replaced = match &mut guest {
         Some(guest) => guest.replaced()?,
         None => Replaced::default(),
@@ -122,7 +122,7 @@ fn restore(
     let surroundings = Surroundings {
         floor,
         detached: opts.detach,
-        same_clocks,
+        same_clocks: clocks.same,
         namespace: ids.namespace(),
     };
     let instead = std::mem::take(&mut replaced.descriptions);
@@ -214,7 +214,8 @@ fn restore(
     // Last of all: sleeps that have begun go on from here.
     let mut sleepers = Vec::new();
     for r in &ready {
-        sleepers.push(resume::set(r.leader.mem(), &r.living(), r.process, r.vdso)?);
+        let (mem, ahead) = (r.leader.mem(), clocks.ahead_ns);
+        sleepers.push(resume::set(mem, &r.living(), r.process, r.vdso, ahead)?);
     }
     let mut undertaker = Some(undertaker);
     let mut parked = false;
@@ -391,10 +392,17 @@ fn release(r: &Ready, parked: bool, opts: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Lets the processes see their clocks go on from where they stood: deadlines in their memory count on
-/// it. True: they do.
+/// What clocks the processes see.
+struct Clocks {
+    /// They go on from where they stood.
+    same: bool,
+    /// How far CLOCK_MONOTONIC is ahead of ours.
+    ahead_ns: i64,
+}
+
+/// Lets the processes see their clocks go on from where they stood: deadlines in their memory count on it.
 /// `here`: we are one of them.
-fn set_clocks(origin: &Origin, here: bool, report: &mut Report) -> Result<bool> {
+fn set_clocks(origin: &Origin, here: bool, report: &mut Report) -> Result<Clocks> {
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let ours = Offsets::of("self");
     let wanted = if boot.trim() == origin.boot_id {
@@ -415,8 +423,12 @@ fn set_clocks(origin: &Origin, here: bool, report: &mut Report) -> Result<bool> 
             boottime: origin.boottime_ns - boottime,
         }
     };
+    let clocks = |same, ahead: i128| Clocks {
+        same,
+        ahead_ns: i64::try_from(ahead).unwrap_or(0),
+    };
     if wanted == ours {
-        return Ok(true);
+        return Ok(clocks(true, 0));
     }
     let done = wanted
         .for_children()
@@ -426,9 +438,15 @@ fn set_clocks(origin: &Origin, here: bool, report: &mut Report) -> Result<bool> 
             "the program sees this host's clocks, not those it had (a deadline in its memory may be \
              far off): {e:#}"
         ));
-        return Ok(false);
+        return Ok(clocks(false, 0));
     }
-    Ok(true)
+    // Of those who join it we are one.
+    let ahead = if here {
+        0
+    } else {
+        wanted.monotonic - ours.monotonic
+    };
+    Ok(clocks(true, ahead))
 }
 
 /// Where our own descriptors go: above every number of the programs.

@@ -5,7 +5,8 @@
 // mist: cflags -pthread -lrt
 // mist: variants read_pipe read_eventfd read_inotify read_tty write_pipe write_tty send_unix send_tcp sendmsg_dgram
 // mist: variants recv_unix recv_waitall_unix recv_waitall_tcp recv_rcvtimeo_timeout recv_rcvtimeo_event send_sndtimeo_timeout
-// mist: variants accept_unix accept_tcp accept_rcvtimeo_timeout connect_unix connect_sndtimeo_timeout
+// mist: variants read_rcvtimeo_timeout read_rcvtimeo_event recv_rcvtimeo_interrupted send_sndtimeo_event
+// mist: variants accept_unix accept_tcp accept_rcvtimeo_timeout accept_rcvtimeo_event connect_unix connect_sndtimeo_timeout
 // mist: variants poll poll_event poll_timeout ppoll_event ppoll_timeout select select_event select_timeout
 // mist: variants pselect_event pselect_timeout epoll_wait epoll_wait_event epoll_wait_timeout epoll_pwait2_event epoll_pwait2_timeout
 // mist: variants futex futex_event futex_timeout futex_bitset_timeout futex_realtime_timeout futex_lock_pi
@@ -155,17 +156,17 @@ static long set_up(void)
     }
     if (ends("_tcp") && !is("accept"))
         return pair_tcp(), is("recv") ? SYS_recvfrom : SYS_sendto;
-    if (is("recv") || is("send_")) {
+    if (is("recv") || is("send_") || is("read_rcvtimeo")) {
         MUST(socketpair(AF_UNIX, SOCK_STREAM, 0, fd));
         struct timeval t = {ends("_timeout") ? rel.tv_sec : LONG_S, 0};
-        if (is("recv_rcvtimeo"))
+        if (is("recv_rcvtimeo") || is("read"))
             MUST(setsockopt(fd[0], SOL_SOCKET, SO_RCVTIMEO, &t, sizeof t));
         if (is("send_sndtimeo")) {
             MUST(setsockopt(fd[0], SOL_SOCKET, SO_SNDTIMEO, &t, sizeof t));
             while (send(fd[0], out, 4096, MSG_DONTWAIT) > 0)
-                ;
+                id++;
         }
-        return is("recv") ? SYS_recvfrom : SYS_sendto;
+        return is("read") ? SYS_read : is("recv") ? SYS_recvfrom : SYS_sendto;
     }
     if (is("sendmsg_dgram")) {
         MUST(socketpair(AF_UNIX, SOCK_DGRAM, 0, fd));
@@ -177,8 +178,8 @@ static long set_up(void)
         return listener_tcp(), SYS_accept;
     if (is("accept")) {
         listener_unix(5);
-        struct timeval t = {rel.tv_sec, 0};
-        if (ends("_timeout"))
+        struct timeval t = {ends("_timeout") ? rel.tv_sec : LONG_S, 0};
+        if (is("accept_rcvtimeo"))
             MUST(setsockopt(fd[0], SOL_SOCKET, SO_RCVTIMEO, &t, sizeof t));
         return SYS_accept;
     }
@@ -385,7 +386,12 @@ static void read_all(int from, size_t len)
 static long trigger(void)
 {
     uint64_t one = 1;
-    if (is("read_pipe"))
+    if (is("pause") || is("sigsuspend") || ends("_interrupted")) {
+        CHECK("handlers run before the signal", 0, handled);
+        CHECK("pthread_kill", 0, pthread_kill(sleeper, SIGUSR1));
+        return -1;
+    }
+    if (is("read_pipe") || is("read_rcvtimeo"))
         return CALL(write(fd[1], "hello", 5));
     if (is("read_inotify")) {
         close(CALL(open("watched/new", O_CREAT | O_WRONLY, 0600)));
@@ -397,6 +403,11 @@ static long trigger(void)
         return read_all(fd[0], 100000), 100000;
     if (is("write_pipe"))
         return read_all(fd[0], MEGA), MEGA;
+    if (is("send_sndtimeo")) {
+        for (int i = 0; i < id; i++)
+            read_all(fd[1], 4096);
+        return read_all(fd[1], 100000), 100000;
+    }
     if (is("send_"))
         return read_all(fd[1], MEGA), MEGA;
     if (is("sendmsg_dgram")) {
@@ -424,11 +435,6 @@ static long trigger(void)
             woken = CALL(syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0));
         CHECK("threads woken", 1, woken);
         return 0;
-    }
-    if (is("pause") || is("sigsuspend") || is("nanosleep_interrupted")) {
-        CHECK("handlers run before the signal", 0, handled);
-        CHECK("pthread_kill", 0, pthread_kill(sleeper, SIGUSR1));
-        return -1;
     }
     if (is("sig")) {
         CHECK("pthread_sigqueue", 0, pthread_sigqueue(sleeper, 40, (union sigval){.sival_int = 4711}));
@@ -476,7 +482,7 @@ static void *sleep_in_call(void *arg)
     (void)arg;
     sigset_t s;
     sigfillset(&s);
-    if (is("pause") || is("nanosleep_interrupted"))
+    if (is("pause") || ends("_interrupted"))
         sigdelset(&s, SIGUSR1);
     pthread_sigmask(SIG_SETMASK, &s, NULL);
     tid = syscall(SYS_gettid);
@@ -520,7 +526,7 @@ int main(int argc, char **argv)
     int wanted_error = 0;
     if (ends("_timeout")) {
         wanted = 0;
-        if (is("recv") || is("send") || is("accept") || is("connect") || is("sig") || is("sem"))
+        if (is("read_rcvtimeo") || is("recv") || is("send") || is("accept") || is("connect") || is("sig") || is("sem"))
             wanted = -1, wanted_error = EAGAIN;
         if (is("futex") || is("mq"))
             wanted = -1, wanted_error = ETIMEDOUT;
@@ -545,7 +551,7 @@ int main(int argc, char **argv)
         wanted = result, wanted_error = 0;
     CHECK("what the call returned", wanted, result);
     CHECK("its errno", wanted_error, error);
-    CHECK("signal handlers run", is("pause") || is("sigsuspend") || is("nanosleep_interrupted"), handled);
+    CHECK("signal handlers run", is("pause") || is("sigsuspend") || ends("_interrupted"), handled);
 
     int absolute = is("clock_nanosleep_abs") || is("clock_nanosleep_realtime") || is("futex_bitset") || is("futex_realtime") || is("mq");
     if (ends("_timeout"))

@@ -31,8 +31,6 @@ use crate::kernel::tracee::monotonic_ns;
 use crate::kernel::vdso;
 
 const EINTR: i64 = libc::EINTR as i64;
-/// Trampolines are shorter, but for the vectors of a writev.
-const LONGEST: usize = 256;
 
 /// The dead end of a process's vDSO, and what of it trampolines occupy.
 #[derive(Debug, Clone, Default)]
@@ -109,7 +107,7 @@ fn vdso_tail(tid: i32, mem: &Mem) -> Option<Range<u64>> {
 pub fn first_act(held: &mut Held, mem: &Mem, tail: &mut Tail) -> Result<bool> {
     let mut seen = held.regs;
     if tail.holds(seen.rip) {
-        let room = (tail.all.end - seen.rip).min(LONGEST as u64) as usize;
+        let room = (tail.all.end - seen.rip).min(trampoline::MOST as u64) as usize;
         let code = mem.read_vec(seen.rip, room)?;
         let mut code = code.as_slice();
         if let [0x0f, 0x05, behind @ ..] = code {
@@ -256,7 +254,10 @@ pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -
                 match socket {
                     Ok(Some(s)) if is_socket => {
                         let whole = s.whole_ns();
-                        let end = watch.socket_end(tid, nr, whole).or(h.noted);
+                        let end = match h.noted {
+                            Some(end) if waits_outside(h, tail) => Some(end),
+                            noted => watch.socket_end(tid, nr, whole).or(noted),
+                        };
                         h.deadline = end.or(Some(h.stopped_at.saturating_add(whole)));
                     }
                     _ => h.resume = Resume::Again { nr },
@@ -413,6 +414,9 @@ pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Vec<SocketTime
                         let floor = tail.all.start;
                         let _ = place(h, left, mem, tail, floor);
                     }
+                    None if waits_outside(h, tail) => {
+                        retime(calls::Timeout::Timespec(4), h, left, mem, tail);
+                    }
                     None => {
                         let fd = h.program.arg(0) as i32;
                         if let Ok(Some(mut s)) = SocketTimeout::of(h.tracee.tid, nr, fd)
@@ -432,6 +436,13 @@ pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Vec<SocketTime
         }
     }
     sockets
+}
+
+/// Whether a thread waits for a socket as a restore had it wait ([`trampoline::wait`]).
+fn waits_outside(h: &Held, tail: &Tail) -> bool {
+    const SELECT: u64 = libc::SYS_pselect6 as u64;
+    // In the call, or right in front of it.
+    tail.holds(h.regs.rip) && SELECT == h.regs.syscall().unwrap_or(h.regs.rax)
 }
 
 /// Lets a call whose time-out is its socket's go through a trampoline, which does nothing but tell a
