@@ -1,16 +1,25 @@
 //! The PVM shim, in a virtual machine of one host. A move is played by hand: a second task is enrolled
 //! whose R the tid table gives to the first one's V.
 
+#[path = "shim/answers.rs"]
+mod answers;
 mod common;
 #[path = "shim/gates.rs"]
 mod gates;
+#[path = "shim/names.rs"]
+mod names;
 #[path = "shim/notices.rs"]
 mod notices;
 #[path = "shim/output.rs"]
 mod output;
+#[path = "shim/own.rs"]
+mod own;
+#[path = "shim/routes.rs"]
+mod routes;
 #[path = "shim/mod.rs"]
 mod stage;
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -32,15 +41,18 @@ fn main() -> ExitCode {
             "late messages of an old incarnation come from V too",
             late_messages,
         ),
-        ("the task itself knows V only", own_tid),
-        ("callbacks count as outside", callbacks),
-        ("a jump out of a callback does no harm", jumps),
-        ("tasks are listed once, by V, without agents", tasks),
+        ("the task itself knows V only", own::own_tid),
+        ("callbacks count as outside", own::callbacks),
+        ("a jump out of a callback does no harm", own::jumps),
+        (
+            "tasks are listed once, by V, without agents",
+            answers::tasks,
+        ),
         (
             "status, kill and signals reach the present incarnation",
-            control,
+            answers::control,
         ),
-        ("spawned tasks, parents and siblings are V", family),
+        ("spawned tasks, parents and siblings are V", answers::family),
         (
             "exit notices of old incarnations are swallowed, the last one shown",
             notices::notices,
@@ -59,8 +71,8 @@ fn main() -> ExitCode {
         ("an expired gate is resolved by asking", gates::expired_gate),
         ("sends to a host can be held", gates::held_host),
         ("markers follow everything sent before", gates::markers),
-        ("mailbox owners are V", mailboxes),
-        ("options that carry tids", options),
+        ("mailbox owners are V", answers::mailboxes),
+        ("options that carry tids", answers::options),
         (
             "collected output shows one task, not its incarnations",
             output::output_of_moved,
@@ -77,18 +89,44 @@ fn main() -> ExitCode {
             "messages inside messages, and their headers",
             nested_messages,
         ),
-        ("a route is promised, and messages go through pvmd", routes),
+        (
+            "a route is promised, and messages go through pvmd",
+            routes::routes,
+        ),
         (
             "a direct route is refused to a task without the shim",
-            refuses_routes,
+            routes::refuses_routes,
         ),
         (
             "what an old route holds comes before what follows it",
-            old_routes,
+            routes::old_routes,
         ),
+        (
+            "inside libpvm, also after a callback, the real tid is in pvmmytid",
+            own::inside,
+        ),
+        (
+            "a task that has moved keeps its name, and landers have none",
+            answers::names_of_moved,
+        ),
+        (
+            "a real tid that is another one's name is told apart from it",
+            names::told_apart,
+        ),
+        (
+            "a child whose real tid is another one's name",
+            names::children,
+        ),
+        (
+            "routes to a task whose real tid is another one's name",
+            names::routes,
+        ),
+        ("who waits for a route is sending", routes::connecting),
+        ("a task whose name is taken says so", names::unnoticed),
+        ("nothing that pvmd has is defined anew", exports),
         ("what it publishes", published),
         ("a new pvmd has a new table", new_pvmd),
-        ("errors name the task by V", errors),
+        ("errors name the task by V", own::errors),
     ])
 }
 
@@ -160,6 +198,23 @@ fn inert(kit: &Path) {
         (output.stdout.as_slice(), output.stderr.as_slice()),
         (&b"yes\n"[..], &b""[..])
     );
+}
+
+/// The names that an ELF file defines for others.
+fn defines(path: &Path) -> BTreeSet<String> {
+    let bytes = std::fs::read(path).unwrap();
+    let elf = goblin::elf::Elf::parse(&bytes).unwrap();
+    let defined = elf.dynsyms.iter().filter(|symbol| symbol.st_shndx != 0);
+    let names = defined.map(|symbol| elf.dynstrtab.get_at(symbol.st_name).unwrap_or_default());
+    names.map(str::to_owned).collect()
+}
+
+fn exports(kit: &Path) {
+    let shim = defines(&kit.join("libmistshim.so"));
+    assert!(shim.contains("mesg_input"), "{shim:?}");
+    let pvmd = defines(Path::new("/usr/bin/pvmd"));
+    let both: Vec<_> = shim.intersection(&pvmd).collect();
+    assert!(!pvmd.is_empty() && both.is_empty(), "{both:?}");
 }
 
 fn fork_and_exec(kit: &Path) {
@@ -279,267 +334,6 @@ fn late_messages(kit: &Path) {
     assert!(third.ask("recv -1 3").contains("text third"));
 }
 
-fn own_tid(kit: &Path) {
-    let vm = Vm::start(kit);
-    let Move {
-        mut partner,
-        mut new,
-        v,
-        r2,
-        p,
-        ..
-    } = moved(&vm);
-    assert_eq!(new.tid("raw"), v);
-    assert_eq!(new.tid("mytid"), v);
-    assert_eq!(
-        (new.block().v().unwrap(), new.block().r().unwrap()),
-        (v, r2)
-    );
-    assert_eq!(new.tid(&format!("host {v:x}")), v & 0x3ffc_0000);
-    assert_eq!(new.ask("siblings"), format!("{v:x}"));
-    assert_eq!(new.tid("raw"), v);
-    partner.ask(&format!("send {v:x} 1 x"));
-    assert!(new.ask(&format!("recv {p:x} 1")).contains("text x"));
-    assert_eq!(new.tid("raw"), v);
-    // A notice about its own exit comes when it leaves, by V; here to a handler.
-    new.ask("exits 90");
-    new.ask(&format!("notify 1 90 {v:x}"));
-    assert!(new.ask("exit").starts_with(&format!("[exit of {v:x}]")));
-    // A new enrolment is a new task.
-    assert_eq!(new.ask("raw"), "ffffffff");
-    assert_eq!(new.enrol(), after(r2));
-    assert_eq!(new.tid("raw"), after(r2));
-}
-
-fn callbacks(kit: &Path) {
-    let vm = Vm::start(kit);
-    let Move {
-        mut partner,
-        mut new,
-        v,
-        p,
-        ..
-    } = moved(&vm);
-    new.ask(&format!("setopt 4 {v:x}"));
-    assert_eq!(new.ask(&format!("handler {p:x} 4")), "1");
-    partner.ask(&format!("send {v:x} 4 x"));
-    partner.ask(&format!("send {v:x} 5 y"));
-    let answer = new.ask("recv -1 5");
-    assert!(
-        answer.starts_with(&format!(
-            "[handler from {p:x} tag 4 raw {v:x} mytid {v:x} collector {v:x}]"
-        )),
-        "{answer}"
-    );
-    assert!(
-        answer.ends_with(&format!("from {p:x} tag 5 text y info {p:x}")),
-        "{answer}"
-    );
-    // A handler for messages of V.
-    assert_eq!(partner.ask(&format!("handler {v:x} 6")), "1");
-    new.ask(&format!("send {p:x} 6 x"));
-    new.ask(&format!("send {p:x} 7 y"));
-    let answer = partner.ask("recv -1 7");
-    assert!(
-        answer.starts_with(&format!("[handler from {v:x} tag 6 raw {p:x}")),
-        "{answer}"
-    );
-    assert_eq!(new.ask("recvf 1"), "1");
-    assert_ne!(new.block().flags().unwrap() & flag::RECVF, 0);
-    partner.ask(&format!("send {v:x} 8 z"));
-    let answer = new.ask("recv -1 8");
-    assert!(
-        answer.starts_with(&format!("[match {p:x} raw {v:x}]")),
-        "{answer}"
-    );
-    assert_eq!(new.ask("recvf 0"), "1");
-    partner.ask(&format!("send {v:x} 9 z"));
-    assert_eq!(
-        new.ask("recv -1 9"),
-        format!("from {p:x} tag 9 text z info {p:x}")
-    );
-    assert_eq!(new.tid("raw"), v);
-}
-
-fn jumps(kit: &Path) {
-    let vm = Vm::start(kit);
-    let Move {
-        mut partner,
-        mut new,
-        v,
-        p,
-        ..
-    } = moved(&vm);
-    assert_eq!(new.ask("recvf 1"), "1");
-    partner.ask(&format!("send {v:x} 8 z"));
-    let answer = new.ask("jump 1 ffffffff 8");
-    assert!(answer.ends_with(&format!("jumped raw {v:x}")), "{answer}");
-    assert_eq!(new.ask("recvf 0"), "1");
-    assert!(new.ask("recv -1 8").contains(&format!("from {p:x} tag 8")));
-    assert_eq!(new.block().depth().unwrap(), 0);
-    assert_eq!(new.tid("raw"), v);
-}
-
-fn tasks(kit: &Path) {
-    let vm = Vm::start(kit);
-    let Move {
-        old,
-        mut partner,
-        new,
-        v,
-        p,
-        r2,
-    } = prepare(&vm);
-    let mut agent = vm.bare_actor();
-    let a = agent.enrol();
-    let listed = |actor: &mut Actor, at: &str| {
-        let answer = actor.ask(&format!("tasks {at}"));
-        let mut tids: Vec<u32> = answer
-            .split_whitespace()
-            .skip(1)
-            .map(|task| u32::from_str_radix(task.split('/').next().unwrap(), 16).unwrap())
-            .collect();
-        tids.sort();
-        tids
-    };
-    vm.table().hide(a).unwrap();
-    // mistctl, when it asks something.
-    let file = vm.dir.join(format!("pvmd.{}", nix::unistd::geteuid()));
-    let pvmd = Pvmd::find_at(None, &file).unwrap().unwrap();
-    let helper = Client::enrol(&pvmd, 0).unwrap();
-    // The prepared incarnation is not a task yet, and then at any moment one of the two is.
-    assert_eq!(listed(&mut partner, "0"), [v, p]);
-    vm.table().close_gate(v, r2, 0).unwrap();
-    assert_eq!(listed(&mut partner, "0"), [v, p]);
-    old.leave();
-    assert_eq!(listed(&mut partner, "0"), [v, p]);
-    // On the host that the task leaves.
-    assert!(vm.table().decide(v, r2).unwrap());
-    assert_eq!(listed(&mut partner, "0"), [v, p]);
-    vm.table().open_gate(v, r2).unwrap();
-    assert_eq!(listed(&mut partner, "0"), [v, p]);
-    // Again: libpvm frees its list by its own count.
-    assert_eq!(listed(&mut partner, "0"), [v, p]);
-    assert_eq!(listed(&mut partner, &format!("{v:x}")), [v]);
-    new.leave();
-    assert_eq!(listed(&mut partner, "0"), [p]);
-    drop(helper);
-}
-
-fn control(kit: &Path) {
-    let vm = Vm::start(kit);
-    let Move {
-        old,
-        mut partner,
-        mut new,
-        v,
-        ..
-    } = moved(&vm);
-    old.leave();
-    assert_eq!(
-        partner.ask(&format!("pstat {v:x}")),
-        "0",
-        "alive as its present incarnation"
-    );
-    assert_eq!(new.ask(&format!("pstat {v:x}")), "0");
-    let pid = new.pid();
-    assert_eq!(partner.ask(&format!("sendsig {v:x} 0")), "0");
-    assert_eq!(partner.ask(&format!("hostsync {v:x}")), "0");
-    assert_eq!(partner.ask(&format!("kill {v:x}")), "0");
-    until("the killed task to end", || {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        stat.is_empty() || stat.contains(") Z ")
-    });
-    until("pvmd to notice", || {
-        partner.ask(&format!("pstat {v:x}")) == "-31"
-    });
-}
-
-fn family(kit: &Path) {
-    let vm = Vm::start(kit);
-    let Move { mut new, v, r2, .. } = moved(&vm);
-    let (stage, args) = vm.stage("child");
-    // The child is an incarnation too, of a task that pvmd never had, on a host it never had.
-    let (child_r, child_v) = (after(r2), 0x8_1234);
-    vm.table().add_incarnation(child_r, child_v).unwrap();
-    vm.table().open_gate(child_v, child_r).unwrap();
-    assert_eq!(
-        new.ask(&format!("spawn 1 actor {args}")),
-        format!("1: {child_v:x}")
-    );
-    let mut child = stage.actor();
-    assert_eq!(child.enrol(), child_v);
-    assert_eq!(child.tid("parent"), v);
-    assert_eq!(child.ask("siblings"), format!("{child_v:x}"));
-    assert_eq!(new.ask(&format!("hostsync {child_v:x}")), "0");
-    new.ask(&format!("send {child_v:x} 1 hello"));
-    assert_eq!(
-        child.ask(&format!("recv {v:x} 1")),
-        format!("from {v:x} tag 1 text hello info {v:x}")
-    );
-    assert!(new.ask("tasks").contains(&format!("{child_v:x}/{v:x}/")));
-    child.leave();
-}
-
-fn mailboxes(kit: &Path) {
-    let vm = Vm::start(kit);
-    let Move {
-        mut partner,
-        mut new,
-        v,
-        p,
-        ..
-    } = moved(&vm);
-    assert_eq!(new.ask("put shop bread 0"), "0");
-    assert_eq!(partner.ask("boxes shop"), format!("{v:x}"));
-    assert!(partner.ask("get shop 0 0").contains("text bread"));
-    assert_eq!(partner.ask("put stall milk 0"), "0");
-    assert_eq!(new.ask("boxes stall"), format!("{p:x}"));
-    // The owner may take it away, by its R.
-    assert_eq!(new.ask("del shop 0"), "0");
-    assert_eq!(new.ask(&format!("insert who {v:x}")), "0");
-    assert_eq!(partner.ask("lookup who"), format!("0 {v:x}"));
-    // Not to be killed by a reset, which kills another one that has moved.
-    let (mut first, mut second) = (vm.actor(), vm.actor());
-    let (w, second_r) = (first.enrol(), second.enrol());
-    vm.table().add_incarnation(second_r, w).unwrap();
-    vm.table().open_gate(w, second_r).unwrap();
-    first.leave();
-    assert_eq!(new.ask("setopt 25 1"), "0");
-    assert_ne!(new.block().flags().unwrap() & flag::NO_RESET, 0);
-    assert_eq!(partner.ask("noresets"), format!("{v:x}"));
-    assert_eq!(partner.ask("reset"), "0");
-    until("the other one to be killed", || {
-        partner.ask(&format!("pstat {w:x}")) == "-31"
-    });
-    assert_eq!(partner.ask(&format!("pstat {v:x}")), "0");
-}
-
-fn options(kit: &Path) {
-    let vm = Vm::start(kit);
-    let Move {
-        mut new,
-        mut partner,
-        v,
-        p,
-        ..
-    } = moved(&vm);
-    assert_eq!(new.ask("getopt 4"), "0");
-    assert_eq!(new.ask(&format!("setopt 4 {v:x}")), "0");
-    assert_eq!(new.tid("getopt 4"), v);
-    assert_ne!(new.block().flags().unwrap() & flag::COLLECTOR, 0);
-    assert_eq!(new.tid("setopt 4 0"), v);
-    assert_eq!(new.ask("getopt 4"), "0");
-    assert_eq!(partner.ask(&format!("setopt 12 {v:x}")), "0");
-    assert_eq!(partner.tid("getopt 12"), v);
-    assert_eq!(partner.tid("getopt 4"), v);
-    assert_eq!(new.ask(&format!("setopt 14 {p:x}")), "0");
-    assert_eq!(new.tid("getopt 14"), p);
-    // What is not one's own to set is refused as without the shim.
-    assert_eq!(new.ask("setopt 4 40fff"), "fffffffe");
-    assert_eq!(new.tid("raw"), v);
-}
-
 fn nested_messages(kit: &Path) {
     let vm = Vm::start(kit);
     let Move {
@@ -560,73 +354,6 @@ fn nested_messages(kit: &Path) {
         partner.ask(&format!("minfo {v:x} 3")),
         format!("0 from {v:x} tag 4 text x info {v:x}")
     );
-}
-
-fn routes(kit: &Path) {
-    let vm = Vm::start(kit);
-    let (mut one, mut two) = (vm.actor(), vm.actor());
-    let (o, t) = (one.enrol(), two.enrol());
-    assert_eq!(one.ask("getopt 1"), "2");
-    assert_eq!(one.ask("setopt 1 3"), "2");
-    assert_eq!(one.ask("getopt 1"), "3");
-    assert_eq!(one.block().route().unwrap(), 3);
-    // The receiver is not in libpvm: a request for a direct route would wait for it.
-    assert_eq!(one.ask(&format!("send {t:x} 1 x")), "0");
-    assert!(two.ask(&format!("recv {o:x} 1")).contains("text x"));
-    assert_eq!(one.ask("fds"), "1");
-    assert_eq!(one.ask("setopt 1 9"), "fffffffe");
-    assert_eq!(one.ask("setopt 1 2"), "3");
-}
-
-fn refuses_routes(kit: &Path) {
-    let vm = Vm::start(kit);
-    let (mut with, mut without) = (vm.actor(), vm.bare_actor());
-    let (w, b) = (with.enrol(), without.enrol());
-    without.ask("setopt 1 3");
-    with.tell("recv -1 1");
-    assert_eq!(without.ask(&format!("send {w:x} 1 x")), "0");
-    assert!(with.answer().contains(&format!("from {b:x} tag 1 text x")));
-    assert_eq!(
-        (with.ask("fds"), without.ask("fds")),
-        ("1".into(), "1".into())
-    );
-}
-
-fn old_routes(kit: &Path) {
-    let vm = Vm::start(kit);
-    let (mut old, mut partner) = (vm.direct_actor(), vm.direct_actor());
-    let (v, p) = (old.enrol(), partner.enrol());
-    let r2 = after(p);
-    old.ask("setopt 1 3");
-    partner.tell("recv -1 1");
-    assert_eq!(old.ask(&format!("send {p:x} 1 opens")), "0");
-    assert!(partner.answer().contains("text opens"));
-    assert_eq!(
-        (old.ask("fds"), partner.ask("fds")),
-        ("2".into(), "2".into())
-    );
-    let pid = nix::unistd::Pid::from_raw(partner.pid());
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
-    for tag in [2, 3] {
-        old.ask(&format!("send {p:x} {tag} direct"));
-    }
-    old.ask(&format!("big {p:x} 4 30000"));
-    old.crash();
-    vm.table().add_incarnation(r2, v).unwrap();
-    vm.table().open_gate(v, r2).unwrap();
-    let mut new = vm.actor();
-    assert_eq!(new.enrol(), v);
-    new.ask(&format!("send {p:x} 5 later"));
-    // pvmd answers in the order of what it was given, so the message is on its way by now.
-    new.ask(&format!("pstat {p:x}"));
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGCONT).unwrap();
-    for (tag, text) in [(2, "direct"), (3, "direct"), (4, "big"), (5, "later")] {
-        assert_eq!(
-            partner.ask("recv -1 -1"),
-            format!("from {v:x} tag {tag} text {text} info {v:x}")
-        );
-    }
-    assert_eq!(partner.ask("fds"), "1");
 }
 
 fn published(kit: &Path) {
@@ -701,16 +428,4 @@ fn new_pvmd(kit: &Path) {
     let (o, t) = (one.enrol(), two.enrol());
     one.ask(&format!("send {t:x} 1 x"));
     assert!(two.ask(&format!("recv {o:x} 1")).contains("text x"));
-}
-
-fn errors(kit: &Path) {
-    let vm = Vm::start(kit);
-    let Move { mut new, v, .. } = moved(&vm);
-    new.ask("perror here");
-    new.ask("send 0 1 x");
-    let named = |what: &str| {
-        let line = format!("libpvm [t{v:x}]: {what}");
-        new.said.iter().any(|said| said.starts_with(&line))
-    };
-    assert!(named("here: ") && named("pvm_send(): "), "{:?}", new.said);
 }

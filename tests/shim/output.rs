@@ -99,7 +99,7 @@ pub fn raw_output_of_moved(kit: &Path) {
     );
     let r2 = after(v);
     vm.table().add_incarnation(r2, v).unwrap();
-    vm.table().open_gate(v, r2).unwrap();
+    vm.table().close_gate(v, r2, 0).unwrap();
     let (stage, args) = vm.stage("new");
     assert_eq!(
         parent.ask(&format!("spawn 1 actor {args}")),
@@ -108,6 +108,12 @@ pub fn raw_output_of_moved(kit: &Path) {
     let mut new = stage.actor();
     new.enrol();
     old.leave();
+    // Whether that was its end nobody knows before the move has come to one.
+    until("the end of output to be held back", || {
+        assert_eq!(parent.ask("probe -1 99"), "no");
+        parent.block().held().unwrap() == 1
+    });
+    vm.table().open_gate(v, r2).unwrap();
     new.ask("print x");
     // Neither a second beginning nor an end comes before that.
     assert!(parent.ask("notice 99").starts_with(&format!("{v:x} 2 ")));
@@ -132,6 +138,19 @@ pub fn output_to_moved(kit: &Path) {
     new.ask("catchout");
     new.ask("showtids 1");
     vm.table().open_gate(v, r2).unwrap();
+    // The first that its collector's move concerns is a child of its own.
+    let (stage, args) = vm.stage("grandchild");
+    child.ask(&format!("spawn 1 actor {args}"));
+    let mut grandchild = stage.actor();
+    let g = grandchild.enrol();
+    grandchild.ask("print deep");
+    until("its output", || {
+        new.ask("probe 1 1");
+        new.said
+            .iter()
+            .any(|said| *said == format!("[t{g:x}] deep"))
+    });
+    grandchild.leave();
     child.ask("probe 1 1");
     assert_eq!(child.tid("getopt 12"), v);
     assert_eq!(child.tid("getopt 4"), v);

@@ -429,4 +429,26 @@ mod tests {
         assert!(lease_over(top, 3));
         assert!(!lease_over(3, top));
     }
+
+    #[test]
+    fn an_entry_changes_at_once() {
+        let table = empty();
+        // Both halves of the word differ.
+        let two = [settled(0x40002, 0x80001), settled(0x40002, 0xc0002)];
+        let incarnations = two.map(|entry| entry.r);
+        table.set_entry(two[0]).unwrap();
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for entry in two.iter().cycle().take(200_000) {
+                    table.set_entry(*entry).unwrap();
+                }
+                stop.store(true, SeqCst);
+            });
+            while !stop.load(SeqCst) {
+                let r = table.entry(0x40002).unwrap().r;
+                assert!(incarnations.contains(&r), "{r:x} is neither");
+            }
+        });
+    }
 }
