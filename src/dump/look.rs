@@ -15,7 +15,7 @@ use crate::image::memory::Backing;
 use crate::image::process::{Process, State};
 use crate::image::{Description, Origin, Socket, SpaceId};
 use crate::kernel::arch::{self, PAGE, TASK_SIZE};
-use crate::kernel::batch::{self, Batch, Cloned, Snapshot};
+use crate::kernel::batch::{self, Batch, Cloned, Snapshot, Twin};
 use crate::kernel::guardian::Guardian;
 use crate::kernel::proc_file;
 use crate::kernel::time_ns::Offsets;
@@ -27,6 +27,8 @@ pub struct Subject {
     pub process: Process,
     queries: Queries,
     pub copy: Option<Snapshot>,
+    /// Shares its memory.
+    pub heir: Option<Snapshot>,
 }
 
 impl Subject {
@@ -95,6 +97,7 @@ pub fn look(
             process: p,
             queries,
             copy: None,
+            heir: None,
         });
     }
     let socket_list = sockets.finish(&mut |sockets, fd| files.adopt(fd, tables, sockets))?;
@@ -113,22 +116,28 @@ pub fn look(
     Ok((subjects, looked))
 }
 
-/// What the processes themselves have to be asked, and their copy-on-write clones. What a clone lacks is
-/// copied here, while they stand.
+/// What the processes themselves have to be asked, and their twins. What a copy-on-write clone lacks is copied here,
+/// while they stand.
 ///
 /// A clone's parent becomes the nearest subreaper above it. All batches are under way before the first
 /// ends, so none of the processes is a subreaper meanwhile.
 pub fn ask(
     subjects: &mut [Subject],
     holds: &Holds,
-    wants_copy: bool,
+    wanted: Twin,
     sink: &dyn Sink,
     report: &mut Report,
 ) -> Result<()> {
     let mut batches = Vec::new();
     for (s, hold) in subjects.iter_mut().zip(holds) {
         let Some(held) = hold else { continue };
-        let (batch, copy) = ask_one(s, held, wants_copy, sink)?;
+        let (batch, cloned) = ask_one(s, held, wanted, sink)?;
+        let (copy, heir) = match cloned {
+            Cloned::Copy(twin) if wanted == Twin::Heir => (None, Some(twin)),
+            Cloned::Copy(copy) => (Some(copy), None),
+            Cloned::NotAsked | Cloned::Failed => (None, None),
+        };
+        s.heir = heir;
         if let Some(copy) = &copy {
             let via = held.via();
             let p = &mut s.process;
@@ -137,7 +146,7 @@ pub fn ask(
             if threads::status(held.pid, via)?.vmlck.unwrap_or(0) > 0 {
                 maps::add_flags(&mut p.vmas, via, false)?;
             }
-        } else if wants_copy {
+        } else if wanted == Twin::Copy {
             report.warnings.push(format!(
                 "process {} could not be cloned (it is an init, or a limit on processes or memory); \
                  its memory was copied while it stood still",
@@ -153,9 +162,9 @@ pub fn ask(
 fn ask_one<'a>(
     s: &mut Subject,
     held: &'a HeldProcess,
-    wants_copy: bool,
+    wanted: Twin,
     sink: &dyn Sink,
-) -> Result<(Batch<'a>, Option<Snapshot>)> {
+) -> Result<(Batch<'a>, Cloned)> {
     let pid = held.pid;
     let p = &mut s.process;
     let vdso = p
@@ -171,8 +180,11 @@ fn ask_one<'a>(
     let tail = held.tail();
     let area = hole(&p.vmas, batch::AREA)
         .with_context(|| format!("process {pid} has no room for {} bytes", batch::AREA))?;
-    let clonable = wants_copy && !is_init(pid);
-    let (batch, cloned) = batch::start(held.leader(), &held.mem, tail, area, clonable, &|data| {
+    let twin = match wanted {
+        Twin::Copy if is_init(pid) => Twin::None,
+        wanted => wanted,
+    };
+    let (batch, cloned) = batch::start(held.leader(), &held.mem, tail, area, twin, &|data| {
         s.queries.calls(data)
     })?;
     let mut answers = vec![s.queries.answers(&batch, p)?];
@@ -183,11 +195,7 @@ fn ask_one<'a>(
     for (t, a) in p.threads.iter_mut().zip(&answers) {
         threads::complete(t, a);
     }
-    let copy = match cloned {
-        Cloned::Copy(copy) => Some(copy),
-        Cloned::NotAsked | Cloned::Failed => None,
-    };
-    Ok((batch, copy))
+    Ok((batch, cloned))
 }
 
 /// The init of a pid namespace would become the parent of its own copy.

@@ -22,6 +22,7 @@ use crate::image::memory::Backing;
 use crate::image::process::Process;
 use crate::image::pvm::PvmTask;
 use crate::image::{FORMAT_NAME, FORMAT_VERSION, Fd, Manifest, SpaceId, Vma};
+use crate::kernel::batch::{Snapshot, Twin};
 use crate::kernel::guardian::Guardian;
 use crate::kernel::sched::Urgent;
 use crate::kernel::{caps, pidfd, socket};
@@ -32,9 +33,10 @@ use crate::kernel::{caps, pidfd, socket};
 /// let go ([`Session::release`]) behind `look` where [`Session::has_copies`], else behind `memory`. At the end
 /// [`Session::end`].
 pub struct Session {
-    // Dropped in this order: connections speak again, copies die, processes go on.
+    // Dropped in this order: connections speak again, copies and heirs die, processes go on.
     looked: Option<Looked>,
     subjects: Vec<Subject>,
+    heirs: Vec<Snapshot>,
     holds: Holds,
     pids: Vec<i32>,
     tables: Tables,
@@ -49,6 +51,7 @@ pub struct Session {
     urgent: Option<Urgent>,
     pvm: Option<PvmTask>,
     hang_up: Option<OwnedFd>,
+    wants_heirs: bool,
     report: Report,
 }
 
@@ -81,6 +84,8 @@ impl Session {
         Ok(Self {
             looked: None,
             subjects: Vec::new(),
+            heirs: Vec::new(),
+            wants_heirs: false,
             tables: Tables::new(pids.len() as SpaceId),
             holds,
             pids,
@@ -134,14 +139,14 @@ impl Session {
             std::mem::take(&mut self.order),
             self.inside,
         )?;
-        let wants_copy = self.opts.after == After::Run;
-        look::ask(
-            &mut subjects,
-            &self.holds,
-            wants_copy,
-            sink,
-            &mut self.report,
-        )?;
+        let twin = match self.opts.after {
+            After::Run => Twin::Copy,
+            After::Kill if self.wants_heirs => Twin::Heir,
+            After::Kill | After::Stop => Twin::None,
+        };
+        look::ask(&mut subjects, &self.holds, twin, sink, &mut self.report)?;
+        let heirs = subjects.iter_mut().filter_map(|s| s.heir.take());
+        self.heirs = heirs.collect();
         if !self.opts.tree
             && let Some(s) = subjects.iter().find(|s| s.has_children())
         {
@@ -175,6 +180,7 @@ impl Session {
     /// When one could not be put back as it was; the others are.
     pub fn release(&mut self) -> Result<()> {
         let mut first = Ok(());
+        self.heirs.clear();
         for held in self.holds.iter_mut().filter_map(Option::take) {
             first = first.and(held.release());
         }
@@ -260,6 +266,18 @@ impl Session {
         self.subjects.first().map_or(&[], |s| &s.process.fds)
     }
 
+    /// Has the next [`Session::look`] of processes that are to be killed make an heir of each: it shares the memory, so
+    /// that the end of a large process is a matter of no time.
+    pub fn want_heirs(&mut self) {
+        self.wants_heirs = true;
+    }
+
+    /// The heirs, to be kept until nobody waits for memory to be given back; then [`Snapshot::abandon`]. Before the
+    /// processes go on they have to be dropped.
+    pub fn heirs(&mut self) -> Vec<Snapshot> {
+        std::mem::take(&mut self.heirs)
+    }
+
     /// What the image says of the PVM task that the first process is.
     pub fn set_pvm(&mut self, task: PvmTask) {
         self.pvm = Some(task);
@@ -319,6 +337,9 @@ impl Session {
             }
             // A process gives its memory back before it closes anything.
             let _ = socket::shutdown(&connection, 3);
+        }
+        if after != After::Kill {
+            self.heirs.clear();
         }
         for held in self.holds.iter_mut().filter_map(Option::take) {
             match after {

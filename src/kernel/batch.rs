@@ -1,7 +1,7 @@
 //! System calls inside a process that must come to no harm, whatever becomes of us.
 //!
 //! The code stands in the dead tail of the process's vDSO, written through /proc/PID/mem. It maps a
-//! scratch area, runs the [`Call`]s that we put there, optionally makes a copy-on-write clone, unmaps
+//! scratch area, runs the [`Call`]s that we put there, optionally makes a copy-on-write clone or an heir, unmaps
 //! the scratch area, sets the signal mask back and jumps into the program. If we vanish at any point it
 //! runs to that jump by itself; while we live we hold it before the jump and put the registers back
 //! verbatim, so that the kernel restarts an interrupted call itself.
@@ -71,7 +71,8 @@ impl Held {
     }
 }
 
-/// A frozen copy-on-write copy of a process. It dies with this value, and with us.
+/// A frozen copy-on-write copy of a process, or what shares its memory ([`Twin::Heir`]). It dies with this value, and
+/// with us.
 #[derive(Debug)]
 pub struct Snapshot {
     tracee: Tracee,
@@ -91,6 +92,12 @@ impl Snapshot {
             .with_context(|| format!("raising oom_score_adj of snapshot {}", self.pid()))?;
         self.call(libc::SYS_setsid, &[])?;
         Ok(())
+    }
+
+    /// Kills it, and does not wait until it has given its memory back.
+    pub fn abandon(self) {
+        let _ = kill(Pid::from_raw(self.pid()), Signal::SIGKILL);
+        std::mem::forget(self);
     }
 
     fn call(&self, nr: i64, args: &[u64]) -> Result<i64> {
@@ -128,7 +135,18 @@ pub struct Batch<'a> {
     results: Vec<i64>,
 }
 
-/// What became of the wish for a copy.
+/// What a batch makes besides its calls. No wait of the process sees either.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Twin {
+    None,
+    /// A copy-on-write copy.
+    Copy,
+    /// A process without descriptors that shares the memory: when the process is killed its end does not wait until
+    /// large memory has been given back. It has to go before the process runs again.
+    Heir,
+}
+
+/// What became of the wish for a copy, or an heir.
 #[derive(Debug)]
 pub enum Cloned {
     /// None was wanted.
@@ -142,7 +160,7 @@ pub enum Cloned {
 const PATIENCE: Duration = Duration::from_millis(500);
 
 /// Runs the calls that `prepare` makes (given the address of the data area; at most 400 of them) in
-/// the leader, and clones the process when `snapshot` is set.
+/// the leader, and makes a twin of the process.
 ///
 /// `tail` is dead executable memory, `area` a hole of [`AREA`] bytes in the address space.
 pub fn start<'a>(
@@ -150,11 +168,11 @@ pub fn start<'a>(
     mem: &'a Mem,
     tail: Range<u64>,
     area: u64,
-    snapshot: bool,
+    twin: Twin,
     prepare: &dyn Fn(u64) -> Vec<Call>,
 ) -> Result<(Batch<'a>, Cloned)> {
     let t = leader.tracee;
-    let code = leader_code(leader, &tail, area, snapshot);
+    let code = leader_code(leader, &tail, area, twin);
     let (asm, stub) = (code.asm, code.snapshot_stub);
     if asm.len() as u64 + THREAD_ROOM + 16 > tail.end - tail.start {
         bail!(
@@ -198,14 +216,17 @@ pub fn start<'a>(
         bail!("a batch of {} calls is too long", calls.len());
     }
     mem.write(area, &table)?;
-    let cloned = if snapshot {
-        t.cont(0)?;
-        follow_clones(&t, stub)?
-    } else {
-        step_calls(&t, calls.len())?;
-        Cloned::NotAsked
+    let cloned = match twin {
+        Twin::Copy | Twin::Heir => {
+            t.cont(0)?;
+            follow_clones(&t, stub)?
+        }
+        Twin::None => {
+            step_calls(&t, calls.len())?;
+            Cloned::NotAsked
+        }
     };
-    batch.cloned = snapshot;
+    batch.cloned = twin != Twin::None;
     park(&t)?;
     let mut table = vec![0; calls.len() * CALL_SIZE];
     mem.read(area, &mut table)?;
@@ -304,7 +325,7 @@ pub(super) fn set_mask(a: &mut Asm, at: u64) {
     );
 }
 
-fn leader_code(leader: &Held, tail: &Range<u64>, area: u64, snapshot: bool) -> LeaderCode {
+fn leader_code(leader: &Held, tail: &Range<u64>, area: u64, twin: Twin) -> LeaderCode {
     let rw = (libc::PROT_READ | libc::PROT_WRITE) as u64;
     let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE) as u64;
     let subreaper = area + AREA - 8192;
@@ -313,10 +334,10 @@ fn leader_code(leader: &Held, tail: &Range<u64>, area: u64, snapshot: bool) -> L
     let failed = a.jump_if_error();
     // Nobody has put calls there yet if we are gone: the area is all zeros then.
     a.interpreter(area);
-    let stub = if snapshot {
-        clone_code(&mut a, subreaper)
-    } else {
-        0
+    let stub = match twin {
+        Twin::None => 0,
+        Twin::Copy => clone_code(&mut a, subreaper, 0),
+        Twin::Heir => clone_code(&mut a, subreaper, libc::CLONE_VM),
     };
     a.syscall(libc::SYS_munmap, &[area, AREA]);
     a.land_far(failed);
@@ -330,7 +351,7 @@ fn leader_code(leader: &Held, tail: &Range<u64>, area: u64, snapshot: bool) -> L
 }
 
 /// The helper that makes the copy, and what the leader does meanwhile. Offset of the copy's stub.
-fn clone_code(a: &mut Asm, subreaper: u64) -> usize {
+fn clone_code(a: &mut Asm, subreaper: u64, flags: i32) -> usize {
     // A subreaper would become the copy's parent.
     a.syscall(
         libc::SYS_prctl,
@@ -345,7 +366,7 @@ fn clone_code(a: &mut Asm, subreaper: u64) -> usize {
         libc::SYS_close_range,
         &[0, u64::from(u32::MAX), u64::from(libc::CLOSE_RANGE_UNSHARE)],
     );
-    a.syscall(libc::SYS_clone, &[0, 0, 0, 0, 0]);
+    a.syscall(libc::SYS_clone, &[flags as u64, 0, 0, 0, 0]);
     let exit = a.len();
     a.syscall(libc::SYS_exit_group, &[0]);
     let stub = a.len();
@@ -438,6 +459,8 @@ fn follow_clones(t: &Tracee, stub: u64) -> Result<Cloned> {
     };
     // Its first stop; it is held there.
     tracee.wait()?;
+    // An heir has the code that lets it exit only as long as the process has it.
+    tracee.set_options(libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_EXITKILL)?;
     Ok(Cloned::Copy(Snapshot { tracee, stub }))
 }
 

@@ -18,6 +18,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use crate::dump::{After, Carried, Options, Session, Tracker};
 use crate::error::Failure;
 use crate::image::Compress;
+use crate::kernel::batch::Snapshot;
 use crate::pvm::agent;
 use crate::pvm::agent::control::{Answer, Failed, Landing, Moved, Outcome, Peer, Request};
 use crate::pvm::capture::Task;
@@ -315,6 +316,10 @@ impl<'j> Mover<'j> {
         tracker: &mut Tracker,
         sender: &ImageSender,
     ) -> Result<()> {
+        // Where the tracker could be started it may have children.
+        if tracker.why_not().is_none() {
+            session.want_heirs();
+        }
         session.look(sender)?;
         let captured = self.task.capture(session, &mut self.client, sender)?;
         self.has_entries = !captured.mailbox.is_empty();
@@ -344,7 +349,7 @@ impl<'j> Mover<'j> {
     }
 
     /// Behind the decision.
-    fn finish(&mut self, link: &mut Link, session: Session, stopped: Instant) {
+    fn finish(&mut self, link: &mut Link, mut session: Session, stopped: Instant) {
         let mut warn = |what: &str, e: anyhow::Error| {
             self.moved.warnings.push(format!("{what}: {e:#}"));
         };
@@ -354,6 +359,7 @@ impl<'j> Mover<'j> {
         {
             warn("the task's entries of the mailbox", e);
         }
+        let heirs = session.heirs();
         if let Err(e) = session.end(After::Kill) {
             // It has not gone on: it was told to stop.
             let _ = kill(Pid::from_raw(self.job.pid), Signal::SIGKILL);
@@ -362,6 +368,7 @@ impl<'j> Mover<'j> {
         let id = self.job.id.clone();
         let running = link.ask(&self.job.to, Request::Running { id }, PATIENCE);
         self.moved.blackout_us = stopped.elapsed().as_micros() as u64;
+        heirs.into_iter().for_each(Snapshot::abandon);
         if let Err(e) = running {
             warn("waiting for it to run", e);
         }
