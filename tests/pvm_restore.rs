@@ -43,6 +43,10 @@ fn main() -> ExitCode {
             "nobody_gets_a_context_that_a_restored_task_knows",
             anew::contexts,
         ),
+        (
+            "nobody_on_a_host_that_is_added_gets_the_name_of_a_restored_task",
+            anew::added_host,
+        ),
         ("a_task_that_lives_is_not_restored", living),
         ("megabytes_that_were_not_read_move_along", much_unread),
         ("a_task_that_waits_for_info_asks_again", waits_for_info),

@@ -189,6 +189,7 @@ fn inert(kit: &Path) {
         block.globals().unwrap(),
         vec![0; block.globals().unwrap().len()]
     );
+    assert_eq!(block.route().unwrap(), 0, "it has changed libpvm's route");
     let output = vm
         .command("sh", true)
         .args(["-c", "echo yes"])

@@ -11,7 +11,8 @@ use pvm_abi::{HELPER_PID, is_task, place};
 
 use crate::border::{NO_MEM, SYS_ERR, wait_open};
 use crate::inside::{
-    BLOCK, DONT_ROUTE, Inside, ROUTE_DIRECT, answer, argument, as_v, left, moved, outside, with,
+    BLOCK, DONT_ROUTE, Inside, ROUTE_DIRECT, answer, argument, as_v, left, moved, outside,
+    wait_for_name, with,
 };
 use crate::notices::{self, TASK_EXIT};
 use crate::real::{Handler, Match, MboxInfo, Real, TaskInfo, real};
@@ -42,6 +43,22 @@ unsafe fn answers(tids: *mut c_int, count: c_int) {
     // SAFETY: the caller's promise.
     for tid in unsafe { std::slice::from_raw_parts_mut(tids, count as usize) } {
         *tid = answer(*tid);
+    }
+}
+
+/// Waits until all of them have names.
+///
+/// # Safety
+/// As for [`answers`].
+unsafe fn wait_for_names(tids: *const c_int, count: c_int) {
+    if moved().is_none() || tids.is_null() || count <= 0 {
+        return;
+    }
+    // SAFETY: the caller's promise.
+    for tid in unsafe { std::slice::from_raw_parts(tids, count as usize) } {
+        if is_task(*tid as u32) {
+            wait_for_name(*tid as u32);
+        }
     }
 }
 
@@ -153,6 +170,7 @@ pub unsafe extern "C" fn pvm_spawn(
     unsafe {
         let result = pvm_spawn(file, argv, flags, host, count, tids);
         if inside.from_outside && result > 0 {
+            wait_for_names(tids, result);
             answers(tids, result);
         }
         result

@@ -441,6 +441,21 @@ fn wait_for_table(real: &Real, r: u32) {
     }
 }
 
+/// A task that was just spawned on a host that was added may have a real tid that is the name of another one; that
+/// host's agent gives it a name of its own, which its parent has to know.
+pub fn wait_for_name(r: u32) {
+    let _errno = Errno::keep();
+    let nameless = || {
+        moved().is_some_and(|table| {
+            table.v_of(r).is_none() && table.entry(r).is_some_and(|entry| entry.r != r)
+        })
+    };
+    let began = table::lease_clock();
+    while nameless() && !table::lease_over(began + NEW_HOST, table::lease_clock()) {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+}
+
 /// Whether there are agents somewhere.
 fn agents(real: &Real) -> bool {
     let (mut count, mut classes) = (0, std::ptr::null_mut());

@@ -22,5 +22,6 @@ pub mod spawn;
 pub mod stream;
 pub mod table;
 pub mod tid;
+pub mod tids;
 pub mod virtual_machine;
 pub mod wire;

@@ -12,16 +12,14 @@ use crate::pvm::agent::control::{Answer, Known, Landing, Peer, Request};
 use crate::pvm::agent::{Caller, ensure};
 use crate::pvm::client::{Client, Pvmd};
 use crate::pvm::contexts;
-use crate::pvm::spawn::{Sink, Spawn};
 use crate::pvm::tid::Tid;
+use crate::pvm::tids;
 use crate::pvm::virtual_machine::Host;
 
 /// How long an agent may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a task may take to be rebuilt, however large it is.
 const BUILDING: Duration = Duration::from_secs(3600);
-/// Most tids that are used up so that no task gets one that the saved task has.
-const MOST: u32 = 20_000;
 
 /// What came back.
 #[derive(Debug, Clone, Serialize)]
@@ -52,7 +50,7 @@ pub fn run(path: &Path, task: &PvmTask, host: Option<&str>, lazy: bool) -> Resul
     let mut client = Client::enrol(&pvmd, 0)?;
     let hosts = client.hosts()?;
     let host = choose(&hosts, task, host, client.tid())?.name.clone();
-    let begins_anew = use_up(&mut client, &pvmd, &hosts, v)?;
+    let begins_anew = use_up(&mut client, &hosts, v)?;
     if begins_anew {
         // Ours may be among those that were used up.
         client = Client::enrol(&pvmd, 0)?;
@@ -107,37 +105,13 @@ fn choose<'h>(
 
 /// Uses up tids on the host that `v` names until it is behind us: a virtual machine that was started anew counts
 /// from 1 again, and some task would be given the very tid. True: there were some to use up.
-fn use_up(client: &mut Client, pvmd: &Pvmd, hosts: &[Host], v: Tid) -> Result<bool> {
+fn use_up(client: &mut Client, hosts: &[Host], v: Tid) -> Result<bool> {
     let Some(host) = hosts.iter().find(|h| h.tid.host() == v.host()) else {
         return Ok(false);
     };
-    let here = v.host() == client.tid().host();
-    let mut any = false;
-    for _ in 0..MOST {
-        let next = if here {
-            let other = Client::enrol(pvmd, 0)?;
-            let tid = other.tid();
-            other.exit()?;
-            tid
-        } else {
-            client.spawn(&Spawn {
-                file: b"/bin/true",
-                args: &[],
-                host: &host.name,
-                environment: &[],
-                output: Sink::default(),
-                trace: Sink::default(),
-            })?
-        };
-        if next.slot() > v.slot() {
-            return Ok(any);
-        }
-        any = true;
-    }
-    Err(Failure::Refused.because(format!(
-        "this virtual machine is young, and task {v} would need {MOST} tids of {} to be used up first",
-        host.name
-    )))
+    let used = tids::use_up(client, host, v.slot())
+        .with_context(|| format!("making sure that nobody gets the tid {v}"))?;
+    Ok(used.len() > 1)
 }
 
 struct Restore {

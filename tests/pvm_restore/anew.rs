@@ -76,3 +76,67 @@ fn contexts_with(scene: &Scene, agents: bool) -> Result<()> {
     worker.leave();
     Ok(())
 }
+
+pub fn added_host(scene: &Scene) -> Result<()> {
+    for slow in [false, true] {
+        let done = added_host_with(scene, slow);
+        done.with_context(|| format!("the agent is slow: {slow}"))?;
+    }
+    Ok(())
+}
+
+/// A host comes back as the one that the restored task has its name of: its pvmd counts from 1 again, too.
+fn added_host_with(scene: &Scene, slow: bool) -> Result<()> {
+    const AGENT: &str = "$(pgrep -u $(id -u) -f 'mistctl agent$')";
+    let name = |who: &str| format!("{who}-{slow}");
+    let mistctl = scene.mistctl.path();
+    let mut boss = scene.actor("h0", &name("boss"))?;
+    let (mut worker, v) = scene.worker(&mut boss, "h1", &name("worker"))?;
+    let pid = worker.pid();
+    let image = scene.dump("h1", pid, &name("image"), "--kill")?;
+    let alone = format!("{mistctl} pvm stop; echo h0 >/tmp/hosts; {mistctl} pvm start /tmp/hosts");
+    scene.hosts.exec("h0", &alone)?;
+    drop(boss);
+    restore(scene, "h0", &image, "")?;
+    let mut boss = scene.actor("h0", &name("second"))?;
+    if slow {
+        scene.hosts.exec("h0", &format!("kill -STOP {AGENT}"))?;
+    }
+    ensure!(boss.ask("addhost h1") == "1: 1");
+    if !slow {
+        // The agent of h1 would be the first there, with the tid that is the name of the task.
+        scene.hosts.exec("h0", &format!("{mistctl} ps"))?;
+    }
+    let (stage, args) = Stage::new(scene.dir.path(), &name("kid"));
+    boss.tell(&format!(
+        "spawnat h1 {} {args}",
+        scene.path("bin/actor").display()
+    ));
+    if slow {
+        wait_for("the task to begin", LIMIT, || {
+            Ok(scene.hosts.exec("h1", "pgrep -x actor").ok())
+        })?;
+        scene.hosts.exec("h0", &format!("kill -CONT {AGENT}"))?;
+    }
+    let kid = spawned(&boss.answer())?;
+    let mut there = stage.actor();
+    ensure!(
+        kid != v && there.enrol() == kid,
+        "t{kid:x}, and t{v:x} is taken"
+    );
+    ensure!(worker.ask("mytid") == format!("{v:x}"));
+    for (tid, task) in [(v, &mut worker), (kid, &mut there)] {
+        boss.ask(&format!("send {tid:x} 7 hello"));
+        ensure!(task.ask("recv -1 7").contains("text hello"));
+        let me = boss.enrol();
+        task.ask(&format!("send {me:x} 8 back"));
+        let back = boss.ask("recv -1 8");
+        ensure!(back.contains(&format!("from {tid:x} ")), "{back}");
+    }
+    there.ask(&format!("send {v:x} 9 over"));
+    ensure!(worker.ask("recv -1 9").contains(&format!("from {kid:x} ")));
+    for task in [worker, there] {
+        task.leave();
+    }
+    again(scene, boss)
+}

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::control::{Answer, Envelope, Peer, Request, TAG, VERSION, What};
+use super::control::{Answer, Envelope, Known, Peer, Request, TAG, VERSION, What};
+use super::names;
 use crate::pvm::client::Client;
 use crate::pvm::spawn::{Sink, Spawn};
 use crate::pvm::tid::Tid;
@@ -18,7 +19,7 @@ const ENDED: i32 = TAG + 1;
 /// How long an agent may take to say that it is there.
 const STARTING: Duration = Duration::from_secs(20);
 /// How long one may take for what it has at hand.
-const LIMIT: Duration = Duration::from_secs(30);
+pub(super) const LIMIT: Duration = Duration::from_secs(30);
 /// How long the last step of a move may take: then its gates open by themselves. How often that is looked at.
 const MOVES_END: Duration = Duration::from_secs(120);
 const LOOK: Duration = Duration::from_millis(20);
@@ -147,6 +148,7 @@ pub(super) fn on_host(client: &mut Client, host: &Host) -> Result<(Tid, bool)> {
                 program.display()
             );
         }
+        names::make_room(client, host)?;
         client
             .spawn(&Spawn {
                 file: program.as_os_str().as_bytes(),
@@ -197,6 +199,17 @@ fn introduce(client: &mut Client, agents: &[Peer]) -> Result<()> {
                 }
                 other => bail!("the agent of {} answers {other:?}", agent.name),
             }
+        }
+    }
+    for agent in agents {
+        for (r, v) in names::own_names(client, agent, &entries, &incarnations)? {
+            incarnations.push((r, v));
+            entries.push(Known {
+                v,
+                r,
+                hidden: false,
+                away: false,
+            });
         }
     }
     for agent in agents {

@@ -10,6 +10,7 @@ mod gates;
 mod landings;
 pub mod lines;
 mod moves;
+mod names;
 mod settle;
 
 pub use call::{Caller, ensure};
