@@ -97,6 +97,22 @@ fn main() -> ExitCode {
             "a_parked_task_whose_tracer_and_keeper_are_killed_ends_with_its_move",
             |scene| parking::both_die(scene, State::Moving),
         ),
+        (
+            "a_tracer_killed_before_it_fills_memory_leaves_that_to_another",
+            parking::tracer_dies_before_it_fills,
+        ),
+        (
+            "a_task_whose_memory_is_filled_survives_who_fills_it",
+            |scene| parking::one_dies_while_it_fills(scene, |p| p.tracer()),
+        ),
+        (
+            "a_task_whose_memory_is_filled_survives_who_stands_by",
+            |scene| parking::one_dies_while_it_fills(scene, |p| p.understudy()),
+        ),
+        (
+            "a_task_that_nobody_can_fill_any_more_ends",
+            parking::both_die_before_they_fill,
+        ),
     ];
     testhosts::main(tests.iter().copied(), || Ok(()), |(), test| on_scene(test))
 }

@@ -9,6 +9,7 @@ pub mod caps;
 pub mod epoll;
 pub mod fds;
 pub mod guardian;
+pub mod journal;
 pub mod kcmp;
 pub mod kmem;
 pub mod lend;

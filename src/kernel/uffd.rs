@@ -237,24 +237,22 @@ pub enum Event {
     },
 }
 
-impl Uffd {
-    /// The next event, if there is one.
-    pub fn event(&self) -> Result<Option<Event>> {
-        const SIZE: usize = 32;
-        let mut b = [0u8; SIZE];
-        match nix::unistd::read(&self.0, &mut b) {
-            Ok(SIZE) => {}
-            Ok(n) => bail!("a userfaultfd event of {n} bytes"),
-            Err(nix::errno::Errno::EAGAIN) => return Ok(None),
-            Err(e) => return Err(io::Error::from(e)).context("reading userfaultfd events"),
-        }
+/// Bytes of a message: sizeof(struct uffd_msg).
+pub const MESSAGE: usize = 32;
+
+impl Event {
+    /// What a message says. That of a child's userfaultfd owns it: to be called once.
+    ///
+    /// # Errors
+    /// For a kind that was never asked for.
+    pub fn parse(b: &[u8; MESSAGE]) -> Result<Self> {
         let word = |i: usize| u64::from_le_bytes(b[i..i + 8].try_into().unwrap_or_default());
-        Ok(Some(match b[0] {
+        Ok(match b[0] {
             0x12 => Event::Fault(word(16)),
             0x13 => {
                 let fd = word(8) as i32;
-                // SAFETY: the kernel has just installed this descriptor in us for the event
-                // (fs/userfaultfd.c, resolve_userfault_fork); nobody else knows it.
+                // SAFETY: the kernel has installed this descriptor in us for the event (fs/userfaultfd.c,
+                // resolve_userfault_fork); nobody else knows it.
                 Event::Fork(Uffd(unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) }))
             }
             0x14 => Event::Remap {
@@ -267,7 +265,28 @@ impl Uffd {
                 end: word(16),
             },
             other => bail!("an unknown userfaultfd event {other:#x}"),
-        }))
+        })
+    }
+}
+
+impl Uffd {
+    /// The next event, if there is one.
+    pub fn event(&self) -> Result<Option<Event>> {
+        let mut b = [0u8; MESSAGE];
+        Ok(match self.read(&mut b)? {
+            true => Some(Event::parse(&b)?),
+            false => None,
+        })
+    }
+
+    /// Reads the next message; false: there is none.
+    pub(super) fn read(&self, message: &mut [u8; MESSAGE]) -> Result<bool> {
+        match nix::unistd::read(&self.0, message) {
+            Ok(MESSAGE) => Ok(true),
+            Ok(n) => bail!("a userfaultfd event of {n} bytes"),
+            Err(nix::errno::Errno::EAGAIN) => Ok(false),
+            Err(e) => Err(io::Error::from(e)).context("reading userfaultfd events"),
+        }
     }
 
     /// Gives zero pages, and wakes who waits for them.

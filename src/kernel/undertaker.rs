@@ -5,7 +5,7 @@
 //! and when the pipe to us ends without our word it kills them.
 
 use std::io::{IoSliceMut, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use anyhow::{Context, Result};
@@ -87,12 +87,34 @@ impl Undertaker {
     }
 
     /// All are released: it has nothing to do.
-    pub fn dismiss(mut self) -> Result<()> {
-        self.pipe
-            .write_all(&DONE.to_le_bytes())
-            .context("telling the undertaker")?;
+    pub fn dismiss(self) -> Result<()> {
+        self.second()?.dismiss()?;
         waitpid(self.pid, None).context("waiting for the undertaker")?;
         Ok(())
+    }
+
+    /// The line for another process, too: only when nobody has it any more is anything done.
+    pub fn second(&self) -> Result<Line> {
+        let pipe = self.pipe.try_clone();
+        Ok(Line(pipe.context("doubling the undertaker's line")?))
+    }
+}
+
+/// A line to an undertaker that another process has started.
+#[derive(Debug)]
+pub struct Line(UnixStream);
+
+impl Line {
+    /// As [`Undertaker::dismiss`], but for that nobody waits for its end.
+    pub fn dismiss(&self) -> Result<()> {
+        let told = (&self.0).write_all(&DONE.to_le_bytes());
+        told.context("telling the undertaker")
+    }
+}
+
+impl AsFd for Line {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

@@ -5,7 +5,7 @@
 //! is filled at its new place, what it shares with a child is filled for both.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::thread::JoinHandle;
@@ -15,11 +15,13 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 
 use super::memory::by_uffd;
-use crate::image::memory::SpaceId;
+use super::understudy::Understudy;
+use crate::image::memory::{SpaceId, Vma};
 use crate::image::pages::PagesReader;
 use crate::image::process::Process;
 use crate::image::store::Image;
 use crate::kernel::arch::PAGE;
+use crate::kernel::journal::{Journal, Phase, Record};
 use crate::kernel::uffd::{Copied, EVENTS, Event, Uffd};
 use crate::kernel::undertaker::Undertaker;
 
@@ -29,8 +31,10 @@ const STEP: usize = 256 << 10;
 enum Word {
     /// With pages that must be there before anything runs, and where to say that they are.
     Serve(Box<Space>, BTreeSet<u64>, Sender<()>),
+    /// From now on an understudy is to carry on; where to say that it would.
+    Standing(Sender<()>),
     /// The programs run: fill all that nobody waits for, and end.
-    Released(Undertaker),
+    Released(Undertaker, Option<Understudy>),
 }
 
 /// The thread that fills.
@@ -61,7 +65,11 @@ impl Filling {
 }
 
 impl Filler {
-    pub fn start(image: Arc<Image>) -> Result<Self> {
+    /// With `journal`, what the program does is noted there for the understudy.
+    ///
+    /// # Errors
+    /// When there can be no more threads.
+    pub fn start(image: Arc<Image>, journal: Option<Journal>) -> Result<Self> {
         let (words, heard) = mpsc::channel();
         let wake = Arc::new(EventFd::new().context("eventfd")?);
         let server = Server {
@@ -69,7 +77,9 @@ impl Filler {
             heard,
             wake: Arc::clone(&wake),
             spaces: Vec::new(),
-            undertaker: None,
+            journal,
+            behind: false,
+            dismissed: None,
             bytes: 0,
         };
         let thread = std::thread::Builder::new()
@@ -94,23 +104,10 @@ impl Filler {
     /// Takes charge of the anonymous memory of a process. `uffd` is its userfaultfd.
     pub fn serve(&self, uffd: Uffd, p: &Process) -> Result<()> {
         uffd.api(EVENTS)?;
-        let mut left = BTreeMap::new();
         for v in p.vmas.iter().filter(|v| by_uffd(v)) {
             uffd.register_missing(v.start, v.len())?;
-            left.insert(
-                v.start,
-                Extent {
-                    len: v.len(),
-                    from: v.start,
-                },
-            );
         }
-        let space = Space {
-            uffd,
-            space: p.space,
-            left,
-            waiting: BTreeSet::new(),
-        };
+        let space = Space::of(uffd, p);
         let (done, filled) = mpsc::channel();
         self.say(Word::Serve(
             Box::new(space),
@@ -122,9 +119,20 @@ impl Filler {
             .context("the filling thread has ended; the image may be damaged")
     }
 
+    /// All stands: should we be killed from now on, an understudy carries on.
+    pub fn carry_on(&self) -> Result<()> {
+        let (done, noted) = mpsc::channel();
+        self.say(Word::Standing(done))?;
+        noted.recv().context("the filling thread has ended")
+    }
+
     /// All programs run.
-    pub fn released(self, undertaker: Undertaker) -> Result<Filling> {
-        self.say(Word::Released(undertaker))?;
+    pub fn released(
+        self,
+        undertaker: Undertaker,
+        understudy: Option<Understudy>,
+    ) -> Result<Filling> {
+        self.say(Word::Released(undertaker, understudy))?;
         Ok(Filling {
             thread: self.thread,
         })
@@ -207,6 +215,20 @@ struct Space {
 }
 
 impl Space {
+    /// All that is to be filled in a process.
+    fn of(uffd: Uffd, p: &Process) -> Self {
+        let extent = |v: &Vma| {
+            let (len, from) = (v.len(), v.start);
+            (v.start, Extent { len, from })
+        };
+        Self {
+            uffd,
+            space: p.space,
+            left: p.vmas.iter().filter(|v| by_uffd(v)).map(extent).collect(),
+            waiting: BTreeSet::new(),
+        }
+    }
+
     /// Takes `start..end` out of what is left, and gives the pieces.
     fn take(&mut self, start: u64, end: u64) -> Vec<(u64, Extent)> {
         let touched: Vec<(u64, Extent)> = self
@@ -279,13 +301,69 @@ impl Space {
     }
 }
 
+/// What a process that was killed has left to be filled.
+pub struct Known(Vec<Space>);
+
+impl Known {
+    /// From what its journal says, of processes of this image. What it had filled already is there: it need not be
+    /// known.
+    ///
+    /// # Errors
+    /// For records that make no sense.
+    pub fn from(image: &Image, records: Vec<Record>) -> Result<Self> {
+        let mut spaces: Vec<Space> = Vec::new();
+        for record in records {
+            match record {
+                Record::Source(uffd, space) => {
+                    let mut all = image.manifest.processes.iter();
+                    let p = all.find(|p| p.space == space);
+                    spaces.push(Space::of(uffd, p.context("a space without a process")?));
+                }
+                Record::Event(of, event) => {
+                    let of = spaces.get_mut(of).context("an event of nobody")?;
+                    let child = of.obey(event);
+                    spaces.extend(child);
+                }
+            }
+        }
+        Ok(Self(spaces))
+    }
+
+    pub fn sources(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.0.iter().map(|s| s.uffd.0.as_fd())
+    }
+}
+
+/// Fills what is left, and serves who waits for it.
+///
+/// # Errors
+/// The image is damaged.
+pub fn fill(image: Arc<Image>, known: Known) -> Result<u64> {
+    let (_, heard) = mpsc::channel();
+    Server {
+        image,
+        heard,
+        wake: Arc::new(EventFd::new().context("eventfd")?),
+        spaces: known.0,
+        journal: None,
+        behind: true,
+        dismissed: None,
+        bytes: 0,
+    }
+    .run()
+}
+
 struct Server {
     image: Arc<Image>,
     heard: Receiver<Word>,
     wake: Arc<EventFd>,
     spaces: Vec<Space>,
-    /// There once the programs run.
-    undertaker: Option<Undertaker>,
+    /// Where events are noted for another process.
+    journal: Option<Journal>,
+    /// The programs run: what nobody waits for is filled, too.
+    behind: bool,
+    /// Whom to tell when all is filled.
+    dismissed: Option<(Undertaker, Option<Understudy>)>,
     bytes: u64,
 }
 
@@ -300,23 +378,30 @@ impl Server {
             let mut idle = true;
             while i < self.spaces.len() {
                 idle &= !self.events(i, &mut buffer)?;
-                if self.undertaker.is_some() {
+                if self.behind {
                     idle &= !self.behind(i, &mut buffer, &mut scratch)?;
                 }
                 i += 1;
             }
-            if idle && self.undertaker.is_some() {
+            if idle && self.behind {
                 break;
             }
             if idle {
                 self.sleep()?;
             }
         }
+        if let Some(journal) = self.journal.take() {
+            // From here on the numbers it has may be others'.
+            journal.set(Phase::Done);
+        }
         // With the last copy of a userfaultfd all its registrations end, those too that a growing stack
         // has inherited.
         self.spaces.clear();
-        if let Some(u) = self.undertaker.take() {
-            u.dismiss()?;
+        if let Some((undertaker, understudy)) = self.dismissed.take() {
+            undertaker.dismiss()?;
+            if let Some(understudy) = understudy {
+                understudy.dismiss()?;
+            }
         }
         Ok(self.bytes)
     }
@@ -326,6 +411,9 @@ impl Server {
             match self.heard.try_recv() {
                 Ok(Word::Serve(space, urgent, done)) => {
                     let i = self.spaces.len();
+                    if let Some(journal) = &mut self.journal {
+                        journal.source(&space.uffd, space.space)?;
+                    }
                     self.spaces.push(*space);
                     for page in urgent {
                         self.fault(i, page, buffer)?;
@@ -333,10 +421,19 @@ impl Server {
                     // Who asked may have given up meanwhile.
                     let _ = done.send(());
                 }
-                Ok(Word::Released(undertaker)) => self.undertaker = Some(undertaker),
+                Ok(Word::Standing(done)) => {
+                    if let Some(journal) = &self.journal {
+                        journal.set(Phase::Standing);
+                    }
+                    let _ = done.send(());
+                }
+                Ok(Word::Released(undertaker, understudy)) => {
+                    self.behind = true;
+                    self.dismissed = Some((undertaker, understudy));
+                }
                 Err(TryRecvError::Empty) => return Ok(()),
                 // A restore that failed before the release: nobody is left to serve.
-                Err(TryRecvError::Disconnected) if self.undertaker.is_none() => {
+                Err(TryRecvError::Disconnected) if !self.behind => {
                     return Err(anyhow!("the restore ended before its memory was filled"));
                 }
                 Err(TryRecvError::Disconnected) => return Ok(()),
@@ -365,16 +462,18 @@ impl Server {
         Ok(())
     }
 
+    fn event(&mut self, i: usize) -> Result<Option<Event>> {
+        match (self.spaces.get(i), &mut self.journal) {
+            (Some(s), Some(journal)) => journal.event(&s.uffd, i),
+            (Some(s), None) => s.uffd.event(),
+            (None, _) => Ok(None),
+        }
+    }
+
     /// Serves the faults and events that wait. True: there was one.
     fn events(&mut self, i: usize, buffer: &mut [u8]) -> Result<bool> {
         let mut any = false;
-        while let Some(event) = self
-            .spaces
-            .get(i)
-            .map(|s| s.uffd.event())
-            .transpose()?
-            .flatten()
-        {
+        while let Some(event) = self.event(i)? {
             any = true;
             if let Some(s) = self.spaces.get_mut(i) {
                 match event {

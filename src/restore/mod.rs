@@ -17,6 +17,7 @@ mod shared;
 mod signals;
 mod threads;
 mod tree;
+mod understudy;
 
 pub use guest::{Guest, Replaced};
 pub use lazy::Filling;

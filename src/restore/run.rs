@@ -15,6 +15,7 @@ use super::lazy::Filler;
 use super::open::Opened;
 use super::shared::SharedObjects;
 use super::tree::{Bodies, Root};
+use super::understudy::Understudy;
 use super::{
     Guest, Options, Outcome, Replaced, Report, creds, layout, memory, park, process, resume,
     signals, threads,
@@ -158,15 +159,20 @@ fn restore(
     };
     let mut bodies = Bodies::create(processes, area, &ids, root, &mut born, &mut bulk)?;
     let mut undertaker = undertaker.context("the image holds no process")?;
+    let mut standing_by = None;
     if let Some(guest) = &mut guest {
         guest.stepped_aside()?;
+        if opts.lazy {
+            standing_by = Some(Understudy::start(&image, &undertaker)?);
+        }
     }
+    let (understudy, journal) = standing_by.unzip();
     report.bytes_memory += bulk.bytes();
     bodies.bury(processes)?;
     // Threads only from here on: what is forked has one.
     let filler = opts
         .lazy
-        .then(|| Filler::start(Arc::clone(&image)))
+        .then(|| Filler::start(Arc::clone(&image), journal))
         .transpose()?;
     report.bytes_memory += shared.bytes;
     let mut remotes = std::mem::take(&mut bodies.remotes);
@@ -220,9 +226,12 @@ fn restore(
     let mut undertaker = Some(undertaker);
     let mut parked = false;
     if let Some(guest) = &mut guest {
-        // Memory that is still to be filled dies with us in any case.
-        parked = !opts.lazy && park::possible(processes) && park(&ready, *guest)?;
-        if let Some(undertaker) = undertaker.take_if(|_| parked) {
+        if let Some(filler) = &filler {
+            filler.carry_on()?;
+        }
+        parked = park::possible(processes) && park(&ready, *guest)?;
+        // What is still to be filled dies with who fills it.
+        if let Some(undertaker) = undertaker.take_if(|_| parked && filler.is_none()) {
             undertaker.dismiss()?;
         }
         if let Err(e) = guest.may_run(&report.warnings) {
@@ -241,7 +250,7 @@ fn restore(
     }
     ids.released()?;
     let filling = match (filler, undertaker) {
-        (Some(f), Some(undertaker)) => Some(f.released(undertaker)?),
+        (Some(f), Some(undertaker)) => Some(f.released(undertaker, understudy)?),
         (_, Some(undertaker)) => {
             undertaker.dismiss()?;
             None

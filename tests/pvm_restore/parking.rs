@@ -21,10 +21,16 @@ pub struct Parking<'s> {
 
 impl Parking<'_> {
     fn new(scene: &Scene, lease_ms: u64) -> Result<Parking<'_>> {
+        Self::with(scene, lease_ms, 0)
+    }
+
+    /// The task has so many MiB of memory, which is filled lazily when that is not 0.
+    fn with(scene: &Scene, lease_ms: u64, memory: u32) -> Result<Parking<'_>> {
         let mut boss = scene.actor(HOST, "boss")?;
         let mut spawner = scene.actor(HOST, "spawner")?;
         let (mut worker, v) = scene.worker(&mut boss, HOST, "worker")?;
         let pid = worker.pid();
+        worker.ask(&format!("hoard {memory}"));
         worker.tell("recv -1 7");
         until_receives(scene, HOST, pid)?;
         boss.ask(&format!("send {v:x} 8 early"));
@@ -61,7 +67,7 @@ impl Parking<'_> {
         parking.say(&ToLander::Order(Order {
             v,
             source: Source::Image { path: image },
-            lazy: false,
+            lazy: memory > 0,
             announce: false,
             commit: Commit::WhenEnded { r1: v, lease_ms },
         }))?;
@@ -88,7 +94,7 @@ impl Parking<'_> {
     }
 
     /// The process that traces the landed one.
-    fn tracer(&self) -> Result<i32> {
+    pub fn tracer(&self) -> Result<i32> {
         let said = self.scene.hosts.exec(
             HOST,
             &format!(
@@ -104,6 +110,14 @@ impl Parking<'_> {
     /// The process that decides when the tracer has died: its child.
     fn keeper(&self) -> Result<i32> {
         let of = format!("pgrep -P {}", self.tracer()?);
+        let said = self.scene.hosts.exec(HOST, &of)?;
+        said.parse()
+            .with_context(|| format!("children of the tracer: {said}"))
+    }
+
+    /// The process that goes on filling memory when the tracer has died.
+    pub fn understudy(&self) -> Result<i32> {
+        let of = format!("pgrep -P {} -x mist-understudy", self.tracer()?);
         let said = self.scene.hosts.exec(HOST, &of)?;
         said.parse()
             .with_context(|| format!("children of the tracer: {said}"))
@@ -140,6 +154,8 @@ impl Parking<'_> {
         ensure!(said.contains("text early"), "{said}");
         ensure!(self.worker.pid() == self.landed);
         ensure!(self.worker.ask("mytid") == format!("{v:x}"));
+        let memory = self.worker.ask("hoarded");
+        ensure!(memory == "good", "memory of the task: {memory}");
         let state = self.scene.hosts.exec(
             HOST,
             &format!(
@@ -282,5 +298,49 @@ pub fn both_die(scene: &Scene, state: State) -> Result<()> {
         _ => parking.runs_there()?,
     }
     parking.end();
+    Ok(())
+}
+
+/// MiB of memory that is filled behind a task's back.
+const MUCH: u32 = 16;
+
+/// Nothing is filled yet, and the tracer is killed.
+pub fn tracer_dies_before_it_fills(scene: &Scene) -> Result<()> {
+    let mut parking = Parking::with(scene, LONG, MUCH)?;
+    parking.note(State::Decided)?;
+    parking.kill(parking.tracer()?)?;
+    parking.runs_here()?;
+    parking.end();
+    Ok(())
+}
+
+/// The task runs, and its memory is being filled when its tracer is killed, or the one that stands by.
+pub fn one_dies_while_it_fills(scene: &Scene, find: fn(&Parking<'_>) -> Result<i32>) -> Result<()> {
+    let mut parking = Parking::with(scene, LONG, MUCH)?;
+    let pid = find(&parking)?;
+    parking.kill(parking.pid)?;
+    ensure!(matches!(parking.heard()?, ToAgent::Running { .. }));
+    // It may be at its end, too.
+    let _ = parking.kill(pid);
+    parking.runs_here()?;
+    parking.end();
+    Ok(())
+}
+
+/// Nobody is left who could fill its memory: it ends rather than read zeros.
+pub fn both_die_before_they_fill(scene: &Scene) -> Result<()> {
+    let parking = Parking::with(scene, LONG, MUCH)?;
+    parking.note(State::Decided)?;
+    let (first, second) = (parking.tracer()?, parking.understudy()?);
+    parking.kill(second)?;
+    parking.kill(first)?;
+    let landed = parking.landed;
+    wait_for("the end of the parked one", LIMIT, || {
+        let gone = scene.hosts.exec(HOST, &format!("! kill -0 {landed}"));
+        Ok(gone.ok())
+    })?;
+    parking.alone()?;
+    parking.spawner.leave();
+    parking.boss.leave();
     Ok(())
 }

@@ -35,6 +35,22 @@ static void say(const char *format, ...)
 	va_end(ap);
 }
 
+static char *hoard;
+static size_t hoarded;
+
+/* writes the pages, or counts those that are not as they were written */
+static int hoard_pages(int write)
+{
+	size_t at, wrong = 0;
+	for (at = 0; at + 4096 <= hoarded; at += 4096) {
+		size_t *page = (size_t *)(hoard + at), mark = (at + 1) * 0x9e3779b97f4a7c15u;
+		if (write)
+			page[0] = page[511] = mark;
+		wrong += page[0] != mark || page[511] != mark;
+	}
+	return wrong != 0;
+}
+
 /* a message's body as text: strings were packed with pvm_pkstr */
 static void show(int mid)
 {
@@ -139,6 +155,12 @@ static int run(int argc, char **argv)
 		say("%ld", (long)now.tv_sec);
 	} else if (!strcmp(c, "raw"))
 		say("%x", pvmmytid);
+	else if (!strcmp(c, "hoard")) { /* so many MiB of memory; every page differs */
+		hoarded = (size_t)NUM(1) << 20;
+		hoard = malloc(hoarded);
+		hoard_pages(1);
+	} else if (!strcmp(c, "hoarded"))
+		say(hoard_pages(0) ? "bad" : "good");
 	else if (!strcmp(c, "signals_itself")) /* with the id that the C library keeps */
 		say("%d", pthread_kill(pthread_self(), 0) || raise(SIGCONT));
 	else if (!strcmp(c, "pid"))

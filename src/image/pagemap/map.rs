@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 
@@ -51,6 +52,11 @@ type Chunk = Vec<Block>;
 type Slot = Mutex<Option<(u64, Arc<Chunk>)>>;
 
 impl Pagemap {
+    /// What it reads.
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
     /// Checks the file. `allowed` gives the ranges of addresses that each space may have pages in, sorted and
     /// without overlaps. Returns the map and the BLAKE3 hash of the file.
     pub fn open(

@@ -1,6 +1,7 @@
 //! Reading `pages`: each block is checked against the pagemap's checksum before it is used.
 
 use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result, ensure};
@@ -46,6 +47,11 @@ impl Run {
 impl PagesReader {
     pub(in crate::image) fn new(file: File, map: Pagemap) -> Self {
         Self { file, map }
+    }
+
+    /// What it has open: all it needs from here on.
+    pub fn open_files(&self) -> [BorrowedFd<'_>; 2] {
+        [self.file.as_fd(), self.map.file()]
     }
 
     /// Spaces that have stored pages.

@@ -24,6 +24,7 @@ use crate::pvm::wire::{Assembler, tc};
 
 const CONNECTION: u64 = 0;
 const AGENT: u64 = 1;
+const PARKED: u64 = 2;
 
 /// The task's connection, and what was put into it.
 pub struct Waiting<'a> {
@@ -40,11 +41,16 @@ pub struct Waiting<'a> {
 const ASK_AGAIN: Duration = Duration::from_millis(500);
 
 impl Waiting<'_> {
-    /// Returns when the task may run.
+    /// Returns when the task may run. `parked` is it, where others than its tracer wait: it may end meanwhile.
     ///
     /// # Errors
     /// When it must not.
-    pub fn until(&self, commit: &Commit, agent: Option<&mut Agent>) -> Result<()> {
+    pub fn until(
+        &self,
+        commit: &Commit,
+        agent: Option<&mut Agent>,
+        parked: Option<BorrowedFd<'_>>,
+    ) -> Result<()> {
         match (commit, agent) {
             (Commit::WhenTold, None) => Ok(()),
             (Commit::WhenTold, Some(agent)) => match agent.hear()? {
@@ -53,12 +59,18 @@ impl Waiting<'_> {
                 None => bail!("the agent is gone, and has not said that the task may run"),
             },
             (Commit::WhenEnded { r1, lease_ms }, agent) => {
-                self.until_ended(Tid(*r1), Duration::from_millis(*lease_ms), agent)
+                self.until_ended(Tid(*r1), Duration::from_millis(*lease_ms), agent, parked)
             }
         }
     }
 
-    fn until_ended(&self, r1: Tid, lease: Duration, mut agent: Option<&mut Agent>) -> Result<()> {
+    fn until_ended(
+        &self,
+        r1: Tid,
+        lease: Duration,
+        mut agent: Option<&mut Agent>,
+        parked: Option<BorrowedFd<'_>>,
+    ) -> Result<()> {
         let until = Instant::now() + lease;
         let mut ask_at = if agent.is_some() {
             until
@@ -74,6 +86,10 @@ impl Waiting<'_> {
             epoll
                 .add(agent.reader.get_ref(), event)
                 .context("epoll_ctl")?;
+        }
+        if let Some(parked) = parked {
+            let event = EpollEvent::new(EpollFlags::EPOLLIN, PARKED);
+            epoll.add(parked, event).context("epoll_ctl")?;
         }
         loop {
             if self.says(r1)? {
@@ -94,11 +110,14 @@ impl Waiting<'_> {
                 continue;
             }
             let ms = left.as_micros().div_ceil(1000).min(60_000) as u16;
-            let mut events = [EpollEvent::empty(); 2];
+            let mut events = [EpollEvent::empty(); 3];
             let count = match epoll.wait(&mut events, PollTimeout::from(ms)) {
                 Err(Errno::EINTR) => continue,
                 other => other.context("epoll_wait")?,
             };
+            if events.iter().take(count).any(|e| e.data() == PARKED) {
+                bail!("the parked task has ended");
+            }
             let told = events.iter().take(count).any(|e| e.data() == AGENT);
             if let Some(line) = agent.as_deref_mut().filter(|_| told) {
                 match line.hear() {

@@ -207,7 +207,8 @@ impl Guest for Task<'_> {
             })?;
         }
         let mut agent = self.agent.take();
-        self.waiting()?.until(&self.commit, agent.as_deref_mut())?;
+        self.waiting()?
+            .until(&self.commit, agent.as_deref_mut(), None)?;
         self.agent = agent;
         if self.commit == Commit::WhenTold {
             // What was written behind the moment of the dump is written again.

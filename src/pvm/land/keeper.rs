@@ -79,7 +79,7 @@ fn serve(line: &UnixStream, waiting: &Waiting<'_>, commit: &Commit) -> Result<()
     if told.is_ok_and(|len| len > 0) {
         return Ok(());
     }
-    let signal = match waiting.until(commit, None) {
+    let signal = match waiting.until(commit, None, processes.first().map(AsFd::as_fd)) {
         Ok(()) => libc::SIGCONT,
         Err(_) => libc::SIGKILL,
     };
