@@ -36,6 +36,13 @@ const FIRST: u8 = 1;
 /// What libpvm's `struct Pvmtracer` begins with: six ints.
 const TRACER: usize = 24;
 
+/// What an image has to say of a task, and what it leaves behind.
+pub struct Captured {
+    pub task: PvmTask,
+    /// It has entries in the mailbox, persistent ones or others.
+    pub has_entries: bool,
+}
+
 /// A task under the shim, still running.
 pub struct Task {
     pub block: TaskBlock,
@@ -167,7 +174,7 @@ impl Task {
         session: &Session,
         client: &mut Client,
         sink: &dyn Sink,
-    ) -> Result<PvmTask> {
+    ) -> Result<Captured> {
         let mem = &session.first()?.mem;
         let description = |fd: i32| {
             let found = session.descriptors().iter().find(|f| f.fd == fd);
@@ -179,7 +186,8 @@ impl Task {
         let (output_to, trace_to) = self.sinks(mem)?;
         let (program, host) = self.name_and_host(client)?;
         let pipes = self.connection.pipes()?;
-        Ok(PvmTask {
+        let (mailbox, has_entries) = self.mailbox(client)?;
+        let task = PvmTask {
             v: self.v.0,
             r: self.r.0,
             program,
@@ -195,11 +203,12 @@ impl Task {
             asked: asked::question(&self.block, mem)
                 .with_context(|| format!("what task {} asks its pvmd", self.v))?,
             contexts: self.contexts(mem, &unread, &[output_to.1, trace_to.1])?,
-            mailbox: self.mailbox(client)?,
+            mailbox,
             unread: keep(unread, sink)?,
             block: self.block.address(),
             table: (self.block.table()?, self.block.table_len()?),
-        })
+        };
+        Ok(Captured { task, has_entries })
     }
 
     /// The name it was spawned under; empty for one that was started by hand.
@@ -244,13 +253,14 @@ impl Task {
         Ok(contexts::highest(found))
     }
 
-    /// The entries that vanish with it.
-    fn mailbox(&self, client: &mut Client) -> Result<Vec<MailboxEntry>> {
+    /// The entries that vanish with it, and whether it has any.
+    fn mailbox(&self, client: &mut Client) -> Result<(Vec<MailboxEntry>, bool)> {
+        let mut entries = client.mailbox_names("*")?;
+        entries.retain(|entry| entry.owner == self.r);
+        let any = !entries.is_empty();
+        entries.retain(|entry| entry.flags & mailbox::PERSISTENT == 0);
         let mut own = Vec::new();
-        for entry in client.mailbox_names("*")? {
-            if entry.owner != self.r || entry.flags & mailbox::PERSISTENT != 0 {
-                continue;
-            }
+        for entry in entries {
             // One that somebody has just taken away is none.
             if let Some(message) = client.mailbox_get(&entry.name, entry.index)? {
                 own.push(MailboxEntry {
@@ -261,7 +271,7 @@ impl Task {
                 });
             }
         }
-        Ok(own)
+        Ok((own, any))
     }
 
     fn name_and_host(&self, client: &mut Client) -> Result<(String, String)> {

@@ -91,7 +91,7 @@ fn save(
         if let Some(away) = away {
             raised = Some(away.flush(task, session, client)?);
         }
-        let mut captured = task.capture(session, client, sink)?;
+        let mut captured = task.capture(session, client, sink)?.task;
         captured.away = away.is_some();
         // What its own pvmd has given out by now, and nothing later, it may know.
         let own = client.use_up_context()?;

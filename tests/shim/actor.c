@@ -17,7 +17,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-extern int pvmmytid;
+extern int pvmmytid, pvmudpmtu, pvmfrgsiz;
 extern int pvmreset(int, int, char *, int);
 
 static FILE *in, *out;
@@ -359,6 +359,33 @@ static int run(int argc, char **argv)
 		pvm_setrbuf(0);
 		cc = pvm_getopt(PvmRoute);
 		say("%d", errno);
+	} else if (!strcmp(c, "setenv"))
+		say("%d", setenv(ARG(1), ARG(2), 1));
+	else if (!strcmp(c, "sizes"))
+		say("%d %d", pvmudpmtu, pvmfrgsiz);
+	else if (!strcmp(c, "setsizes")) {
+		pvmudpmtu = NUM(1);
+		pvmfrgsiz = NUM(2);
+		say("ok");
+	} else if (!strcmp(c, "added")) {
+		/* of every host */
+		say("%d", pvm_notify(PvmHostAdd, NUM(1), -1, (int *)0));
+	} else if (!strcmp(c, "burst")) {
+		/* burst NAME FLAGS TO TAG: as soon as that entry is in the mailbox, lines and a message of many fragments */
+		static char lines[60001], bytes[12000];
+		memset(lines, '.', sizeof lines - 1);
+		for (i = 0; i < 60; i++) {
+			n = sprintf(lines + 1000 * i, "%d", i);
+			lines[1000 * i + n] = ' ';
+			lines[1000 * i + 999] = '\n';
+		}
+		pvm_recvinfo(ARG(1), 0, NUM(2));
+		fputs(lines, stdout);
+		fflush(stdout);
+		pvm_initsend(PvmDataRaw);
+		pvm_pkstr("burst");
+		pvm_pkbyte(bytes, sizeof bytes, 1);
+		say("%d", pvm_send(TID(3), NUM(4)));
 	} else if (!strcmp(c, "getenv"))
 		say("%s", getenv(ARG(1)) ? getenv(ARG(1)) : "-");
 	else if (!strcmp(c, "print")) {
@@ -371,6 +398,11 @@ static int run(int argc, char **argv)
 		/* still in a buffer when the program ends */
 		printf("%s\n", ARG(1));
 		return 0;
+	} else if (!strcmp(c, "status")) {
+		/* ends with this one, without a word to PVM */
+		fprintf(out, "=\n");
+		fflush(out);
+		_exit(NUM(1));
 	} else if (!strcmp(c, "quit"))
 		return 0;
 	else

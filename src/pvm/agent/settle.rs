@@ -9,7 +9,6 @@ use super::call::{Caller, on_host, present};
 use super::control::{Answer, Outcome, Request};
 use crate::kernel::pidfd;
 use crate::pvm::client::Client;
-use crate::pvm::mailbox;
 use crate::pvm::tid::Tid;
 
 /// How long an agent may take.
@@ -87,13 +86,14 @@ pub fn conclude(client: &mut Client, outcome: &Outcome) -> Result<()> {
     settle(client, outcome)
 }
 
-/// Entries of the mailbox that would vanish with one incarnation become another's, which lives, too.
+/// Entries of the mailbox that are one incarnation's become another's, which lives, too: most would vanish with the
+/// first, and persistent ones be nobody's.
 ///
 /// # Errors
 /// When the pvmd does not answer, or refuses.
 pub fn hand_over_mailbox(client: &mut Client, from: Tid, to: Tid) -> Result<()> {
     for entry in client.mailbox_names("*")? {
-        if entry.owner == from && entry.flags & mailbox::PERSISTENT == 0 {
+        if entry.owner == from {
             client.mailbox_hand_over(&entry, to)?;
         }
     }

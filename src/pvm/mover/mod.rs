@@ -82,7 +82,7 @@ struct Mover<'j> {
     r2: u32,
     closed: bool,
     landed: bool,
-    /// It has entries in the mailbox that would vanish with the old incarnation.
+    /// It has entries in the mailbox, which are to go with it.
     has_entries: bool,
     moved: Moved,
 }
@@ -322,8 +322,8 @@ impl<'j> Mover<'j> {
         }
         session.look(sender)?;
         let captured = self.task.capture(session, &mut self.client, sender)?;
-        self.has_entries = !captured.mailbox.is_empty();
-        session.set_pvm(captured);
+        self.has_entries = captured.has_entries;
+        session.set_pvm(captured.task);
         session.hang_up(self.task.connection.task_end()?);
         let (runs, _) = session.changes(tracker, sender)?;
         sender.populated(SPACE, &runs)?;

@@ -1,0 +1,359 @@
+//! What a task has that has moved: its place under its pvmd, what it asked of it, and its partners' messages in order.
+
+mod common;
+#[path = "testhosts/scene.rs"]
+mod scene;
+#[path = "shim/mod.rs"]
+mod stage;
+mod testhosts;
+
+use std::fs;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use common::{wait_child, wait_for};
+use mistctl::pvm::shimabi::table::{Mapped, State};
+use scene::Scene;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+type Test = fn(&Scene) -> Result<()>;
+
+fn main() -> ExitCode {
+    let tests: [(&str, Test); 8] = [
+        ("its_last_words_and_its_status_arrive", last_words),
+        ("its_environment_says_where_it_is", environment),
+        ("sizes_are_its_pvmds_or_its_own", sizes),
+        ("it_has_the_siblings_it_had", siblings),
+        ("its_mailbox_entries_are_its_own", mailbox),
+        ("what_it_asked_to_be_told_is_told", notices),
+        ("what_it_collects_follows_it", collector),
+        (
+            "what_it_said_before_comes_before_what_it_says_after",
+            in_order,
+        ),
+    ];
+    testhosts::main(tests, || Ok(()), |(), test| Scene::new(3)?.play(test))
+}
+
+fn migrate(scene: &Scene, v: u32, to: &str) -> Result<()> {
+    let command = format!("{} migrate t{v:x} {to}", scene.mistctl.path());
+    scene.hosts.exec("h0", &command).map(drop)
+}
+
+/// The incarnation that a task has now.
+fn present(scene: &Scene, v: u32) -> Result<u32> {
+    let said = scene
+        .hosts
+        .exec("h0", &format!("{} ps --json", scene.mistctl.path()))?;
+    let listing: serde_json::Value = serde_json::from_str(&said)?;
+    let tasks = listing["tasks"].as_array().context("no tasks")?;
+    let of = |task: &&serde_json::Value| task["virtual_tid"] == format!("t{v:x}");
+    let tid = tasks.iter().find(of).and_then(|task| task["tid"].as_str());
+    let tid = tid
+        .and_then(|tid| tid.strip_prefix('t'))
+        .context(said.clone())?;
+    Ok(u32::from_str_radix(tid, 16)?)
+}
+
+/// Under its pvmd it is the process that was forked: what it prints when it has left PVM is collected, and pvmd tells
+/// those who trace it how it ended.
+fn last_words(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    boss.ask("catchout");
+    let me = boss.enrol();
+    // PvmTraceTid, PvmTraceCode, PvmTraceOptions
+    boss.ask(&format!("setopt 6 {me:x}"));
+    boss.ask("setopt 7 63");
+    boss.ask("setopt 9 1");
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    migrate(scene, v, "h0")?;
+    let r2 = present(scene, v)?;
+    // PvmTraceTid, PvmSelfTraceTid: who traces it, and its children.
+    for option in [6, 14] {
+        ensure!(worker.tid(&format!("getopt {option}")) == me);
+    }
+    ensure!(worker.ask("print before") == "ok");
+    ensure!(worker.ask("exit") == "0");
+    ensure!(worker.ask("print after") == "ok");
+    worker.ask("status 3");
+    // Its tid, and what wait(2) says of exit(3).
+    let ended = format!("{r2:x} ");
+    wait_for("what pvmd tells of its end", LIMIT, || {
+        let event = boss.ask("notice 99");
+        let behind = event.split_once(&ended).map(|(_, behind)| behind);
+        Ok(behind
+            .is_some_and(|behind| behind.contains(" 300 "))
+            .then_some(()))
+    })?;
+    ensure!(boss.ask("exit") == "0");
+    let of = |what: &str| format!("[t{v:x}] {what}");
+    let expected = ["BEGIN", "before", "after", "EOF"].map(of);
+    ensure!(boss.said == expected, "{:?}", boss.said);
+    Ok(())
+}
+
+fn environment(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    let names = ["PVMSOCK", "PVM_TMP", "PVM_VMID", "PVMEPID"];
+    // As another host may have them.
+    for name in names {
+        worker.ask(&format!("setenv {name} elsewhere"));
+    }
+    migrate(scene, v, "h0")?;
+    let sock = scene.hosts.exec("h0", "cat /tmp/pvmd.$(id -u)")?;
+    let pid = worker.pid().to_string();
+    for (name, value) in names.into_iter().zip([sock.as_str(), "-", "-", &pid]) {
+        let got = worker.ask(&format!("getenv {name}"));
+        ensure!(got == value, "{name}: {got}, not {value}");
+    }
+    // It finds its pvmd with that.
+    ensure!(worker.ask("exit") == "0");
+    let again = worker.tid("mytid");
+    ensure!(
+        again & 0x3ffc_0000 == boss.enrol() & 0x3ffc_0000,
+        "t{again:x}"
+    );
+    worker.leave();
+    boss.leave();
+    Ok(())
+}
+
+fn sizes(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    let here = worker.ask("sizes");
+    let (mtu, fragment) = here.split_once(' ').context(here.clone())?;
+    ensure!(mtu == fragment, "{here}");
+    // Those of a pvmd that is otherwise.
+    worker.ask("setsizes 2000 2000");
+    migrate(scene, v, "h0")?;
+    let there = worker.ask("sizes");
+    ensure!(there == here, "{there}, not {here}");
+    // PvmFragSize 3000
+    worker.ask("setopt 8 bb8");
+    worker.ask(&format!("setsizes {mtu} 3000"));
+    migrate(scene, v, "h1")?;
+    let own = worker.ask("sizes");
+    ensure!(own == format!("{mtu} 3000"), "{own}");
+    worker.leave();
+    boss.leave();
+    Ok(())
+}
+
+fn siblings(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    let before = worker.ask("siblings");
+    ensure!(before == format!("{v:x}"), "{before}");
+    migrate(scene, v, "h0")?;
+    // It has read all that came to its new place.
+    ensure!(worker.ask("probe 1 1") == "no");
+    ensure!(worker.ask("siblings") == before);
+    worker.leave();
+    boss.leave();
+    Ok(())
+}
+
+fn mailbox(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    // PvmMboxPersistent: nobody takes that away.
+    for (name, flags, host) in [("kept", 1, "h0"), ("mine", 0, "h1"), ("more", 0, "h0")] {
+        ensure!(worker.ask(&format!("put {name} text {flags}")) == "0");
+        migrate(scene, v, host)?;
+        for name in ["kept", name] {
+            let owner = boss.ask(&format!("boxes {name}"));
+            ensure!(owner == format!("{v:x}"), "{name} is {owner}'s");
+            let got = boss.ask(&format!("get {name} 0 0"));
+            ensure!(got.contains("text text"), "{got}");
+        }
+    }
+    // It is its own to take away, and goes with it.
+    ensure!(worker.ask("del mine 0") == "0");
+    worker.leave();
+    wait_for("its entry to go", LIMIT, || {
+        Ok(boss.ask("boxes more").is_empty().then_some(()))
+    })?;
+    ensure!(!boss.ask("boxes kept").is_empty());
+    boss.leave();
+    Ok(())
+}
+
+fn notices(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    let (_other, o) = scene.worker(&mut boss, "h0", "other")?;
+    let (partner, p) = scene.worker(&mut boss, "h1", "partner")?;
+    worker.ask(&format!("notify 1 77 {o:x} {p:x}"));
+    worker.ask("added 78");
+    boss.ask(&format!("notify 1 79 {v:x}"));
+    // Of its own requests one is answered in its old place, the others in its new one.
+    partner.leave();
+    ensure!(worker.ask("notice 77") == format!("{p:x}"));
+    migrate(scene, v, "h0")?;
+    boss.ask(&format!("kill {o:x}"));
+    ensure!(worker.ask("notice 77") == format!("{o:x}"));
+    ensure!(boss.ask("addhost h2") == "1: 1");
+    let added = worker.ask("notice 78");
+    let host = added
+        .split_whitespace()
+        .last()
+        .context("no host")?
+        .to_owned();
+    worker.ask(&format!("notify 2 80 {host}"));
+    migrate(scene, v, "h1")?;
+    let delete = format!(
+        "{} exec pvm <<'END'\ndelete h2\nquit\nEND",
+        scene.mistctl.path()
+    );
+    scene.hosts.exec("h0", &delete)?;
+    let gone = worker.ask("notice 80");
+    ensure!(gone == host, "{gone}, not {host}");
+    // No move was an end.
+    ensure!(boss.ask("nnotice 79") == "none");
+    worker.leave();
+    ensure!(boss.ask("notice 79") == format!("{v:x}"));
+    boss.leave();
+    Ok(())
+}
+
+fn collector(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    boss.ask("catchout");
+    let me = boss.enrol();
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    ensure!(worker.ask("print one") == "ok");
+    migrate(scene, me, "h1")?;
+    // It hears of it in its next call.
+    worker.ask("probe 1 1");
+    worker.ask("pstat 40fff");
+    ensure!(worker.ask("print two") == "ok");
+    let (mut late, l) = scene.worker(&mut boss, "h1", "late")?;
+    ensure!(late.ask("print three") == "ok");
+    late.leave();
+    worker.leave();
+    ensure!(boss.ask("exit") == "0");
+    let mut said: Vec<&String> = boss
+        .said
+        .iter()
+        .filter(|s| !s.contains(&format!("t{l:x}")))
+        .collect();
+    let of = |tid: u32, what: &str| format!("[t{tid:x}] {what}");
+    let expected = ["BEGIN", "one", "two", "EOF"].map(|what| of(v, what));
+    ensure!(
+        said == expected.iter().collect::<Vec<_>>(),
+        "{:?}",
+        boss.said
+    );
+    said = boss
+        .said
+        .iter()
+        .filter(|s| s.contains(&format!("t{l:x}")))
+        .collect();
+    let expected = ["BEGIN", "three", "EOF"].map(|what| of(l, what));
+    ensure!(
+        said == expected.iter().collect::<Vec<_>>(),
+        "{:?}",
+        boss.said
+    );
+    Ok(())
+}
+
+/// What its old host still had to send, slowly, comes before what it sends from its new one. It is stopped when its
+/// pvmd has not read anything of that.
+fn in_order(scene: &Scene) -> Result<()> {
+    let added = "pvm <<'END'\nadd h2\nquit\nEND";
+    scene
+        .hosts
+        .exec("h0", &format!("{} exec {added}", scene.mistctl.path()))?;
+    let mut boss = scene.actor("h2", "boss")?;
+    boss.ask("catchout");
+    let me = boss.enrol();
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    // Agents are there from here on.
+    migrate(scene, v, "h0")?;
+    migrate(scene, v, "h1")?;
+    let pid = worker.pid();
+    slow_link(scene)?;
+    // PvmMboxWaitForInfo and PvmMboxReadAndDelete: nothing stops it there.
+    worker.tell(&format!("burst later 48 {me:x} 7"));
+    let command = format!("{} migrate t{v:x} h0", scene.mistctl.path());
+    let mut mover = scene.hosts.command("h0", &command).spawn()?;
+    for host in ["h0", "h1", "h2"] {
+        wait_for("the gates to be closed", LIMIT, || closed(scene, host, v))?;
+    }
+    let signal = |signal: &str, pid: &str| scene.hosts.exec("h1", &format!("kill -{signal} {pid}"));
+    signal("STOP", &pid.to_string())?;
+    // PvmMboxOverWritable: others may take it away.
+    boss.ask("put later now 4");
+    wait_for("the entry to reach it", LIMIT, || {
+        let there = format!("ss -xpnH | awk '$3 > 0' | grep -q pid={pid},");
+        Ok(scene.hosts.exec("h1", &there).ok())
+    })?;
+    signal("STOP", "$(pgrep -x pvmd)")?;
+    signal("CONT", &pid.to_string())?;
+    let stopped = format!("grep -q '^TracerPid:.[1-9]' /proc/{pid}/status");
+    let held = wait_for("the mover to stop it", LIMIT, || {
+        Ok(scene.hosts.exec("h1", &stopped).ok())
+    });
+    signal("CONT", "$(pgrep -x pvmd)")?;
+    held?;
+    // It goes on before all hosts know of that. (What stood in its FIFO as it moved would be there twice: here both
+    // hosts have the same one.)
+    wait_for("the end of the old one", LIMIT, || {
+        Ok(scene.hosts.exec("h1", &format!("! kill -0 {pid}")).ok())
+    })?;
+    ensure!(worker.answer() == "0");
+    worker.ask(&format!("send {me:x} 8 last"));
+    ensure!(worker.ask("print last") == "ok");
+    for text in ["burst", "last"] {
+        let got = boss.ask("recv -1 -1");
+        ensure!(got.contains(&format!("text {text}")), "{got}");
+    }
+    let moved = wait_child(&mut mover, "the move", LIMIT)?;
+    ensure!(moved.success(), "{moved}");
+    worker.leave();
+    ensure!(boss.ask("exit") == "0");
+    let lines = boss.said.iter().filter_map(|said| said.split(' ').nth(1));
+    let lines: Vec<&str> = lines
+        .filter(|word| !["BEGIN", "EOF"].contains(word))
+        .collect();
+    let numbers: Vec<String> = (0..60).map(|n| n.to_string()).collect();
+    let expected: Vec<&str> = numbers.iter().map(String::as_str).chain(["last"]).collect();
+    ensure!(lines == expected, "{lines:?}");
+    Ok(())
+}
+
+/// What h1 sends to h2 takes its time; nothing else does.
+fn slow_link(scene: &Scene) -> Result<()> {
+    let script = "set -e
+        to=$(getent ahostsv4 h2 | awk '{print $1; exit}')
+        tc qdisc replace dev eth0 root handle 1: htb default 20
+        tc class add dev eth0 parent 1: classid 1:10 htb rate 400kbit burst 8k
+        tc class add dev eth0 parent 1: classid 1:20 htb rate 10gbit
+        tc filter add dev eth0 parent 1: protocol ip u32 match ip dst $to/32 flowid 1:10";
+    scene.hosts.root("h1", script).map(drop)
+}
+
+/// Whether a host's table says that a task is moving.
+fn closed(scene: &Scene, host: &str, v: u32) -> Result<Option<()>> {
+    let tmp = format!("/proc/{}/root/tmp", scene.hosts.pid(host)?);
+    for entry in fs::read_dir(tmp)?.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if !name.contains(".mist-") || name.ends_with(".d") {
+            continue;
+        }
+        let table = Mapped::new(
+            &fs::File::options()
+                .read(true)
+                .write(true)
+                .open(entry.path())?,
+        )?;
+        let moving = table.entry(v).is_some_and(|e| e.state == State::Moving);
+        return Ok(moving.then_some(()));
+    }
+    Ok(None)
+}
