@@ -8,11 +8,13 @@ mod scene;
 mod stage;
 mod testhosts;
 
+use std::fs::File;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use common::wait_for;
+use mistctl::pvm::shimabi::table::Mapped;
 use scene::Scene;
 use serde_json::Value;
 use stage::Actor;
@@ -23,11 +25,15 @@ const LIMIT: Duration = Duration::from_secs(30);
 type Test = fn() -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 3] = [
+    let tests: [(&str, Test); 4] = [
         ("every_task_on_every_host_gets_the_shim", every_host),
         ("hosts_come_and_go_and_tasks_move_between_them", || {
             Scene::new(3)?.play(come_and_go)
         }),
+        (
+            "every_host_knows_a_new_incarnation_before_the_old_one_ends",
+            || Scene::new(3)?.play(known_before),
+        ),
         ("the_console_sees_one_task_where_there_is_one", || {
             Scene::new(2)?.play(console)
         }),
@@ -169,6 +175,48 @@ fn come_and_go(scene: &Scene) -> Result<()> {
     for actor in [second, worker, boss] {
         actor.leave();
     }
+    Ok(())
+}
+
+/// The tid table of a host.
+fn table(scene: &Scene, host: &str) -> Result<Mapped> {
+    let found = scene
+        .hosts
+        .exec(host, "ls -d /tmp/*.mist-* | grep -v '\\.d$'")?;
+    let root = format!("/proc/{}/root", scene.hosts.pid(host)?);
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(format!("{root}{}", found.trim()))?;
+    Mapped::new(&file).context("the table")
+}
+
+/// On a host that the move only passes by: while the gate is closed, whom it may open for is known. From the moment that
+/// the task goes on its messages come from there, and who has looked at one as a stranger's does not look again.
+fn known_before(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    ensure!(boss.ask("addhost h2") == "1: 1");
+    // Its agent is there, too.
+    scene
+        .hosts
+        .exec("h2", &format!("{} ps", scene.mistctl.path()))?;
+    let table = table(scene, "h2")?;
+    let seen = std::thread::scope(|scope| {
+        let moving = scope.spawn(|| migrate(scene, v, "h0"));
+        let mut seen = None;
+        while seen.is_none() && !moving.is_finished() {
+            let closed = table.entry(v).filter(|entry| entry.state.is_closed());
+            seen = closed.map(|entry| (entry.next, table.v_of(entry.next)));
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        moving.join().unwrap_or_else(|_| bail!("panicked"))?;
+        seen.context("the gate was not seen closed")
+    })?;
+    ensure!(seen.0 != 0 && seen.1 == Some(v), "{seen:x?}");
+    talk(&mut boss, &mut worker)?;
+    worker.leave();
+    boss.leave();
     Ok(())
 }
 

@@ -263,12 +263,18 @@ fn on_another_host(scene: &Scene) -> Result<()> {
     let pid = worker.pid();
     ensure!(worker.ask("print one") == "ok");
     ensure!(worker.ask("put name value 0") == "0");
+    // It wants to hear of two others. One of them ends while it is away.
+    let mut others = [scene.actor("h0", "first")?, scene.actor("h0", "last")?];
+    let tids = others.each_mut().map(Actor::enrol);
+    worker.ask(&format!("notify 1 66 {:x} {:x}", tids[0], tids[1]));
     worker.tell("recv -1 7");
     until_receives(scene, "h1", pid)?;
     boss.ask(&format!("send {v:x} 8 early"));
     boss.ask(&format!("notify 1 77 {v:x}"));
     let image = scene.dump("h1", pid, "image", "--kill")?;
     ensure!(boss.ask("notice 77") == format!("{v:x}"));
+    let [first, last] = others;
+    first.leave();
     let said = restore(scene, "h1", &image, "--host h0")?;
     ensure!(
         said["host"] == "h0" && said["virtual_tid"] == format!("t{v:x}"),
@@ -285,6 +291,10 @@ fn on_another_host(scene: &Scene) -> Result<()> {
     ensure!(worker.ask("print two") == "ok");
     let me = boss.enrol();
     ensure!(worker.ask("parent") == format!("{me:x}"));
+    ensure!(worker.ask("notice 66") == format!("{:x}", tids[0]));
+    ensure!(worker.ask("nnotice 66") == "none");
+    last.leave();
+    ensure!(worker.ask("notice 66") == format!("{:x}", tids[1]));
     let owner = boss.ask("boxes name");
     ensure!(owner == format!("{v:x}"), "the mailbox entry is {owner}'s");
     worker.ask(&format!("send {me:x} 9 back"));

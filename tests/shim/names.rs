@@ -130,7 +130,7 @@ pub fn routes(kit: &Path) {
         mut other,
         a,
         x,
-        ..
+        y,
     } = names(&vm, || vm.direct_actor());
     asker.ask("setopt 1 3");
     one.tell("recv -1 1");
@@ -147,6 +147,13 @@ pub fn routes(kit: &Path) {
     let mut routes = || [&mut asker, &mut one, &mut other].map(|task| task.ask("fds"));
     assert_eq!(routes(), ["2", "2", "1"]);
     assert_eq!(other.ask("nrecv -1 -1"), "0");
+    // Who has that real tid asks for a route: the answer goes to it, not to whom the name belongs.
+    other.tell("recv -1 5");
+    assert_eq!(one.ask(&format!("send {y:x} 5 over")), "0");
+    let over = format!("from {x:x} tag 5 text over info {x:x}");
+    assert_eq!(other.answer(), over);
+    let mut routes = || [&mut asker, &mut one, &mut other].map(|task| task.ask("fds"));
+    assert_eq!(routes(), ["2", "3", "2"]);
 }
 
 pub fn unnoticed(kit: &Path) {

@@ -29,6 +29,9 @@ pub fn notices(kit: &Path) {
         "asked again about t{present:x}"
     );
     assert_eq!(task.partner.block().notifies().unwrap(), 0);
+    // A request that was refused is none.
+    assert_eq!(task.partner.ask("notify 1 79 0"), "-2");
+    assert_eq!(task.partner.block().notifies().unwrap(), 0);
     // There is no route to it, which is told at once.
     assert_eq!(task.partner.ask(&format!("notify 5 80 {v:x}")), "0");
     assert_eq!(task.partner.ask("nnotice 80"), format!("{v:x}"));
