@@ -21,12 +21,13 @@ const LIMIT: Duration = Duration::from_secs(60);
 type Test = fn(&Scene) -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 8] = [
+    let tests: [(&str, Test); 9] = [
         ("its_last_words_and_its_status_arrive", last_words),
         ("its_environment_says_where_it_is", environment),
         ("sizes_are_its_pvmds_or_its_own", sizes),
         ("it_has_the_siblings_it_had", siblings),
         ("its_mailbox_entries_are_its_own", mailbox),
+        ("what_cannot_go_is_listed_and_nothing_stopped", refused),
         ("what_it_asked_to_be_told_is_told", notices),
         ("what_it_collects_follows_it", collector),
         (
@@ -178,6 +179,57 @@ fn mailbox(scene: &Scene) -> Result<()> {
         Ok(boss.ask("boxes more").is_empty().then_some(()))
     })?;
     ensure!(!boss.ask("boxes kept").is_empty());
+    boss.leave();
+    Ok(())
+}
+
+/// One that cannot go is told everything that is in its way, and never stood: whoever is stopped wakes for that.
+fn refused(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    // Agents are there from here on.
+    migrate(scene, v, "h0")?;
+    migrate(scene, v, "h1")?;
+    let address = scene
+        .hosts
+        .exec("h1", "getent ahostsv4 h0 | awk '{print $1; exit}'")?;
+    let opened = worker.ask(&format!("open {address}"));
+    let numbers = opened.strip_prefix("0 ").context(opened.clone())?;
+    let child = worker.ask("child");
+    let pid = worker.pid();
+    let woken = || {
+        let count = format!("grep ctxt_switches /proc/{pid}/status");
+        scene.hosts.exec("h1", &count)
+    };
+    wait_for("it to wait for its next command", LIMIT, || {
+        let state = format!("grep -q '^State:.S' /proc/{pid}/status");
+        Ok(scene.hosts.exec("h1", &state).ok())
+    })?;
+    let before = woken()?;
+    let said = migrate(scene, v, "h0").unwrap_err().to_string();
+    for why in [
+        "it is a namespace",
+        "it is a pidfd of process",
+        "of its TCP connection",
+        &format!("has children (process {child})"),
+        "mistctl dump --tree --kill --away",
+        "was not moved, and runs on",
+    ] {
+        ensure!(said.contains(why), "no '{why}' in: {said}");
+    }
+    let after = woken()?;
+    ensure!(before == after, "it was stopped: {before}, then {after}");
+    // It can, when that is gone.
+    ensure!(worker.ask(&format!("close {numbers}")) == "ok");
+    scene.hosts.exec("h1", &format!("kill -9 {child}"))?;
+    let said = migrate(scene, v, "h0").unwrap_err().to_string();
+    ensure!(
+        said.contains("has children") && !said.contains("namespace"),
+        "{said}"
+    );
+    ensure!(worker.ask("reap") == child);
+    migrate(scene, v, "h0")?;
+    worker.leave();
     boss.leave();
     Ok(())
 }

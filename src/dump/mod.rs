@@ -13,6 +13,7 @@ mod ready;
 mod resume;
 mod run;
 mod session;
+mod survey;
 pub mod tables;
 mod threads;
 mod tracker;
@@ -22,6 +23,7 @@ pub use process::has_ended;
 pub use ready::wait as wait_until_whole;
 pub use run::{finish, run};
 pub use session::Session;
+pub use survey::{child, refusals};
 pub use tracker::{Round, Run, Take, Tracker};
 
 use std::fs::File;

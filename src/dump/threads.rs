@@ -13,6 +13,18 @@ use crate::kernel::mem::Mem;
 use crate::kernel::proc_file;
 use crate::kernel::sched;
 
+/// Refuses a thread whose calls are filtered.
+pub fn unfiltered(pid: i32, status: &Status) -> Result<()> {
+    if status.seccomp.unwrap_or(0) != 0 {
+        return Err(Failure::Refused.because(format!(
+            "thread {} of process {pid} has a seccomp filter, which cannot be carried; start the \
+             program without its sandbox",
+            status.pid
+        )));
+    }
+    Ok(())
+}
+
 /// Everything of a held thread that can be seen from outside; [`complete`] adds the rest.
 pub fn read(pid: i32, held: &Held) -> Result<Thread> {
     let t = held.tracee;
@@ -23,13 +35,7 @@ pub fn read(pid: i32, held: &Held) -> Result<Thread> {
         )));
     }
     let status = status(pid, t.tid)?;
-    if status.seccomp.unwrap_or(0) != 0 {
-        return Err(Failure::Refused.because(format!(
-            "thread {} of process {pid} has a seccomp filter, which cannot be carried; start the \
-             program without its sandbox",
-            t.tid
-        )));
-    }
+    unfiltered(pid, &status)?;
     let (robust_list, robust_list_len) = t.robust_list()?;
     Ok(Thread {
         tid: t.tid,

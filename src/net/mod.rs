@@ -203,6 +203,29 @@ impl SocketDumper {
         Ok(index)
     }
 
+    /// Why sockets added cannot be carried, of processes that run: nothing that stands in a queue is looked at, and
+    /// nothing is changed.
+    #[must_use]
+    pub fn refusals(&self) -> Vec<anyhow::Error> {
+        let Ok(diag) = self.diagnose() else {
+            return Vec::new();
+        };
+        let one = |met: &Met| {
+            let mut warnings = Vec::new();
+            match met.family {
+                libc::AF_UNIX => unix::read(self, met, &diag, &mut warnings, Vec::new()).map(drop),
+                _ if (met.family, met.kind) == (libc::AF_INET, libc::SOCK_STREAM)
+                    || (met.family, met.kind) == (libc::AF_INET6, libc::SOCK_STREAM) =>
+                {
+                    tcp::read(self, met, &diag, &mut warnings).map(drop)
+                }
+                _ => Ok(()),
+            }
+        };
+        let all = self.met.iter().filter_map(|met| one(met).err());
+        all.filter(|e| Failure::of(e) == Failure::Refused).collect()
+    }
+
     /// Reads options, names, peers and queues of all sockets added. `describe` is called for each
     /// descriptor found in flight; it may add sockets.
     ///

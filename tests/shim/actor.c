@@ -3,7 +3,9 @@
  * actor [FIFO-IN FIFO-OUT]; without them it reads stdin and writes stdout.
  * Tids are written in hex.
  */
+#include <arpa/inet.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <pvm3.h>
 #include <setjmp.h>
@@ -12,6 +14,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/time.h>
 #include <time.h>
 #include <sys/wait.h>
@@ -339,6 +343,25 @@ static int run(int argc, char **argv)
 			execlp("sh", "sh", "-c", "exit 3", (char *)0);
 		waitpid(n, &cc, 0);
 		say("%d", WEXITSTATUS(cc));
+	} else if (!strcmp(c, "child")) {
+		n = fork();
+		while (!n)
+			pause();
+		say("%d", n);
+	} else if (!strcmp(c, "reap"))
+		say("%d", wait(0));
+	else if (!strcmp(c, "open")) {
+		/* what leads outside: a namespace, a process, and a connection to that address */
+		struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(22)};
+		inet_pton(AF_INET, ARG(1), &to.sin_addr);
+		cc = socket(AF_INET, SOCK_STREAM, 0);
+		n = open("/proc/self/ns/net", O_RDONLY);
+		i = syscall(SYS_pidfd_open, getppid(), 0);
+		say("%d %d %d %d", connect(cc, (void *)&to, sizeof to), cc, n, i);
+	} else if (!strcmp(c, "close")) {
+		for (i = 1; i < argc; i++)
+			close(NUM(i));
+		say("ok");
 	} else if (!strcmp(c, "fds"))
 		say("%d", pvm_getfds(&list));
 	else if (!strcmp(c, "exits"))

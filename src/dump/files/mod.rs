@@ -196,6 +196,48 @@ impl FileDumper {
         Ok(())
     }
 
+    /// Why descriptors of process `pid`, which runs, cannot be carried, as far as each tells by itself.
+    ///
+    /// # Errors
+    /// When /proc cannot be read.
+    pub fn refusals(
+        &self,
+        pid: i32,
+        tid: i32,
+        pidfd: BorrowedFd<'_>,
+        sockets: &mut dyn Sockets,
+    ) -> Result<Vec<anyhow::Error>> {
+        let mut tables = Tables::new(1);
+        let mut found = Vec::new();
+        for fd in numbers(tid)? {
+            // What is closed meanwhile does not matter.
+            let Some(facts) = gather(pid, tid, pidfd, &[fd])
+                .ok()
+                .and_then(|mut f| f.pop())
+            else {
+                continue;
+            };
+            let place = Place {
+                pid,
+                fd,
+                link: facts.link.to_string_lossy().into_owned(),
+            };
+            let seen = Seen {
+                place: &place,
+                own: &facts.own,
+                meta: &facts.meta,
+                info: &facts.info,
+            };
+            if terminal(&seen).is_none()
+                && let Err(e) = self.kind(&seen, &mut tables, sockets)
+                && Failure::of(&e) == Failure::Refused
+            {
+                found.push(e);
+            }
+        }
+        Ok(found)
+    }
+
     /// Index of the description behind a descriptor of this process, for descriptors in flight (SCM_RIGHTS)
     /// that were peeked.
     pub fn adopt(

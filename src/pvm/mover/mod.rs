@@ -151,6 +151,7 @@ impl<'j> Mover<'j> {
 
     /// All of it.
     fn bring(&mut self, link: &mut Link) -> Result<()> {
+        self.may_go()?;
         let carried = files::compare(self.job, &self.task.block.table_path()?, link)?;
         // Of a task that has come here, or was restored, lately.
         crate::dump::wait_until_whole(self.job.pid)?;
@@ -186,6 +187,23 @@ impl<'j> Mover<'j> {
         (self.moved.bytes, self.moved.bytes_wire) = (totals.raw, totals.wire);
         self.moved.to = self.r2;
         Ok(())
+    }
+
+    /// Refuses what would be refused under the stop, with the list, before anything is touched.
+    fn may_go(&self) -> Result<()> {
+        let (v, pid, to) = (Tid(self.job.v), self.job.pid, &self.job.to.name);
+        let mut why = crate::dump::refusals(pid, Some(self.task.connection.ino))?;
+        if let Some(child) = crate::dump::child(pid) {
+            why.push(format!(
+                "process {pid} has children (process {child}), which do not move with it; wait until they have ended, \
+                 or save it with them and restore it there: `mistctl dump --tree --kill --away {v} -o IMAGE`, then \
+                 `mistctl restore --host {to} IMAGE`"
+            ));
+        }
+        match why.is_empty() {
+            true => Ok(()),
+            false => Err(Failure::Refused.because(why.join("; also: "))),
+        }
     }
 
     /// Has the lander started, makes it known everywhere, and connects to it.

@@ -1,0 +1,52 @@
+//! What would be refused once a process stands still, found while it runs: so it is not stopped for nothing.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use procfs::process::Process as Proc;
+
+use super::files::{FileDumper, Order};
+use super::tables::Tables;
+use super::{maps, process, threads};
+use crate::error::Failure;
+use crate::kernel::guardian::Guardian;
+use crate::kernel::pidfd;
+use crate::net::{self, SocketDumper};
+
+/// Why process `pid` cannot be carried as it is now: all reasons that can be seen from outside, each with a way out,
+/// but not its children. `pvmd`: inode of its connection to its pvmd. What comes about later is found under the stop.
+///
+/// # Errors
+/// When it cannot be looked at; when it has ended.
+pub fn refusals(pid: i32, pvmd: Option<u64>) -> Result<Vec<String>> {
+    // What is refused here cannot be looked at either.
+    process::check(pid, &[pid], true)?;
+    let via = process::living_thread(pid);
+    let mut found = Vec::new();
+    let tasks = Proc::new(pid).and_then(|p| p.tasks());
+    for thread in tasks.into_iter().flatten().flatten() {
+        if let Ok(status) = threads::status(pid, thread.tid) {
+            found.extend(threads::unfiltered(pid, &status).err());
+        }
+    }
+    found.extend(maps::read(via, &mut Tables::new(1)).err());
+    let options = net::Options {
+        pvmd,
+        ..net::Options::default()
+    };
+    let guardian = Guardian::start().context("starting the guardian process")?;
+    let mut sockets = SocketDumper::new(options, &Arc::new(guardian));
+    let thread = pidfd::open_thread(via)?;
+    let files = FileDumper::new(&[pid], Order::default());
+    found.extend(files.refusals(pid, via, thread.as_fd(), &mut sockets)?);
+    found.extend(sockets.refusals());
+    found.retain(|e| Failure::of(e) == Failure::Refused);
+    Ok(found.iter().map(|e| format!("{e:#}")).collect())
+}
+
+/// A child of a process, if it has one.
+#[must_use]
+pub fn child(pid: i32) -> Option<i32> {
+    process::tree(pid, true).get(1).copied()
+}
