@@ -50,6 +50,7 @@ fn main() -> ExitCode {
             waits_to_take,
         ),
         ("while it waits for messages, and outside libpvm", waiting),
+        ("while a message handler of its runs", in_a_handler),
         (
             "what stands in a sender's socket comes before a marker",
             drained,
@@ -353,6 +354,27 @@ fn waiting(kit: &Path) {
         let answer = task.answer();
         assert!(answer.contains("tag 5"), "{answer}");
     }
+}
+
+/// A message handler may run for as long as anything else of the program.
+fn in_a_handler(kit: &Path) {
+    let vm = Vm::start(kit);
+    let (mut task, mut other) = (vm.actor(), vm.actor());
+    let v = task.enrol();
+    other.enrol();
+    let found = Task::find(task.pid()).unwrap().unwrap();
+    assert_eq!(task.ask("works 4"), "1");
+    task.tell("recv -1 5");
+    stage::until_waits(&found.block, wait::RECEIVE);
+    other.ask(&format!("send {v:x} 4 work"));
+    until("the handler to run", || {
+        found.block.callbacks().unwrap() == 1
+    });
+    quiet::stop(&found, SHORT).unwrap().release().unwrap();
+    task.tell("on");
+    other.ask(&format!("send {v:x} 5 hello"));
+    let answer = task.answer();
+    assert!(answer.starts_with("[worked] from"), "{answer}");
 }
 
 const KIND: u32 = 77;

@@ -47,6 +47,7 @@ fn main() -> ExitCode {
             "nobody_on_a_host_that_is_added_gets_the_name_of_a_restored_task",
             anew::added_host,
         ),
+        ("a_task_comes_back_within_a_message_handler", in_a_handler),
         ("a_task_that_lives_is_not_restored", living),
         ("megabytes_that_were_not_read_move_along", much_unread),
         ("a_task_that_waits_for_info_asks_again", waits_for_info),
@@ -313,6 +314,33 @@ fn on_another_host(scene: &Scene) -> Result<()> {
     let of = |what: &str| format!("[t{v:x}] {what}");
     let expected = ["BEGIN", "one", "EOF", "BEGIN", "two", "EOF"].map(of);
     ensure!(boss.said == expected, "{:?}", boss.said);
+    Ok(())
+}
+
+fn in_a_handler(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    let me = boss.enrol();
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    let pid = worker.pid();
+    let block = TaskBlock::find(inside(scene, "h1", pid)?)?.context("no block")?;
+    ensure!(worker.ask("works 4") == "1");
+    worker.tell("recv -1 5");
+    until_receives(scene, "h1", pid)?;
+    boss.ask(&format!("send {v:x} 4 work"));
+    stage::until("the handler to run", || block.callbacks().unwrap() == 1);
+    boss.ask(&format!("send {v:x} 5 early"));
+    let image = scene.dump("h1", pid, "image", "--kill")?;
+    restore(scene, "h1", &image, "--host h0")?;
+    // The handler ends, and the call that it was in goes on.
+    worker.tell("on");
+    let answer = worker.answer();
+    let early = format!("[worked] from {me:x} tag 5 text early info {me:x}");
+    ensure!(answer == early, "{answer}");
+    ensure!(worker.ask("raw") == format!("{v:x}"));
+    worker.ask(&format!("send {me:x} 6 back"));
+    ensure!(boss.ask("recv -1 6").contains(&format!("from {v:x} ")));
+    worker.leave();
+    boss.leave();
     Ok(())
 }
 

@@ -270,6 +270,8 @@ pub fn outside<T>(f: impl FnOnce() -> T) -> T {
     if was {
         set_mytid(BLOCK.v.load(Relaxed));
     }
+    // What libpvm below it waits for it does not wait for now.
+    let _wait = Set::to(&BLOCK.wait, wait::NONE);
     let callbacks = BLOCK.callbacks.load(Relaxed);
     BLOCK.callbacks.store(callbacks + 1, SeqCst);
     let result = f();

@@ -120,6 +120,14 @@ static int echo(int mid)
 	return 0;
 }
 
+/* works until the next line comes in */
+static int works(int mid)
+{
+	char line[256];
+	say("[%s] ", fgets(line, sizeof line, in) ? "worked" : "end");
+	return 0;
+}
+
 static int match(int mid, int tid, int tag)
 {
 	int len, t, src;
@@ -292,6 +300,8 @@ static int run(int argc, char **argv)
 		say("%d", pvmreset(pvm_mytid(), 1, 0, 0));
 	else if (!strcmp(c, "handler"))
 		say("%d", pvm_addmhf(TID(1), NUM(2), 0, handler) >= 0);
+	else if (!strcmp(c, "works"))
+		say("%d", pvm_addmhf(-1, NUM(1), 0, works) >= 0);
 	else if (!strcmp(c, "echo"))
 		say("%d", pvm_addmhf(-1, NUM(1), 0, echo) >= 0);
 	else if (!strcmp(c, "recvf")) {
