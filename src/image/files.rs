@@ -247,7 +247,7 @@ impl Stopped {
     }
 }
 
-fn is_zero(n: &u32) -> bool {
+pub(super) fn is_zero(n: &u32) -> bool {
     *n == 0
 }
 

@@ -81,6 +81,9 @@ pub struct Unix {
     /// What this socket has received and not read, a message each (streams: runs of bytes).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub queue: Vec<UnixMessage>,
+    /// What the kernel charges it with for what its peer has not read: bytes and overhead (streams).
+    #[serde(default, skip_serializing_if = "super::files::is_zero")]
+    pub charged: u32,
     /// Connections not accepted yet (listening sockets), first come first: each is the client's inode, 0 of one that
     /// was closed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

@@ -2,6 +2,7 @@
 
 mod dump;
 mod names;
+mod pieces;
 mod restore;
 
 pub use dump::peek_bytes;

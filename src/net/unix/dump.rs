@@ -271,6 +271,9 @@ pub(crate) fn read(
         read_dgram_peer(d, met, x, &mut u)?;
     } else if x.state == ESTABLISHED {
         read_peer(d, met, diag, x, &mut u)?;
+        if met.kind == libc::SOCK_STREAM {
+            u.charged = sockopt::queued(&met.fd, Queue::Out).unwrap_or(0);
+        }
     }
     if is_path(&u.name) && !u.accepted {
         u.file = read_file(met, &u.name, warnings);

@@ -8,6 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use anyhow::{Context, Result, bail};
 
 use super::names::{aside, base_of, bind, bind_unseen, enter_unseen, path, reach};
+use super::pieces::Pieces;
 use super::{address, display, is_path};
 use crate::image::sockets::{PeerCreds, Socket, SocketState, Unix, UnixMessage};
 use crate::kernel::socket::{self, Extra};
@@ -415,6 +416,7 @@ fn fill_all(
         senders: senders(queues, makers),
     };
     let mut sizes = HashMap::new();
+    let mut pieces = Pieces::default();
     for (i, s) in sockets.iter().enumerate() {
         let Some(u) = of(s).filter(|u| u.outside.is_none()) else {
             continue;
@@ -440,12 +442,25 @@ fn fill_all(
                 display(&u.name)
             )
         };
+        let peer = peer.and_then(|p| sockets.get(p)).and_then(of);
+        let mut queue = Refill {
+            bytes: u.queue.iter().map(|m| m.data.len()).sum(),
+            // No more than there is room for.
+            charge: peer
+                .map_or(0, |p| p.charged as usize)
+                .min(total.saturating_mul(4).max(4 << 20)),
+            pieces: &mut pieces,
+        };
         for m in &u.queue {
             if s.kind == libc::SOCK_DGRAM {
                 fill_dgram(r, sockets, (i, u, fd), sender, m, &sending).with_context(context)?;
             } else if let Some(sender) = sender {
                 options::enlarge_buffers(sender, total);
-                send_all(sender, None, m, &sending).with_context(context)?;
+                if s.kind == libc::SOCK_STREAM && queue.charge > 0 {
+                    queue.send(sender, m, &sending).with_context(context)?;
+                } else {
+                    send_all(sender, None, m, &sending).with_context(context)?;
+                }
             } else {
                 bail!("the image is damaged: {} with nobody to send", context());
             }
@@ -528,11 +543,53 @@ fn senders<'m>(
     all.map(|c| (c, makers.sender(c))).collect()
 }
 
+/// A stream whose bytes are sent again in pieces, so that its sender is charged with what he was.
+struct Refill<'a> {
+    /// To be sent, and what that is to be charged with.
+    bytes: usize,
+    charge: usize,
+    pieces: &'a mut Pieces,
+}
+
+impl Refill<'_> {
+    /// The next of its runs.
+    fn send(&mut self, from: &OwnedFd, m: &UnixMessage, sending: &Sending<'_, '_>) -> Result<()> {
+        let mut rest: &[u8] = &m.data;
+        loop {
+            // What came with descriptors came in one piece.
+            let len = if m.descriptions.is_empty() {
+                self.pieces.next(self.bytes, self.charge)?.min(rest.len())
+            } else {
+                rest.len()
+            };
+            let (piece, behind) = rest.split_at(len);
+            send_bytes(from, None, m, piece, sending)?;
+            self.bytes = self.bytes.saturating_sub(len);
+            self.charge = self.charge.saturating_sub(self.pieces.charge(len)?);
+            rest = behind;
+            if rest.is_empty() {
+                return Ok(());
+            }
+        }
+    }
+}
+
 /// Sends one stored message from `from`, in one piece if it can be.
 fn send_all(
     from: impl AsFd,
     to: Option<&[u8]>,
     m: &UnixMessage,
+    sending: &Sending<'_, '_>,
+) -> Result<()> {
+    send_bytes(from, to, m, &m.data, sending)
+}
+
+/// Some of its bytes.
+fn send_bytes(
+    from: impl AsFd,
+    to: Option<&[u8]>,
+    m: &UnixMessage,
+    bytes: &[u8],
     sending: &Sending<'_, '_>,
 ) -> Result<()> {
     let from = from.as_fd();
@@ -545,7 +602,7 @@ fn send_all(
         fds: &fds,
         credentials: (m.credentials).and_then(|c| sending.senders.get(&c).copied()),
     };
-    let mut rest: &[u8] = &m.data;
+    let mut rest = bytes;
     loop {
         let sent = match socket::send(from, rest, &extra) {
             Err(e)
