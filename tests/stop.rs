@@ -7,6 +7,8 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
@@ -16,6 +18,8 @@ use common::{build_c, describe, mistctl, processes, run, sandbox, status_field, 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 const LIMIT: Duration = Duration::from_secs(30);
+/// Signal 40: not in the mask of a thread that waits for it in sigtimedwait(2).
+const WAITED_FOR: u64 = 1 << 39;
 
 fn main() -> ExitCode {
     if sandbox::play_role() {
@@ -27,6 +31,7 @@ fn main() -> ExitCode {
         "dumps",
         "dumps_tree",
         "dumps_of_sleepers",
+        "dumps_of_sleepers_by_their_owner",
         "killed_dumps",
         "killed_tracers",
         "killed_restores",
@@ -44,7 +49,7 @@ fn outer(name: &str) -> Result<Completion, Failed> {
         return Ok(Completion::ignored_with("needs root, to make namespaces"));
     }
     let story = |e: anyhow::Error| format!("{e:#}");
-    let program = if name == "dumps_of_sleepers" {
+    let program = if name.starts_with("dumps_of_sleepers") {
         "tests/stop/sleepers.c"
     } else {
         "tests/stop/victim.c"
@@ -90,6 +95,10 @@ fn worker() -> ExitCode {
         "dumps" => test.dumps(&["alone"], &[]),
         "dumps_tree" => test.dumps(&[], &["--tree"]),
         "dumps_of_sleepers" => test.dumps(&["alone"], &[]),
+        // When calls are to end is then not read from the kernel's memory.
+        "dumps_of_sleepers_by_their_owner" => test
+            .become_ordinary()
+            .and_then(|()| test.dumps(&["estimated"], &[])),
         "killed_dumps" => test.killed_dumps(false),
         "killed_tracers" => test.killed_dumps(true),
         _ => test.killed_restores(),
@@ -139,7 +148,7 @@ impl Random {
 #[derive(Debug, PartialEq, Eq)]
 struct Look {
     /// Of every thread.
-    masks: BTreeSet<(String, String)>,
+    masks: BTreeSet<(String, u64)>,
     maps: Vec<String>,
     descriptors: BTreeSet<String>,
 }
@@ -150,6 +159,9 @@ struct Test {
     cwd: PathBuf,
     program: Option<Child>,
     pid: u32,
+    mistctl: PathBuf,
+    /// Whom program and mistctl belong to.
+    user: u32,
 }
 
 impl Test {
@@ -163,7 +175,26 @@ impl Test {
             cwd,
             program: None,
             pid: 0,
+            mistctl: env!("CARGO_BIN_EXE_mistctl").into(),
+            user: 0,
         })
+    }
+
+    /// From here on the program and mistctl are an ordinary user's, without any privilege.
+    fn become_ordinary(&mut self) -> Result<()> {
+        const NOBODY: u32 = 65534;
+        self.user = NOBODY;
+        for (name, program) in [("victim", &mut self.victim), ("mistctl", &mut self.mistctl)] {
+            // Where the user finds it.
+            let copy = self.dir.join(name);
+            fs::copy(&*program, &copy)?;
+            fs::set_permissions(&copy, fs::Permissions::from_mode(0o755))?;
+            *program = copy;
+        }
+        for dir in [&self.dir, &self.cwd] {
+            chown(dir, Some(NOBODY), Some(NOBODY))?;
+        }
+        Ok(())
     }
 
     fn start(&mut self, args: &[&str]) -> Result<()> {
@@ -171,6 +202,8 @@ impl Test {
         let mut child = Command::new(&self.victim)
             .args(args)
             .current_dir(&self.cwd)
+            .uid(self.user)
+            .gid(self.user)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
@@ -222,7 +255,8 @@ impl Test {
             let tid = t.file_name().to_string_lossy().into_owned();
             let text = fs::read_to_string(t.path().join("status")).unwrap_or_default();
             let mask = text.lines().find_map(|l| l.strip_prefix("SigBlk:"));
-            masks.insert((tid, mask.unwrap_or_default().trim().to_owned()));
+            let mask = u64::from_str_radix(mask.unwrap_or_default().trim(), 16).unwrap_or(0);
+            masks.insert((tid, mask | WAITED_FOR));
         }
         // Without the heap arenas' inner borders, which the program's own work moves.
         let maps = fs::read_to_string(format!("/proc/{}/maps", self.pid))?
@@ -289,7 +323,8 @@ impl Test {
     }
 
     fn command(&self, more: &[&str], image: &Path) -> Command {
-        let mut command = mistctl();
+        let mut command = Command::new(&self.mistctl);
+        command.uid(self.user).gid(self.user).stdin(Stdio::null());
         command.arg("dump").arg(self.pid.to_string());
         command.arg("-o").arg(image).arg("--json").args(more);
         command

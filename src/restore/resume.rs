@@ -6,6 +6,8 @@
 //! with the time it has left, and stop it in there. The rest goes through trampolines in the dead end
 //! of the vDSO, as in a dump.
 
+use std::cmp::Reverse;
+
 use anyhow::{Context, Result, bail};
 
 use crate::image::process::Process;
@@ -13,6 +15,7 @@ use crate::image::threads::{Resume, Thread};
 use crate::kernel::arch::{
     ERESTART_RESTARTBLOCK, ERESTARTNOHAND, ERESTARTNOINTR, ERESTARTSYS, Regs, trampoline,
 };
+use crate::kernel::batch;
 use crate::kernel::calls::{self, Broken, Timeout};
 use crate::kernel::mem::Mem;
 use crate::kernel::remote::Remote;
@@ -55,7 +58,9 @@ pub fn set(
         ahead_ns,
     };
     let mut after = Afterwards::default();
-    for (r, t) in threads.iter().zip(&p.threads) {
+    let mut order: Vec<_> = threads.iter().zip(&p.threads).collect();
+    order.sort_by_key(|(_, t)| loss(t));
+    for (r, t) in order {
         let regs = go_on(r.tracee, t, mem, &mut place, &mut after)
             .with_context(|| format!("setting thread {} going", t.tid))?;
         if !t.xstate.is_empty() {
@@ -65,6 +70,17 @@ pub fn set(
         r.tracee.set_sigmask(t.sigmask)?;
     }
     Ok(after)
+}
+
+/// Who gets room first: those whom it would show without, and then those that would end latest.
+fn loss(t: &Thread) -> (u8, Reverse<i64>) {
+    match t.resume {
+        Resume::Partial { .. } => (0, Reverse(0)),
+        Resume::Timed { nr, left_ns } if calls::socket_option(nr).is_none() => {
+            (1, Reverse(left_ns))
+        }
+        _ => (2, Reverse(0)),
+    }
 }
 
 /// The dead end of the vDSO; trampolines stand from `lowest` on.
@@ -79,15 +95,13 @@ impl Place {
     /// The address of a trampoline with so many bytes, which does not depend on the address.
     fn take(&mut self, len: usize) -> Option<u64> {
         let at = self.lowest.checked_sub(len as u64)? & !7;
-        (at >= self.start + WORK).then(|| {
+        // What the next dump needs stays free.
+        (at >= self.start + batch::ROOM).then(|| {
             self.lowest = at;
             at
         })
     }
 }
-
-/// Bytes at its beginning that [`begin`] uses.
-const WORK: u64 = 32;
 
 fn go_on(
     tracee: Tracee,

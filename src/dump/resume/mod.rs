@@ -36,8 +36,8 @@ const EINTR: i64 = libc::EINTR as i64;
 #[derive(Debug, Clone, Default)]
 pub struct Tail {
     all: Range<u64>,
-    /// Trampolines stand from here to the end.
-    lowest: u64,
+    /// Where trampolines stand.
+    used: Vec<Range<u64>>,
 }
 
 impl Tail {
@@ -45,8 +45,8 @@ impl Tail {
     pub fn find(tid: i32, mem: &Mem) -> Self {
         let all = vdso_tail(tid, mem).unwrap_or_default();
         let mut tail = Self {
-            lowest: all.end,
             all,
+            used: Vec::new(),
         };
         // What an earlier dump has left may be in use; once the threads stand [`settle`] knows.
         let from = tail.all.start + batch::ROOM;
@@ -54,31 +54,48 @@ impl Tail {
         if let Ok(old) = mem.read_vec(from, len)
             && let Some(i) = old.iter().position(|b| *b != 0)
         {
-            tail.keep(from + i as u64);
+            tail.used.push((from + i as u64) & !7..tail.all.end);
         }
         tail
     }
 
     /// What a batch may use.
     pub fn free(&self) -> Range<u64> {
-        self.all.start..self.lowest
+        let lowest = self.used.iter().map(|r| r.start).min();
+        self.all.start..lowest.unwrap_or(self.all.end)
     }
 
     fn holds(&self, rip: u64) -> bool {
         self.all.contains(&rip)
     }
 
-    fn keep(&mut self, from: u64) {
-        self.lowest = self.lowest.min(from & !7).max(self.all.start);
+    /// The trampoline that somebody with these registers stands in, from there on.
+    fn keep(&mut self, regs: &Regs, mem: &Mem) {
+        let room = (self.all.end - regs.rip) as usize;
+        let code = mem.read_vec(regs.rip, room).unwrap_or_default();
+        let len = trampoline::extent(&code, regs).unwrap_or(room);
+        let end = (regs.rip + len as u64).min(self.all.end);
+        self.used.push(regs.rip.saturating_sub(2) & !7..end);
     }
 
-    /// The address for `len` bytes, if there are so many above `floor`.
-    fn take(&mut self, len: usize, floor: u64) -> Option<u64> {
-        let at = self.lowest.checked_sub(len as u64)? & !7;
-        (at >= floor).then(|| {
-            self.lowest = at;
-            at
-        })
+    /// The address for `len` bytes: the highest there is. What the next batch needs stays free.
+    fn take(&mut self, len: usize) -> Option<u64> {
+        let floor = self.all.start.checked_add(batch::ROOM)?;
+        self.used
+            .sort_unstable_by_key(|r| std::cmp::Reverse(r.start));
+        let mut end = self.all.end;
+        let fits = |end: u64, below: u64| {
+            let at = end.checked_sub(len as u64)? & !7;
+            (at >= below.max(floor)).then_some(at)
+        };
+        let mut found = None;
+        for r in &self.used {
+            found = found.or_else(|| fits(end, r.end));
+            end = end.min(r.start);
+        }
+        let at = found.or_else(|| fits(end, floor))?;
+        self.used.push(at..at + len as u64);
+        Some(at)
     }
 }
 
@@ -183,8 +200,7 @@ pub fn first_act(held: &mut Held, mem: &Mem, tail: &mut Tail) -> Result<bool> {
             nr,
             done: result as u64,
         };
-        let floor = tail.all.start + batch::ROOM;
-        if place(held, 0, mem, tail, floor)? {
+        if place(held, 0, mem, tail)? {
             held.tracee.set_regs(&held.regs)?;
         }
     }
@@ -220,10 +236,10 @@ fn waits(tid: i32, nr: u64, r: &Regs) -> bool {
 /// Once all threads stand: when their calls are to time out, and trampolines for what they have yet
 /// to transfer, so that from now on our death shows as little as our going on.
 pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -> Result<()> {
-    tail.lowest = tail.all.end;
+    tail.used.clear();
     for h in threads.iter() {
         if tail.holds(h.regs.rip) {
-            tail.keep(h.regs.rip.saturating_sub(2));
+            tail.keep(&h.regs, mem);
         }
         keep_frames(h, mem, tail);
     }
@@ -273,11 +289,11 @@ pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -
                 (None, None) => 0,
             };
         }
-        if matches!(h.resume, Resume::Partial { .. }) && !tail.holds(h.regs.rip) {
-            let floor = tail.all.start + batch::ROOM;
-            if place(h, 0, mem, tail, floor)? {
-                h.tracee.set_regs(&h.regs)?;
-            }
+        if matches!(h.resume, Resume::Partial { .. })
+            && !tail.holds(h.regs.rip)
+            && place(h, 0, mem, tail)?
+        {
+            h.tracee.set_regs(&h.regs)?;
         }
     }
     Ok(())
@@ -322,7 +338,11 @@ fn keep_frames(h: &Held, mem: &Mem, tail: &mut Tail) {
     for w in stack[..got].chunks_exact(8) {
         let value = w.try_into().map_or(0, u64::from_le_bytes);
         if tail.holds(value) {
-            tail.keep(value.saturating_sub(2));
+            let there = Regs {
+                rip: value,
+                ..Regs::default()
+            };
+            tail.keep(&there, mem);
         }
     }
 }
@@ -371,11 +391,11 @@ fn call_by_arguments(r: &Regs, mem: &Mem) -> u64 {
 }
 
 /// Writes a trampoline for the rest of a thread's call and points the thread there.
-fn place(h: &mut Held, left: i64, mem: &Mem, tail: &mut Tail, floor: u64) -> Result<bool> {
+fn place(h: &mut Held, left: i64, mem: &Mem, tail: &mut Tail) -> Result<bool> {
     let Some(sketch) = calls::rest(0, &h.program, &h.resume, left, mem)? else {
         return Ok(false);
     };
-    let Some(at) = tail.take(sketch.bytes.len(), floor) else {
+    let Some(at) = tail.take(sketch.bytes.len()) else {
         return Ok(false);
     };
     let Some(t) = calls::rest(at, &h.program, &h.resume, left, mem)? else {
@@ -391,14 +411,19 @@ fn place(h: &mut Held, left: i64, mem: &Mem, tail: &mut Tail, floor: u64) -> Res
 /// Sockets whose time-outs are to be put back once the threads run are returned.
 pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Vec<SocketTimeout> {
     let mut sockets = Vec::new();
-    for h in threads {
+    // Those first that would lose most without room.
+    let mut order: Vec<&mut Held> = threads.iter_mut().collect();
+    order.sort_by_key(|h| {
+        let partial = matches!(h.resume, Resume::Partial { .. });
+        std::cmp::Reverse((partial, h.deadline))
+    });
+    for h in order {
         let now = monotonic_ns();
         let left = h.deadline.map(|d| (d - now).max(0));
         match (&h.resume, left) {
             (Resume::Partial { .. }, _) if !tail.holds(h.regs.rip) => {
-                let floor = tail.all.start;
                 // Without room the program sees a short count.
-                let _ = place(h, 0, mem, tail, floor);
+                let _ = place(h, 0, mem, tail);
             }
             (Resume::Again { nr }, Some(left)) => {
                 if let Some((t, Broken::Updated)) = calls::timeout(*nr, &h.program) {
@@ -411,8 +436,7 @@ pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Vec<SocketTime
                     Some((_, Broken::RestartBlock)) => {}
                     Some((t, _)) if tail.holds(h.regs.rip) => retime(t, h, left, mem, tail),
                     Some(_) => {
-                        let floor = tail.all.start;
-                        let _ = place(h, left, mem, tail, floor);
+                        let _ = place(h, left, mem, tail);
                     }
                     None if waits_outside(h, tail) => {
                         retime(calls::Timeout::Timespec(4), h, left, mem, tail);
@@ -450,7 +474,7 @@ fn waits_outside(h: &Held, tail: &Tail) -> bool {
 fn note_deadline(h: &mut Held, deadline: i64, mem: &Mem, tail: &mut Tail) {
     let nr = h.program.orig_rax;
     let emit = |at| trampoline::emit(at, &h.program, nr, &[], None, Some(deadline), &[], &[]);
-    if let Some(at) = tail.take(emit(0).bytes.len(), tail.all.start) {
+    if let Some(at) = tail.take(emit(0).bytes.len()) {
         let t = emit(at);
         if mem.write(at, &t.bytes).is_ok() {
             h.regs = t.regs;
@@ -480,5 +504,29 @@ fn overwrite(t: calls::Timeout, r: &Regs, left: i64, mem: &Mem) -> Result<()> {
         calls::Timeout::Millis(_) => Ok(()),
         calls::Timeout::Timespec(i) => mem.write(r.arg(i), &calls::timespec(left)),
         calls::Timeout::Timeval(i) => mem.write(r.arg(i), &calls::timeval(left)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trampoline_goes_into_the_highest_gap_and_leaves_room_for_a_batch() {
+        let end = 4096 + batch::ROOM + 200;
+        let mut tail = Tail {
+            all: 4096..end,
+            used: Vec::new(),
+        };
+        assert_eq!(tail.take(40), Some((end - 40) & !7));
+        let first = tail.take(64).unwrap();
+        let second = tail.take(40).unwrap();
+        assert!(second + 40 <= first);
+        assert_eq!(tail.take(64), None);
+        assert_eq!(tail.free(), 4096..second);
+        // The one in the middle has ended.
+        tail.used.retain(|r| r.start != first);
+        assert_eq!(tail.take(64), Some(first));
+        assert!(Tail::default().take(8).is_none());
     }
 }

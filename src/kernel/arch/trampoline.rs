@@ -72,7 +72,7 @@ pub fn emit(
     if nr != program.orig_rax {
         say_call(&mut a, program);
     }
-    leave(&mut a, program);
+    leave(&mut a, program, data.len());
     for i in in_data {
         if let Some(r) = Regs::ARGS.get(*i) {
             regs.set(*r, regs.get(*r).wrapping_add(at + a.len() as u64));
@@ -94,10 +94,11 @@ fn say_call(a: &mut Asm, program: &Regs) {
     a.raw(&(program.orig_rax as u32).to_le_bytes());
 }
 
-/// Into the program. What is emitted next is data.
-fn leave(a: &mut Asm, program: &Regs) {
+/// Into the program. What is emitted next is so much data.
+fn leave(a: &mut Asm, program: &Regs, data: usize) {
     a.mov(R::Cx, program.rip);
     a.raw(&[0xff, 0xe1]); // jmp rcx
+    a.raw(&[data.div_ceil(8) as u8]); // for [`extent`]
     while !a.len().is_multiple_of(8) {
         a.raw(&[0xcc]);
     }
@@ -202,11 +203,11 @@ pub fn wait(at: u64, program: &Regs, w: &Wait) -> Trampoline {
         a.mov(r, program.get(r));
     }
     say_call(&mut a, program);
-    leave(&mut a, program);
-    let left_at = at + a.len() as u64;
-    let (end_at, set_at) = (left_at + 16, left_at + 32);
     let mut set = vec![0; (w.fd as usize / 64 + 1) * 8];
     set[w.fd as usize / 8] = 1 << (w.fd % 8);
+    leave(&mut a, program, w.left.len() + w.end.len() + set.len());
+    let left_at = at + a.len() as u64;
+    let (end_at, set_at) = (left_at + 16, left_at + 32);
     for data in [&w.left[..], &w.end, &set] {
         a.raw(data);
     }
@@ -239,6 +240,24 @@ pub fn note(code: &[u8]) -> Option<i64> {
 /// orig_rax becomes the program's call where that is another one. None when this is no trampoline's
 /// code.
 pub fn run_out(code: &[u8], at: &Regs) -> Option<Regs> {
+    follow(code, at).map(|(regs, _)| regs)
+}
+
+/// How long a trampoline is from the `code` at a thread's rip to the end of its data.
+pub fn extent(code: &[u8], at: &Regs) -> Option<usize> {
+    // As if its call had been broken off: that leads to the end.
+    let broken = Regs {
+        rax: -i64::from(libc::EINTR) as u64,
+        ..*at
+    };
+    let (_, behind) = follow(code, &broken)?;
+    let data = 8 * usize::from(*code.get(behind)?);
+    let start = at.rip.checked_add(behind as u64 + 1)?.next_multiple_of(8) - at.rip;
+    Some(start as usize + data)
+}
+
+/// The registers in the program, and what of the code is behind the jump there.
+fn follow(code: &[u8], at: &Regs) -> Option<(Regs, usize)> {
     let mut regs = *at;
     let mut rest = code;
     for _ in 0..STEPS_MAX {
@@ -246,7 +265,7 @@ pub fn run_out(code: &[u8], at: &Regs) -> Option<Regs> {
         let len = match *rest {
             [0xff, 0xe1, ..] => {
                 regs.rip = regs.rcx;
-                return Some(regs);
+                return Some((regs, code.len() - rest.len() + 2));
             }
             [0x48, 0x89, 0xc1, ..] => {
                 regs.rcx = regs.rax;
@@ -365,6 +384,7 @@ mod tests {
     fn a_time_out_leaves_errors_alone() {
         let t = emit(0x2000, &program(), 1, &[(3, 0)], None, None, &[3], &[1; 16]);
         assert_eq!(t.regs.rip, 0x2002);
+        assert_eq!(extent(&t.bytes[2..], &t.regs), Some(t.bytes.len() - 2));
         assert_eq!(t.bytes[(t.regs.r10 - 0x2000) as usize..], [1; 16]);
         assert_eq!(behind(&t, 0x2000, -4).rax, -4i64 as u64);
         assert_eq!(behind(&t, 0x2000, 0).r10, program().r10);
@@ -391,6 +411,7 @@ mod tests {
         };
         let t = wait(0x3000, &p, &w);
         assert!(t.bytes.len() <= MOST);
+        assert_eq!(extent(&t.bytes[2..], &t.regs), Some(t.bytes.len() - 2));
         assert_eq!((t.regs.rip, t.regs.orig_rax, t.regs.rdi), (0x3002, 270, 71));
         let data = |at: u64, len: usize| &t.bytes[(at - 0x3000) as usize..][..len];
         assert_eq!(data(t.regs.r8, 16), [1; 16]);
