@@ -33,18 +33,20 @@ fn main() -> ExitCode {
         ),
         ("what_cannot_move_is_refused_and_runs_on", refusals),
         ("heat_moves", |s| {
-            same_result(s, "heat -n 400 -s 1500 -w 4", 4)
+            same_result(s, |n| format!("heat -n 400 -s {} -w 4", 1500 * n), 4)
         }),
         ("matmul_moves_with_its_groups_and_barriers", |s| {
-            same_result(s, "matmul -n 300 -r 20 -w 3", 4)
+            same_result(s, |n| format!("matmul -n 300 -r {} -w 3", 20 * n), 4)
         }),
         ("farm_moves", |s| {
-            same_result(s, "farm -n 20000000 -j 400 -w 4", 4)
+            same_result(s, |n| format!("farm -n {} -j 400 -w 4", 20_000_000 * n), 4)
         }),
         ("ring_moves", |s| {
-            same_result(s, "ring -l 400 -b 20000 -w 4", 4)
+            same_result(s, |n| format!("ring -l {} -b 20000 -w 4", 400 * n), 4)
         }),
-        ("wave_moves", |s| same_result(s, "wave 4000 6000 3", 4)),
+        ("wave_moves", |s| {
+            same_result(s, |n| format!("wave 4000 {} 3", 6000 * n), 4)
+        }),
         ("the_group_server_moves", group_server),
         ("two_at_once_and_partners_that_change_places", at_once),
         ("soak_with_random_moves_finds_nothing", |s| {
@@ -321,13 +323,14 @@ impl Drop for Reaped {
     }
 }
 
-/// Runs it without moves, and then with; some must have been made.
-fn same_result(stage: &Stage, command: &str, least: usize) -> Result<()> {
-    let expected = stage.result(command)?;
+/// Runs it without moves, and then with; some must have been made. It is given the more to do the fewer there was time
+/// for: `command` says how many times as much.
+fn same_result(stage: &Stage, command: fn(u32) -> String, least: usize) -> Result<()> {
     let mut dice = Dice(7);
     let mut moves = 0;
-    for _ in 0..5 {
-        let mut running = stage.begin(command)?;
+    for n in (0..6).map(|doublings| 1 << doublings) {
+        let expected = stage.result(&command(n))?;
+        let mut running = stage.begin(&command(n))?;
         while !running.has_ended()? {
             moves += usize::from(random_move(stage, &mut running, &mut dice)?);
         }

@@ -41,6 +41,8 @@ pub struct Raised {
 }
 
 /// What all pvmds and unix sockets of this host look like at a moment: finds the connections of many tasks.
+/// Unix sockets are all that a Linux pvmd serves its tasks by: TCP is for systems that PVM was built for with
+/// NOUNIXDOM, and no option or variable chooses it (PVMNETSOCKPORT is about the ports between pvmds).
 pub struct Daemons {
     /// Sockets of pvmds by inode: the process and its descriptor.
     sockets: HashMap<u64, (i32, i32)>,
