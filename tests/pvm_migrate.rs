@@ -5,6 +5,7 @@ mod common;
 mod testhosts;
 
 use std::fmt::Write as _;
+use std::path::Path;
 use std::process::{Child, ExitCode, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -26,12 +27,13 @@ struct Stage {
 type Test = fn(&Stage) -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 13] = [
+    let tests: [(&str, Test); 14] = [
         (
             "there_and_back_a_task_keeps_its_virtual_tid",
             there_and_back,
         ),
         ("what_cannot_move_is_refused_and_runs_on", refusals),
+        ("advice_of_the_last_moment_moves_along", last_advice),
         ("heat_moves", |s| {
             same_result(s, |n| format!("heat -n 400 -s {} -w 4", 1500 * n), 4)
         }),
@@ -266,6 +268,27 @@ fn there_and_back(stage: &Stage) -> Result<()> {
     Ok(())
 }
 
+fn last_advice(stage: &Stage) -> Result<()> {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/testhosts/advice.c");
+    let built = common::build_c(&source, &["-lpvm3".to_owned()])?;
+    std::fs::copy(built, stage.examples.path().join("advice"))?;
+    let mut advice = stage.begin("advice 6")?;
+    let task = wait_for("the task", LIMIT, || {
+        Ok(advice.workers()?.into_iter().next())
+    })?;
+    let (mut at, mut moves) = (task.host, 0);
+    while !advice.has_ended()? {
+        at = if at == "h0" { "h1" } else { "h0" }.to_owned();
+        // It may just have ended.
+        let moved = stage.json("h0", &format!("migrate --json {} {at}", task.v))?;
+        moves += usize::from(moved["virtual_tid"] == task.v.as_str());
+    }
+    let said = advice.end()?;
+    ensure!(moves >= 3, "there was time for {moves} moves only");
+    ensure!(said.starts_with("advice: as asked"), "{said}");
+    Ok(())
+}
+
 fn refusals(stage: &Stage) -> Result<()> {
     let failure = |arguments: &str| stage.json("h0", arguments);
     let ring = stage.begin("ring -l 1000000 -b 1000 -w 3")?;
@@ -491,6 +514,12 @@ fn soak_once(stage: &Stage, seconds: u32, dice: &mut Dice, victim: Option<&str>)
         }
     }
     let said = soak.end()?;
+    // What shared the memory of a task while that was moved, for example.
+    wait_for("the end of all that is left of it", LIMIT, || {
+        let left = |host| stage.hosts.exec(host, "pgrep -l soak || true");
+        let left = HOSTS.into_iter().map(left).collect::<Result<String>>()?;
+        Ok(left.trim().is_empty().then_some(()))
+    })?;
     ensure!(
         said.starts_with("soak: OK"),
         "{said}, after {moves} moves and {failed} that failed"

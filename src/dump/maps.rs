@@ -2,11 +2,12 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::io::{self, BufRead, BufReader};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Context, Result};
-use procfs::process::{MMPermissions, MMapPath, MemoryMap, Process, VmFlags};
+use procfs::process::{MMPermissions, MMapPath, MemoryMap, Process};
 
 use super::tables::Tables;
 use crate::error::Failure;
@@ -183,42 +184,116 @@ fn sysv(pid: i32, m: &MemoryMap, tables: &mut Tables) -> Result<Backing> {
     Ok(Backing::Shared { memory })
 }
 
-const CODES: [(VmFlags, &str); 16] = [
-    (VmFlags::MW, "mw"),
-    (VmFlags::GD, "gd"),
-    (VmFlags::LO, "lo"),
-    (VmFlags::SR, "sr"),
-    (VmFlags::RR, "rr"),
-    (VmFlags::DC, "dc"),
-    (VmFlags::DE, "de"),
-    (VmFlags::NR, "nr"),
-    (VmFlags::AC, "ac"),
-    (VmFlags::HT, "ht"),
-    (VmFlags::WF, "wf"),
-    (VmFlags::DD, "dd"),
-    (VmFlags::HG, "hg"),
-    (VmFlags::NH, "nh"),
-    (VmFlags::MG, "mg"),
-    (VmFlags::SF, "sf"),
+/// The flags that an image has (proc(5), VmFlags of /proc/PID/smaps).
+const CODES: [&str; 16] = [
+    "mw", "gd", "lo", "sr", "rr", "dc", "de", "nr", "ac", "ht", "wf", "dd", "hg", "nh", "mg", "sf",
 ];
+
+/// What /proc/PID/smaps alone tells of mappings. It costs a walk over all page tables.
+#[derive(Debug, Default)]
+pub struct Flags {
+    /// By where they begin and end.
+    all: HashMap<(u64, u64), Vec<String>>,
+    /// Missing pages of some are given by a userfaultfd.
+    pub by_uffd: bool,
+}
+
+impl Flags {
+    /// Reads those of process `pid`.
+    ///
+    /// # Errors
+    /// Those of the file; of a process that ends meanwhile there are none.
+    pub fn read(pid: i32) -> io::Result<Self> {
+        // Large enough for one mapping: each read ends where a mapping does.
+        let mut lines =
+            BufReader::with_capacity(1 << 16, File::open(format!("/proc/{pid}/smaps"))?);
+        let mut flags = Self::default();
+        let (mut line, mut at) = (String::new(), None);
+        loop {
+            line.clear();
+            match lines.read_line(&mut line) {
+                Ok(0) => return Ok(flags),
+                Ok(_) => {}
+                Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Ok(flags),
+                Err(e) => return Err(e),
+            }
+            if let Some(codes) = line.strip_prefix("VmFlags:") {
+                flags.by_uffd |= codes.split_whitespace().any(|code| code == "um");
+                let kept = CODES
+                    .iter()
+                    .filter(|code| codes.split_whitespace().any(|c| c == **code));
+                if let Some(at) = at.take() {
+                    flags
+                        .all
+                        .insert(at, kept.map(|code| (*code).to_owned()).collect());
+                }
+            } else if let Some(range) = range(&line) {
+                at = Some(range);
+            }
+        }
+    }
+
+    /// Those of a mapping; none when it is not known.
+    pub fn of(&self, v: &Vma) -> Option<&[String]> {
+        self.all.get(&(v.start, v.end)).map(Vec::as_slice)
+    }
+}
+
+/// Where a mapping begins and ends, from the first line that /proc has of it.
+fn range(line: &str) -> Option<(u64, u64)> {
+    let (from, to) = line.split_whitespace().next()?.split_once('-')?;
+    let number = |text| u64::from_str_radix(text, 16).ok();
+    Some((number(from)?, number(to)?))
+}
 
 /// Adds VmFlags as /proc/`of`/smaps shows them: `of` is the process, or a copy of it that has all its
 /// mappings but those marked DONTFORK, which are all a copy lacks.
 pub fn add_flags(vmas: &mut [Vma], of: i32, is_copy: bool) -> Result<()> {
-    let maps = Process::new(of)
-        .and_then(|p| p.smaps())
+    let flags = Flags::read(of)
         .with_context(|| format!("reading the flags of mappings of process {of}"))?;
-    let by_start: HashMap<u64, &MemoryMap> = maps.iter().map(|m| (m.address.0, m)).collect();
     for v in vmas {
-        v.flags = match by_start.get(&v.start) {
-            Some(m) => CODES
-                .iter()
-                .filter(|(flag, _)| m.extension.vm_flags.contains(*flag))
-                .map(|(_, code)| (*code).to_owned())
-                .collect(),
+        v.flags = match flags.of(v) {
+            Some(codes) => codes.to_vec(),
             None if is_copy => vec!["dc".to_owned()],
             None => Vec::new(),
         };
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use procfs::process::VmFlags;
+
+    use super::*;
+
+    #[test]
+    fn flags_are_those_of_the_kernel() {
+        let pid = std::process::id() as i32;
+        let flags = Flags::read(pid).unwrap();
+        let smaps = Process::new(pid).and_then(|p| p.smaps()).unwrap();
+        let mut compared = 0;
+        for m in &smaps {
+            // Threads of other tests map and unmap meanwhile.
+            let Some(ours) = flags.all.get(&m.address) else {
+                continue;
+            };
+            compared += 1;
+            let has = |code: &str| ours.iter().any(|c| c == code);
+            for (flag, code) in [
+                (VmFlags::MW, "mw"),
+                (VmFlags::GD, "gd"),
+                (VmFlags::AC, "ac"),
+                (VmFlags::DE, "de"),
+            ] {
+                assert_eq!(
+                    has(code),
+                    m.extension.vm_flags.contains(flag),
+                    "{code} {m:?}"
+                );
+            }
+        }
+        assert!(compared > 5, "{compared} of {}", smaps.0.len());
+        assert!(!flags.by_uffd);
+    }
 }

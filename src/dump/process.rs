@@ -6,19 +6,20 @@ use std::os::unix::fs::MetadataExt;
 use anyhow::{Context, Result};
 use procfs::process::{Process as Proc, Stat};
 
+use super::maps::Flags;
 use super::tables::Tables;
 use super::{namespace, queries, ready, threads};
 use crate::error::{Classify, Failure};
 use crate::image::process::{EndedLeader, Limit, MmLayout, Process, State};
 
-/// Refuses what no dump can carry, before anything is stopped.
-pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<()> {
+/// Refuses what no dump can carry, before anything is stopped. What was read of its mappings for that.
+pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<Flags> {
     let refuse = |what: String| Err(Failure::Refused.because(what));
     let asked_for = inside.first() == Some(&pid);
     let status = match Proc::new(pid).and_then(|p| p.status()) {
         Ok(s) => s,
         // A child that came and went.
-        Err(_) if !asked_for => return Ok(()),
+        Err(_) if !asked_for => return Ok(Flags::default()),
         Err(e) => {
             return Err(e)
                 .or_failure(Failure::NoSuchProcess)
@@ -29,7 +30,7 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<()> {
         // Its parent has just taken it: nothing names it any more.
         return match asked_for {
             true => Err(Failure::NoSuchProcess.because(format!("process {pid} has ended"))),
-            false => Ok(()),
+            false => Ok(Flags::default()),
         };
     }
     if status.tgid != pid {
@@ -43,7 +44,7 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<()> {
         via => match Proc::new(via).and_then(|p| p.status()) {
             Ok(s) => (via, s),
             // The thread has ended since: whoever stops the process finds another, or none.
-            Err(_) => return Ok(()),
+            Err(_) => return Ok(Flags::default()),
         },
     };
     if status.state.starts_with('Z') {
@@ -52,11 +53,11 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<()> {
                 "process {pid} has ended and waits for its parent to take its status"
             )));
         }
-        return Ok(());
+        return Ok(Flags::default());
     }
     if status.vmsize.is_none() && !asked_for {
         // A child on its way out.
-        return Ok(());
+        return Ok(Flags::default());
     }
     if status.vmsize.is_none() {
         // include/linux/sched.h
@@ -73,7 +74,7 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<()> {
                 Err(Failure::NoSuchProcess.because(format!("process {pid} is just ending")))
             }
             // It is found dead, or gone, when the tree stands still.
-            (false, false) => Ok(()),
+            (false, false) => Ok(Flags::default()),
         };
     }
     if !with_tree && let Some(child) = tree(pid, true).get(1) {
@@ -86,7 +87,7 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<()> {
             status.name
         ));
     }
-    ready::wait(via)?;
+    let flags = ready::wait(via)?;
     let status = Proc::new(via).and_then(|p| p.status()).unwrap_or(status);
     if status.tracerpid != 0 {
         return Err(Failure::Busy.because(format!(
@@ -97,7 +98,8 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<()> {
     }
     crate::kernel::caps::caller()?.may_dump(pid)?;
     let first = inside.first().map_or(via, |first| living_thread(*first));
-    namespace::check(pid, via, first)
+    namespace::check(pid, via, first)?;
+    Ok(flags)
 }
 
 /// The error for a process that is to be dumped without its children.

@@ -1,11 +1,12 @@
 //! Waits for another mistctl to be done with a process: one that restores it.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+use super::maps::Flags;
 use crate::error::Failure;
 
 /// How long a process is waited for that is traced, and one whose memory is being filled.
@@ -16,19 +17,30 @@ const FILLED: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(5);
 const SHARE: u32 = 4;
 
+/// As [`wait`].
+///
+/// # Errors
+/// As [`wait`].
+pub fn wait_until_whole(pid: i32) -> Result<()> {
+    wait(pid).map(drop)
+}
+
 /// Returns when process `pid` is no longer traced, as by a mistctl that is about to let it go, and its memory is no
 /// longer being filled (`mistctl restore --lazy`): a page that is missing looks like one that holds nothing. Before it
-/// is stopped, for what is filled once stays so. One that is traced for long is left to those who know by whom.
+/// is stopped, for what is filled once stays so. One that is traced for long is left to those who know by whom. What
+/// was read of its mappings for that.
 ///
 /// # Errors
 /// [`Failure::Busy`] when filling takes too long.
-pub fn wait(pid: i32) -> Result<()> {
+pub fn wait(pid: i32) -> Result<Flags> {
     let from = Instant::now();
     loop {
         let began = Instant::now();
         let traced = is_traced(pid) && from.elapsed() < TRACED;
-        if !traced && !is_being_filled(pid)? {
-            return Ok(());
+        let flags = flags(pid)?;
+        // A program that gives itself missing pages has a descriptor for it, which is another matter.
+        if !traced && (!flags.by_uffd || has_userfaultfd(pid)) {
+            return Ok(flags);
         }
         if from.elapsed() > FILLED {
             return Err(Failure::Busy.because(format!(
@@ -45,28 +57,15 @@ fn is_traced(pid: i32) -> bool {
     status.is_ok_and(|status| status.tracerpid != 0)
 }
 
-/// Whether somebody else gives it missing pages: mappings have the flag `um` (userfaultfd, missing pages). A program that
-/// does so itself has a descriptor for it, which is another matter.
-fn is_being_filled(pid: i32) -> Result<bool> {
-    let path = format!("/proc/{pid}/smaps");
-    let Ok(file) = fs::File::open(&path) else {
+fn flags(pid: i32) -> Result<Flags> {
+    match Flags::read(pid) {
+        Ok(flags) => Ok(flags),
         // It has ended, or may not be looked at: both are told better elsewhere.
-        return Ok(false);
-    };
-    let mut lines = BufReader::with_capacity(1 << 16, file);
-    let mut line = Vec::new();
-    let mut found = false;
-    while !found {
-        line.clear();
-        match lines.read_until(b'\n', &mut line) {
-            Ok(0) => break,
-            Ok(_) => {}
-            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => break,
-            Err(e) => return Err(e).with_context(|| format!("reading {path}")),
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied) => {
+            Ok(Flags::default())
         }
-        found = line.starts_with(b"VmFlags:") && line.windows(4).any(|w| w == b" um ");
+        Err(e) => Err(e).with_context(|| format!("reading /proc/{pid}/smaps")),
     }
-    Ok(found && !has_userfaultfd(pid))
 }
 
 fn has_userfaultfd(pid: i32) -> bool {

@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -12,6 +13,7 @@ use nix::unistd::Pid;
 use super::files::Order;
 use super::hold::HeldProcess;
 use super::look::{self, Holds, Looked, Subject};
+use super::maps::Flags;
 use super::tables::Tables;
 use super::{
     After, Carried, Options, Report, Round, Run, Sink, Tracker, carry, maps, memory, namespace,
@@ -21,7 +23,7 @@ use crate::error::Failure;
 use crate::image::memory::Backing;
 use crate::image::process::Process;
 use crate::image::pvm::PvmTask;
-use crate::image::{FORMAT_NAME, FORMAT_VERSION, Fd, Manifest, SpaceId, Vma};
+use crate::image::{ChangedFlags, FORMAT_NAME, FORMAT_VERSION, Fd, Manifest, SpaceId, Vma};
 use crate::kernel::batch::{Snapshot, Twin};
 use crate::kernel::guardian::Guardian;
 use crate::kernel::sched::Urgent;
@@ -52,6 +54,9 @@ pub struct Session {
     pvm: Option<PvmTask>,
     hang_up: Option<OwnedFd>,
     wants_heirs: bool,
+    /// Of the first process's mappings, read while it still ran.
+    flags: Flags,
+    late_flags: Option<LateFlags>,
     report: Report,
 }
 
@@ -73,8 +78,12 @@ impl Session {
         stop_first: &mut dyn FnMut(i32) -> Result<HeldProcess>,
     ) -> Result<Self> {
         let pids = process::tree(opts.pid, opts.tree);
+        let mut flags = Flags::default();
         for pid in &pids {
-            process::check(*pid, &pids, opts.tree)?;
+            let found = process::check(*pid, &pids, opts.tree)?;
+            if *pid == opts.pid {
+                flags = found;
+            }
         }
         // Nobody changes his own.
         let inside = namespace::is_inside(process::living_thread(opts.pid));
@@ -86,6 +95,8 @@ impl Session {
             subjects: Vec::new(),
             heirs: Vec::new(),
             wants_heirs: false,
+            flags,
+            late_flags: None,
             tables: Tables::new(pids.len() as SpaceId),
             holds,
             pids,
@@ -233,16 +244,26 @@ impl Session {
         let process = &mut subject.process;
         let space = process.space;
         // Both walk over all page tables: at the same time.
-        let mut flagged = process.vmas.clone();
-        let vmas = &mut process.vmas;
-        let (flags, last) = std::thread::scope(|scope| {
-            let flags = scope.spawn(|| maps::add_flags(&mut flagged, via, false));
-            let last = tracker.last(vmas, &mut |at, data| sink.put(space, at, data));
-            (flags.join(), last)
-        });
-        flags.unwrap_or_else(|_| bail!("the thread that reads the flags of mappings panicked"))?;
-        for (v, flagged) in process.vmas.iter_mut().zip(flagged) {
-            v.flags = flagged.flags;
+        let late = LateFlags::read(via)?;
+        let last = tracker.last(&mut process.vmas, &mut |at, data| sink.put(space, at, data));
+        let known = |v: &Vma| self.flags.of(v).map(<[String]>::to_vec);
+        let as_before: Option<Vec<_>> = process.vmas.iter().map(known).collect();
+        match as_before {
+            Some(flags) => {
+                process
+                    .vmas
+                    .iter_mut()
+                    .zip(flags)
+                    .for_each(|(v, flags)| v.flags = flags);
+                self.late_flags = Some(late);
+            }
+            // What is new since may have flags that it has to be mapped with.
+            None => {
+                let flags = late.wait()?;
+                for v in &mut process.vmas {
+                    v.flags = flags.of(v).unwrap_or_default().to_vec();
+                }
+            }
         }
         let (mut runs, round) = last?;
         carry::files(via, process, &mut self.tables, self.opts.carried, sink)?;
@@ -259,6 +280,24 @@ impl Session {
         self.report.memory = "rounds".to_owned();
         self.report.bytes_memory += round.bytes;
         Ok((runs, round))
+    }
+
+    /// Flags of mappings of the first process, by where they begin, that are others than those in its manifest: advice
+    /// and locks of the last moment before it stood still. To be asked for behind [`Session::manifest`].
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn changed_flags(&mut self, manifest: &Manifest) -> Result<ChangedFlags> {
+        let Some(late) = self.late_flags.take() else {
+            return Ok(ChangedFlags::new());
+        };
+        let flags = late.wait()?;
+        let vmas = manifest.processes.first().map_or(&[][..], |p| &p.vmas);
+        let changed = vmas.iter().filter_map(|v| {
+            let now = flags.of(v).unwrap_or_default();
+            (now != v.flags).then(|| (v.start, now.to_vec()))
+        });
+        Ok(changed.collect())
     }
 
     /// Which description each of the first process's descriptors has; nothing before [`Session::look`].
@@ -358,6 +397,23 @@ impl Session {
         if self.report.blackout_us == 0 {
             self.report.blackout_us = self.stopped.elapsed().as_micros() as u64;
         }
+    }
+}
+
+/// Flags of the mappings of a process that stands still, being read by another thread.
+struct LateFlags(JoinHandle<std::io::Result<Flags>>);
+
+impl LateFlags {
+    fn read(pid: i32) -> Result<Self> {
+        let thread = std::thread::Builder::new().name("mist-flags".to_owned());
+        let thread = thread.spawn(move || Flags::read(pid));
+        Ok(Self(thread.context("starting a thread")?))
+    }
+
+    fn wait(self) -> Result<Flags> {
+        let read = self.0.join();
+        read.unwrap_or_else(|_| Err(std::io::Error::other("the thread panicked")))
+            .context("reading the flags of mappings")
     }
 }
 

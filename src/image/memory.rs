@@ -1,5 +1,7 @@
 //! Mappings, the files behind them, and memory that is shared.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 /// Which address space (or file-like run of bytes) pages belong to: processes first, then shared memory
@@ -98,6 +100,9 @@ pub enum SharedKind {
         gid: u32,
     },
 }
+
+/// Flags of mappings that are others than those in the manifest, by where the mappings begin.
+pub type ChangedFlags = BTreeMap<u64, Vec<String>>;
 
 impl Vma {
     pub fn has(&self, code: &str) -> bool {

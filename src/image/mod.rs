@@ -27,7 +27,7 @@ mod verify;
 use serde::{Deserialize, Serialize};
 
 pub use files::{Description, DescriptionId, Fd};
-pub use memory::{FileRef, SharedMemory, SpaceId, Vma};
+pub use memory::{ChangedFlags, FileRef, SharedMemory, SpaceId, Vma};
 pub use process::Process;
 pub use rounds::RoundsWriter;
 pub use sockets::Socket;

@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use anyhow::Result;
 
 use crate::image::DescriptionId;
+use crate::image::memory::ChangedFlags;
 use crate::image::process::Process;
 use crate::kernel::remote::Remote;
 
@@ -40,6 +41,13 @@ pub trait Guest {
     /// # Errors
     /// Everything half-built dies.
     fn furnish(&mut self, body: &mut Remote, p: &Process) -> Result<()>;
+
+    /// What of the image is otherwise, which may become known only now: advice and locks of the first process's
+    /// mappings.
+    ///
+    /// # Errors
+    /// Everything half-built dies.
+    fn changed_flags(&mut self) -> Result<ChangedFlags>;
 
     /// Everything stands. True: from now on somebody else decides about these processes should we die; they are
     /// parked for him.

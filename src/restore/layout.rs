@@ -8,7 +8,7 @@ use procfs::process::{MMapPath, Process as Proc};
 use super::Opened;
 use super::bulk::Bulk;
 use super::shared::SharedObjects;
-use crate::image::memory::{Backing, SpaceId, Vma};
+use crate::image::memory::{Backing, ChangedFlags, SpaceId, Vma};
 use crate::image::pages::PagesReader;
 use crate::image::process::Process;
 use crate::kernel::arch::{Asm, Call, PAGE, TASK_SIZE};
@@ -379,8 +379,9 @@ fn attach_segment(body: &mut Remote, v: &Vma, id: i32) -> Result<()> {
     )
 }
 
-/// Marks that memory has besides its content: advice, locks, guard pages. Content is in place.
-pub fn advise(body: &mut Remote, p: &Process) -> Result<()> {
+/// Marks that memory has besides its content: advice, locks, guard pages. Content is in place. `changed`: what is
+/// otherwise than in the image.
+pub fn advise(body: &mut Remote, p: &Process, changed: &ChangedFlags) -> Result<()> {
     const ADVICE: [(&str, i32); 8] = [
         ("dc", libc::MADV_DONTFORK),
         ("wf", libc::MADV_WIPEONFORK),
@@ -393,8 +394,10 @@ pub fn advise(body: &mut Remote, p: &Process) -> Result<()> {
     ];
     const MADV_GUARD_INSTALL: i32 = 102;
     for v in p.vmas.iter().filter(|v| !v.is_kernel()) {
+        let flags = changed.get(&v.start).unwrap_or(&v.flags);
+        let has = |code: &str| flags.iter().any(|flag| flag == code);
         for (code, advice) in ADVICE {
-            if v.has(code) {
+            if has(code) {
                 body.may(
                     format!("madvise({advice}) of {:#x}-{:#x}", v.start, v.end),
                     libc::SYS_madvise,
@@ -413,7 +416,7 @@ pub fn advise(body: &mut Remote, p: &Process) -> Result<()> {
                 ],
             )?;
         }
-        if v.has("lo") {
+        if has("lo") {
             body.may(
                 format!("locking {:#x}-{:#x}", v.start, v.end),
                 libc::SYS_mlock,

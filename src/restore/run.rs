@@ -20,6 +20,7 @@ use super::{
     Guest, Options, Outcome, Replaced, Report, creds, layout, memory, park, process, resume,
     signals, threads,
 };
+use crate::image::memory::ChangedFlags;
 use crate::image::process::{Creds, Process, State};
 use crate::image::store::Image;
 use crate::image::{DescriptionId, Manifest, Origin};
@@ -277,7 +278,7 @@ impl Site<'_> {
         &self,
         mut body: Remote,
         p: &'p Process,
-        guest: Option<&mut dyn Guest>,
+        mut guest: Option<&mut dyn Guest>,
         undertaker: &mut Undertaker,
     ) -> Result<Ready<'p>> {
         process::surroundings(&mut body, p, &self.image.manifest)?;
@@ -295,12 +296,13 @@ impl Site<'_> {
         layout::poke(body.mem(), &stripped.redirect)?;
         let exe = self.opened.executable(p.exe);
         layout::set_mm(&mut body, p, exe, stripped.vdso.0)?;
-        if let Some(guest) = guest {
+        if let Some(guest) = &mut guest {
             guest.furnish(&mut body, p)?;
         }
         process::descriptors(&mut body, p, self.built)?;
         signals::actions(&mut body, p)?;
-        let others = self.furnish(&mut body, p)?;
+        let changed = guest.map_or_else(|| Ok(ChangedFlags::new()), Guest::changed_flags)?;
+        let others = self.furnish(&mut body, p, &changed)?;
         let unmapped = body.by_step(stripped.vdso.0, libc::SYS_munmap, &[body.area(), AREA])?;
         body::check("unmapping the restorer", unmapped)?;
         if let Some(ended) = &p.ended_leader {
@@ -332,7 +334,12 @@ impl Site<'_> {
 
     /// Threads but the leader, which are returned, and what threads and process have besides memory and
     /// descriptors.
-    fn furnish(&self, body: &mut Remote, p: &Process) -> Result<Vec<Remote>> {
+    fn furnish(
+        &self,
+        body: &mut Remote,
+        p: &Process,
+        changed: &ChangedFlags,
+    ) -> Result<Vec<Remote>> {
         let mut others = threads::make(body, p, self.ids)?;
         let mut ids = self.pids.clone();
         let tids = p.others().iter().zip(&others);
@@ -340,7 +347,7 @@ impl Site<'_> {
         let id_of = |old: i32| ids.get(&old).copied().unwrap_or(old);
         process::in_body(body, p, self.built, &id_of)?;
         signals::pending(body, &p.pending, None)?;
-        layout::advise(body, p)?;
+        layout::advise(body, p, changed)?;
         process::limits(body, p)?;
         for (r, t) in others.iter_mut().zip(p.others()) {
             threads::furnish(r, t, &self.ours)?;

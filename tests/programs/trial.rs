@@ -387,6 +387,7 @@ impl Test {
                 session => session.map(Some),
             }
         })?;
+        session.want_heirs();
         if let Err(e) = session.look(&writer) {
             let may = self.spec.may_refuse.as_ref();
             return match may.filter(|text| format!("{e:#}").contains(text.as_str())) {
@@ -398,7 +399,13 @@ impl Test {
             };
         }
         let (runs, _) = session.changes(&mut tracker, &writer)?;
-        let manifest = session.manifest()?;
+        let mut manifest = session.manifest()?;
+        let mut changed = session.changed_flags(&manifest)?;
+        for v in manifest.processes.iter_mut().flat_map(|p| &mut p.vmas) {
+            v.flags = changed
+                .remove(&v.start)
+                .unwrap_or(std::mem::take(&mut v.flags));
+        }
         writer.finish(&manifest, &[(0, runs)].into(), true)?;
         session.end(After::Kill)?;
         // We are its parent, too: its end has been seen.

@@ -77,13 +77,18 @@ impl Door {
         Ok(Self { listener, port })
     }
 
-    /// Waits for the image; `id` names the move.
+    /// Waits for the image; `id` names the move. What is still to come is read from the stream.
     ///
     /// # Errors
     /// When nobody comes, or what comes is none; nothing of it is left.
-    pub fn receive(self, source: &Source, id: &str, agent: &mut Agent) -> Result<Arrived> {
+    pub fn receive(
+        self,
+        source: &Source,
+        id: &str,
+        agent: &mut Agent,
+    ) -> Result<(Arrived, Option<Stream>)> {
         let key = match source {
-            Source::Image { path } => return Ok(Arrived::There(path.clone())),
+            Source::Image { path } => return Ok((Arrived::There(path.clone()), None)),
             Source::Stream { key } => Key::from_hex(key)?,
         };
         let until = Instant::now() + PATIENCE;
@@ -91,7 +96,7 @@ impl Door {
         let mut stream = Stream::accept(&self.listener, &key, id, until)?;
         let dir = Folder::make()?;
         stream::receive(&mut stream, &image_in(&dir.0))?;
-        Ok(Arrived::Received(dir))
+        Ok((Arrived::Received(dir), Some(stream)))
     }
 }
 

@@ -19,12 +19,13 @@ use super::keeper::Keeper;
 use super::protocol::{Commit, ToAgent};
 use super::reach::{Bridge, Reach};
 use super::unread::{self, FarEnd};
-use crate::image::memory::Backing;
+use crate::image::memory::{Backing, ChangedFlags};
 use crate::image::process::Process;
 use crate::image::pvm::{Asked, PvmTask};
 use crate::image::store::Image;
 use crate::kernel::remote::Remote;
 use crate::pvm::client::{Client, Pvmd};
+use crate::pvm::stream::{self, Stream};
 use crate::pvm::tid::Tid;
 use crate::pvm::wire::{LONGEST_FRAGMENT, Message, XDR, tm};
 use crate::restore::{self, Guest, Replaced};
@@ -44,6 +45,8 @@ pub struct Task<'a> {
     image: Arc<Image>,
     /// Taken away, if it is ours, when the task runs; what is still to be filled has its pages open.
     arrived: Option<Arrived>,
+    /// What comes behind the image.
+    rest: Option<Stream>,
     commit: Commit,
     agent: Option<&'a mut Agent>,
     warnings: Vec<String>,
@@ -67,7 +70,7 @@ impl<'a> Task<'a> {
         new: Incarnated,
         image: Arc<Image>,
         task: PvmTask,
-        arrived: Arrived,
+        (arrived, rest): (Arrived, Option<Stream>),
         commit: Commit,
         agent: Option<&'a mut Agent>,
         warnings: Vec<String>,
@@ -95,6 +98,7 @@ impl<'a> Task<'a> {
             task,
             image,
             arrived: Some(arrived),
+            rest,
             commit,
             agent,
             warnings,
@@ -172,6 +176,13 @@ impl Guest for Task<'_> {
         };
         identity::take_over(&mut mem, &self.task, &new)?;
         environment::update(&mut mem, &self.image, p, &environment::own())
+    }
+
+    fn changed_flags(&mut self) -> Result<ChangedFlags> {
+        match self.rest.take() {
+            Some(mut rest) => stream::receive_changed_flags(&mut rest),
+            None => Ok(ChangedFlags::new()),
+        }
     }
 
     fn stepped_aside(&mut self) -> Result<()> {

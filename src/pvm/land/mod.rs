@@ -91,8 +91,8 @@ fn land(orders: &Orders, agent: &mut Option<Agent>, started: Instant) -> Result<
     let pvmd = Pvmd::find()?.context("no pvmd runs here (PVMSOCK, PVM_TMP, PVM_VMID)")?;
     let mut client = Client::enrol(&pvmd, client::own_cookie())?;
     let far = FarEnd::find()?;
-    let (arrived, lazy, order) = match (orders, &mut *agent) {
-        (Orders::Image { path, lazy }, _) => (Arrived::There(path.clone()), *lazy, None),
+    let ((arrived, rest), lazy, order) = match (orders, &mut *agent) {
+        (Orders::Image { path, lazy }, _) => ((Arrived::There(path.clone()), None), *lazy, None),
         (Orders::Agent { .. }, None) => anyhow::bail!("there is no agent"),
         (Orders::Agent { id, .. }, Some(agent)) => {
             let door = Door::open()?;
@@ -133,7 +133,7 @@ fn land(orders: &Orders, agent: &mut Option<Agent>, started: Instant) -> Result<
         Incarnated { pvmd, client, far },
         Arc::clone(&image),
         task,
-        arrived,
+        (arrived, rest),
         commit,
         agent.as_mut(),
         warnings,

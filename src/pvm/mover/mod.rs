@@ -347,7 +347,9 @@ impl<'j> Mover<'j> {
         sender.populated(SPACE, &runs)?;
         self.moved.rounds += 1;
         let manifest = session.manifest()?;
-        sender.finish(&manifest)
+        sender.finish(&manifest)?;
+        // It is being rebuilt meanwhile.
+        sender.changed_flags(&session.changed_flags(&manifest)?)
     }
 
     /// Has it decided that the task goes. From the question on the task may be as good as gone, so it must not go on

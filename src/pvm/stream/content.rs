@@ -14,7 +14,7 @@ use super::frames::{Frame, Stream, Totals};
 use super::header::LONGEST;
 use crate::dump::{Sink, Take};
 use crate::image::rounds::Populated;
-use crate::image::{Manifest, RoundsWriter, SpaceId};
+use crate::image::{ChangedFlags, Manifest, RoundsWriter, SpaceId};
 use crate::kernel::arch;
 
 /// Kinds of frames.
@@ -33,6 +33,8 @@ mod kind {
     pub const ZEROS: u8 = 6;
     /// A round is over.
     pub const ROUND: u8 = 7;
+    /// Behind the stream's end: a piece of what of the manifest is otherwise, and its end again.
+    pub const CHANGED_FLAGS: u8 = 9;
     /// Space (4 bytes); then runs of its pages that hold something: from, to (8 each).
     pub const POPULATED: u8 = 8;
 }
@@ -194,6 +196,20 @@ impl ImageSender {
         stream.flush()
     }
 
+    /// Sends, behind all the rest, what only then is known.
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub fn changed_flags(&self, changed: &ChangedFlags) -> Result<()> {
+        let text = serde_json::to_vec(changed).context("flags as JSON")?;
+        let mut stream = self.stream();
+        for piece in text.chunks(PIECE) {
+            stream.send(kind::CHANGED_FLAGS, piece)?;
+        }
+        stream.send(kind::END, &[])?;
+        stream.flush()
+    }
+
     /// What was sent so far.
     pub fn totals(&self) -> Totals {
         self.stream().totals()
@@ -256,6 +272,31 @@ pub fn receive(stream: &mut Stream, path: &Path) -> Result<()> {
     // It is needed for this move only.
     writer.finish(&manifest, &populated, false)?;
     Ok(())
+}
+
+/// Receives what [`ImageSender::changed_flags`] sends.
+///
+/// # Errors
+/// When the connection breaks or ends before, or what arrives makes no sense.
+pub fn receive_changed_flags(stream: &mut Stream) -> Result<ChangedFlags> {
+    let mut text = Vec::new();
+    loop {
+        match stream.recv()? {
+            Some(Frame {
+                kind: kind::END, ..
+            }) => break,
+            Some(Frame {
+                kind: kind::CHANGED_FLAGS,
+                body,
+            }) => text.extend(body),
+            Some(_) => bail!("something odd arrived behind the manifest"),
+            None => bail!("the stream ended before the task was whole"),
+        }
+        if text.len() > LARGEST_MANIFEST {
+            bail!("what arrived behind the manifest is too long");
+        }
+    }
+    serde_json::from_slice(&text).context("the flags that arrived are none")
 }
 
 /// What arrives, on its way into an image.

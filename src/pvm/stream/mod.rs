@@ -18,7 +18,7 @@ mod input;
 mod key;
 mod rate;
 
-pub use content::{ImageSender, receive};
+pub use content::{ImageSender, receive, receive_changed_flags};
 pub use frames::{Frame, Stream, Totals};
 pub use header::LONGEST;
 pub use key::Key;
