@@ -20,7 +20,6 @@ mod tracker;
 
 pub use hold::HeldProcess;
 pub use process::has_ended;
-pub use ready::wait_until_whole;
 pub use run::{finish, run};
 pub use session::Session;
 pub use survey::{child, refusals};

@@ -17,14 +17,6 @@ const FILLED: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(5);
 const SHARE: u32 = 4;
 
-/// As [`wait`].
-///
-/// # Errors
-/// As [`wait`].
-pub fn wait_until_whole(pid: i32) -> Result<()> {
-    wait(pid).map(drop)
-}
-
 /// Returns when process `pid` is no longer traced, as by a mistctl that is about to let it go, and its memory is no
 /// longer being filled (`mistctl restore --lazy`): a page that is missing looks like one that holds nothing. Before it
 /// is stopped, for what is filled once stays so. One that is traced for long is left to those who know by whom. What

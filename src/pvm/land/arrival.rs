@@ -15,8 +15,8 @@ use super::Agent;
 use super::protocol::Source;
 use crate::pvm::stream::{self, Key, Stream};
 
-/// How long a mover may take until it connects.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a mover may take until it connects: files are compared meanwhile.
+const PATIENCE: Duration = Duration::from_secs(360);
 
 /// An image to restore.
 pub enum Arrived {

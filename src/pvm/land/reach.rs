@@ -1,13 +1,15 @@
 //! Memory of the body, by way of its own system calls: pages that are filled lazily come when it touches them,
 //! which they would not for ptrace or /proc/PID/mem.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
+use crate::kernel::arch::PAGE;
 use crate::kernel::remote::Remote;
 
 /// What is copied by one call.
@@ -24,15 +26,21 @@ impl Bridge {
     }
 }
 
-/// The memory of one body.
+/// The memory of one body, which does nothing by itself meanwhile.
 pub struct Reach<'a> {
     bridge: &'a Bridge,
     body: &'a mut Remote,
+    /// Pages that have been read: every call takes the body some stops.
+    pages: HashMap<u64, Vec<u8>>,
 }
 
 impl<'a> Reach<'a> {
     pub fn new(bridge: &'a Bridge, body: &'a mut Remote) -> Self {
-        Self { bridge, body }
+        Self {
+            bridge,
+            body,
+            pages: HashMap::new(),
+        }
     }
 
     /// The body itself.
@@ -46,13 +54,31 @@ impl<'a> Reach<'a> {
     /// When there is nothing.
     pub fn read_some(&mut self, addr: u64, len: usize) -> Result<Vec<u8>> {
         let len = len.min(MOST);
-        let got = self.transfer(libc::SYS_pwrite64, addr, len)?;
-        let mut bytes = vec![0; got];
-        self.bridge
-            .0
-            .read_exact_at(&mut bytes, 0)
-            .context("memfd: read")?;
+        let mut bytes = Vec::with_capacity(len);
+        while bytes.len() < len {
+            let at = addr.wrapping_add(bytes.len() as u64);
+            let offset = (at % PAGE) as usize;
+            let page = match self.page(at - offset as u64) {
+                Err(_) if !bytes.is_empty() => break,
+                page => page?,
+            };
+            let end = page.len().min(offset + len - bytes.len());
+            bytes.extend_from_slice(page.get(offset..end).unwrap_or_default());
+        }
         Ok(bytes)
+    }
+
+    /// The page that begins at `base`.
+    fn page(&mut self, base: u64) -> Result<&[u8]> {
+        if !self.pages.contains_key(&base) {
+            let mut page = vec![0; PAGE as usize];
+            let got = self.transfer(libc::SYS_pwrite64, base, page.len())?;
+            ensure!(got == page.len(), "half a page at {base:#x}");
+            let read = self.bridge.0.read_exact_at(&mut page, 0);
+            read.context("memfd: read")?;
+            self.pages.insert(base, page);
+        }
+        Ok(self.pages.get(&base).map_or(&[], Vec::as_slice))
     }
 
     /// `N` bytes at `addr`.
@@ -91,6 +117,13 @@ impl<'a> Reach<'a> {
                 bail!("the program's memory ends after {got} bytes at {at:#x}");
             }
             at += got as u64;
+        }
+        for (i, byte) in bytes.iter().enumerate() {
+            let at = addr + i as u64;
+            let page = self.pages.get_mut(&(at - at % PAGE));
+            if let Some(there) = page.and_then(|page| page.get_mut((at % PAGE) as usize)) {
+                *there = *byte;
+            }
         }
         Ok(())
     }

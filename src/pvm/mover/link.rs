@@ -90,7 +90,11 @@ impl Link {
             .context("the agent of this host is gone")
     }
 
-    fn begin(&mut self, to: &Peer, request: Request) -> Result<u64> {
+    /// The first half of [`Link::ask`]: the question's number.
+    ///
+    /// # Errors
+    /// When the agent of this host is gone.
+    pub fn begin(&mut self, to: &Peer, request: Request) -> Result<u64> {
         let id = self.next;
         self.next += 1;
         self.say(&FromMover::Ask {
@@ -101,7 +105,11 @@ impl Link {
         Ok(id)
     }
 
-    fn end(&mut self, to: &Peer, wanted: u64, limit: Duration) -> Result<Answer> {
+    /// The second half: what is answered to question number `wanted`.
+    ///
+    /// # Errors
+    /// As for [`Link::ask`].
+    pub fn end(&mut self, to: &Peer, wanted: u64, limit: Duration) -> Result<Answer> {
         let until = Instant::now() + limit;
         let what = loop {
             if let Some(what) = self.kept.remove(&wanted) {

@@ -151,12 +151,14 @@ impl<'j> Mover<'j> {
 
     /// All of it.
     fn bring(&mut self, link: &mut Link) -> Result<()> {
+        // This waits until it is whole, if it has come here, or was restored, lately.
         self.may_go()?;
-        let carried = files::compare(self.job, &self.task.block.table_path()?, link)?;
-        // Of a task that has come here, or was restored, lately.
-        crate::dump::wait_until_whole(self.job.pid)?;
-        let sender = self.land(link)?;
-        let mut tracker = Tracker::start(self.job.pid)?;
+        let landing = self.land(link)?;
+        // The lander starts meanwhile.
+        let ready = self.get_ready(link);
+        let landed = self.landed(link, landing);
+        let (carried, mut tracker) = ready?;
+        let sender = self.connect(link, landed?)?;
         self.rounds(&mut tracker, &sender)?;
         self.close_gates(link)?;
         let mut session = self.stop(carried)?;
@@ -206,8 +208,15 @@ impl<'j> Mover<'j> {
         }
     }
 
-    /// Has the lander started, makes it known everywhere, and connects to it.
-    fn land(&mut self, link: &mut Link) -> Result<ImageSender> {
+    /// What else is to be done before memory can be sent: looks whether the files are there, and begins to follow the
+    /// task's memory.
+    fn get_ready(&mut self, link: &mut Link) -> Result<(Carried, Tracker)> {
+        let carried = files::compare(self.job, &self.task.block.table_path()?, link)?;
+        Ok((carried, Tracker::start(self.job.pid)?))
+    }
+
+    /// Has the lander started: the question, to be followed by [`Mover::landed`] whatever happens.
+    fn land(&mut self, link: &mut Link) -> Result<u64> {
         let job = self.job;
         let order = Landing {
             id: job.id.clone(),
@@ -219,12 +228,26 @@ impl<'j> Mover<'j> {
             announce: false,
         };
         self.landed = true;
-        let landed = link.ask(&job.to, Request::Land { order }, PATIENCE)?;
+        link.begin(&job.to, Request::Land { order })
+    }
+
+    /// Waits until the lander is there; the port at which it listens.
+    fn landed(&mut self, link: &mut Link, question: u64) -> Result<u16> {
+        let landed = link.end(&self.job.to, question, PATIENCE)?;
         let Answer::Landed { r, port } = landed else {
-            bail!("the agent of {} answers {landed:?}", job.to.name);
+            bail!("the agent of {} answers {landed:?}", self.job.to.name);
         };
         self.r2 = r;
-        let known = Request::AddIncarnation { r, v: job.v };
+        Ok(port)
+    }
+
+    /// Makes the lander known everywhere, and connects to it.
+    fn connect(&mut self, link: &mut Link, port: u16) -> Result<ImageSender> {
+        let job = self.job;
+        let known = Request::AddIncarnation {
+            r: self.r2,
+            v: job.v,
+        };
         link.ask_all(&self.agents, &known, PATIENCE)?;
         let key = Key::of_user()?.derive(&job.id);
         let stream = Stream::connect(address(&job.to, port)?, &key, &job.id, PATIENCE)
