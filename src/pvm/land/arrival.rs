@@ -18,6 +18,9 @@ use crate::pvm::stream::{self, Key, Stream};
 /// How long a mover may take until it connects: files are compared meanwhile.
 const PATIENCE: Duration = Duration::from_secs(360);
 
+/// How long who knocks may take to show that he knows the key.
+const KNOCK: Duration = Duration::from_secs(2);
+
 /// An image to restore.
 pub enum Arrived {
     /// Somebody's.
@@ -92,8 +95,14 @@ impl Door {
             Source::Stream { key } => Key::from_hex(key)?,
         };
         let until = Instant::now() + PATIENCE;
-        self.wait(agent, until)?;
-        let mut stream = Stream::accept(&self.listener, &key, id, until)?;
+        let mut stream = loop {
+            self.wait(agent, until)?;
+            let soon = until.min(Instant::now() + KNOCK);
+            // Who knocked may have died, or be somebody else: the agent is not heard here.
+            if let Ok(stream) = Stream::accept(&self.listener, &key, id, soon) {
+                break stream;
+            }
+        };
         let dir = Folder::make()?;
         stream::receive(&mut stream, &image_in(&dir.0))?;
         Ok((Arrived::Received(dir), Some(stream)))
