@@ -19,7 +19,7 @@ const ENDED: i32 = TAG + 1;
 /// How long an agent may take to say that it is there.
 const STARTING: Duration = Duration::from_secs(20);
 /// How long one may take for what it has at hand.
-pub(super) const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(30);
 /// How long the last step of a move may take: then its gates open by themselves. How often that is looked at.
 const MOVES_END: Duration = Duration::from_secs(120);
 const LOOK: Duration = Duration::from_millis(20);

@@ -1,15 +1,20 @@
 //! Names on hosts that are added. Their pvmds count from 1, and where tasks were restored from another virtual machine,
 //! some of these tids are names already.
 
+use std::time::Duration;
+
 use anyhow::{Result, bail};
 use pvm_abi::AGENTS;
 
-use super::call::{Caller, LIMIT};
+use super::call::Caller;
 use super::control::{Answer, Known, Peer, Request};
 use crate::pvm::client::Client;
 use crate::pvm::tid::Tid;
 use crate::pvm::tids;
 use crate::pvm::virtual_machine::Host;
+
+/// How long an agent may take to tell what it knows.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The names among `entries` that a host could give out, and whose tasks are others.
 fn names(entries: &[Known], host: Tid) -> impl Iterator<Item = Tid> {
@@ -25,8 +30,8 @@ fn names(entries: &[Known], host: Tid) -> impl Iterator<Item = Tid> {
 pub fn make_room(client: &mut Client, host: &Host) -> Result<()> {
     let class = AGENTS.to_string_lossy();
     for entry in client.mailbox_names(&class)? {
-        // One of them knows what all know; some may have ended.
-        let Ok(answer) = Caller::new(client).ask(entry.owner, Request::Table, LIMIT) else {
+        // One of them knows what all know. Some may have ended, or hang: they must not keep a host without its agent.
+        let Ok(answer) = Caller::new(client).ask(entry.owner, Request::Table, PATIENCE) else {
             continue;
         };
         let Answer::Table { entries, .. } = answer else {
