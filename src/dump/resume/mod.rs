@@ -80,7 +80,11 @@ impl Tail {
 
     /// The address for `len` bytes: the highest there is. What the next batch needs stays free.
     fn take(&mut self, len: usize) -> Option<u64> {
-        let floor = self.all.start.checked_add(batch::ROOM)?;
+        self.take_above(self.all.start.checked_add(batch::ROOM)?, len)
+    }
+
+    /// The same, above `floor`.
+    fn take_above(&mut self, floor: u64, len: usize) -> Option<u64> {
         self.used
             .sort_unstable_by_key(|r| std::cmp::Reverse(r.start));
         let mut end = self.all.end;
@@ -200,7 +204,7 @@ pub fn first_act(held: &mut Held, mem: &Mem, tail: &mut Tail) -> Result<bool> {
             nr,
             done: result as u64,
         };
-        if place(held, 0, mem, tail)? {
+        if place(held, 0, mem, tail, false)? {
             held.tracee.set_regs(&held.regs)?;
         }
     }
@@ -291,7 +295,7 @@ pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -
         }
         if matches!(h.resume, Resume::Partial { .. })
             && !tail.holds(h.regs.rip)
-            && place(h, 0, mem, tail)?
+            && place(h, 0, mem, tail, false)?
         {
             h.tracee.set_regs(&h.regs)?;
         }
@@ -391,11 +395,18 @@ fn call_by_arguments(r: &Regs, mem: &Mem) -> u64 {
 }
 
 /// Writes a trampoline for the rest of a thread's call and points the thread there.
-fn place(h: &mut Held, left: i64, mem: &Mem, tail: &mut Tail) -> Result<bool> {
+/// The `last` time no batch comes before the release.
+fn place(h: &mut Held, left: i64, mem: &Mem, tail: &mut Tail, last: bool) -> Result<bool> {
     let Some(sketch) = calls::rest(0, &h.program, &h.resume, left, mem)? else {
         return Ok(false);
     };
-    let Some(at) = tail.take(sketch.bytes.len()) else {
+    let len = sketch.bytes.len();
+    let at = match h.resume {
+        // A short count would show; that the next dump may have to wait does not.
+        Resume::Partial { .. } if last => tail.take_above(tail.all.start, len),
+        _ => tail.take(len),
+    };
+    let Some(at) = at else {
         return Ok(false);
     };
     let Some(t) = calls::rest(at, &h.program, &h.resume, left, mem)? else {
@@ -423,7 +434,7 @@ pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Vec<SocketTime
         match (&h.resume, left) {
             (Resume::Partial { .. }, _) if !tail.holds(h.regs.rip) => {
                 // Without room the program sees a short count.
-                let _ = place(h, 0, mem, tail);
+                let _ = place(h, 0, mem, tail, true);
             }
             (Resume::Again { nr }, Some(left)) => {
                 if let Some((t, Broken::Updated)) = calls::timeout(*nr, &h.program) {
@@ -436,7 +447,7 @@ pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Vec<SocketTime
                     Some((_, Broken::RestartBlock)) => {}
                     Some((t, _)) if tail.holds(h.regs.rip) => retime(t, h, left, mem, tail),
                     Some(_) => {
-                        let _ = place(h, left, mem, tail);
+                        let _ = place(h, left, mem, tail, true);
                     }
                     None if waits_outside(h, tail) => {
                         retime(calls::Timeout::Timespec(4), h, left, mem, tail);
