@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 
 use super::uffd::{Event, MESSAGE, Uffd};
 
@@ -76,25 +76,25 @@ impl Journal {
     }
 
     /// A new source of events, which the children of our descriptor table have under the same number.
-    ///
-    /// # Errors
-    /// When the journal is full.
-    pub fn source(&mut self, uffd: &Uffd, number: u32) -> Result<()> {
+    pub fn source(&mut self, uffd: &Uffd, number: u32) {
         let mut b = [0; MESSAGE];
         b[8..12].copy_from_slice(&uffd.0.as_raw_fd().to_ne_bytes());
         b[16..20].copy_from_slice(&number.to_ne_bytes());
         b[0] = SOURCE;
-        self.record(0)?.copy_from_slice(&b);
-        self.next += 1;
-        Ok(())
+        if let Some(record) = self.record(0) {
+            record.copy_from_slice(&b);
+            self.next += 1;
+        }
     }
 
     /// The next event of a source, if there is one; `number` is its place among the sources.
     ///
     /// # Errors
-    /// Those of read(2); when the journal is full.
+    /// Those of read(2).
     pub fn event(&mut self, uffd: &Uffd, number: usize) -> Result<Option<Event>> {
-        let record = self.record(number as u32)?;
+        let Some(record) = self.record(number as u32) else {
+            return uffd.event();
+        };
         if !uffd.read(record)? {
             return Ok(None);
         }
@@ -106,10 +106,12 @@ impl Journal {
         Ok(Some(event))
     }
 
-    /// Room for the next message, of this source: written to, so that the kernel needs no page to write there.
-    fn record(&mut self, source: u32) -> Result<&mut [u8; MESSAGE]> {
+    /// Room for the next message, of this source: written to, so that the kernel needs no page to write there. None
+    /// when a program has changed its mappings some million times while it was filled: from then on nobody can carry on.
+    fn record(&mut self, source: u32) -> Option<&mut [u8; MESSAGE]> {
         if (self.next + 2) * RECORD > LEN {
-            bail!("the program changed its mappings too often while its memory was being filled");
+            self.set(Phase::Making);
+            return None;
         }
         // SAFETY: within the mapping, which is ours and lives as long as `self`; see `Send` for the other process.
         let record = unsafe {
@@ -119,12 +121,10 @@ impl Journal {
                 .add(self.next * RECORD)
                 .cast::<[u8; RECORD]>()
         };
-        let (message, rest) = record
-            .split_first_chunk_mut()
-            .context("a record is too short")?;
+        let (message, rest) = record.split_first_chunk_mut()?;
         *message = [0; MESSAGE];
         rest[..4].copy_from_slice(&source.to_ne_bytes());
-        Ok(message)
+        Some(message)
     }
 }
 
@@ -166,8 +166,8 @@ impl Twin {
             all.push(match message[0] {
                 0 => break,
                 SOURCE => {
-                    // SAFETY: it was open in the table we share when this was written, and nothing closes it before
-                    // the phase is `Done`.
+                    // SAFETY: it was open in the table we share when this was written, and who wrote it closes it only
+                    // when the phase is `Done`.
                     let fd = unsafe { OwnedFd::from_raw_fd(at(message, 8) as i32) };
                     Record::Source(Uffd(fd), at(message, 16))
                 }
@@ -210,7 +210,7 @@ mod tests {
         let at = unsafe { libc::mmap(std::ptr::null_mut(), len as usize, rw, flags, -1, 0) } as u64;
         uffd.register_missing(at, len).expect("register");
         let mut journal = Journal::new().expect("memory");
-        journal.source(&uffd, 7).expect("room");
+        journal.source(&uffd, 7);
         let give_back = std::thread::spawn(move || {
             for (from, pages) in [(0, 1), (4, 2)] {
                 let (from, len) = (at + from * PAGE, (pages * PAGE) as usize);

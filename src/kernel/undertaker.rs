@@ -14,7 +14,7 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Pid, fork, setsid};
 
-use super::{fds, pidfd};
+use super::{fds, pidfd, proc_file};
 
 /// The word: all are released.
 const DONE: i32 = 0;
@@ -27,7 +27,7 @@ const CLEAN: u8 = 1;
 #[derive(Debug)]
 pub struct Undertaker {
     pid: Pid,
-    pipe: UnixStream,
+    line: Line,
 }
 
 impl Undertaker {
@@ -44,34 +44,21 @@ impl Undertaker {
             }
             ForkResult::Parent { child } => Ok(Self {
                 pid: child,
-                pipe: write,
+                line: Line(write),
             }),
         }
     }
 
-    /// Tells it of a process that is to die if we do.
+    /// Tells it of a process that is to die if we do, with all its children.
     pub fn know(&mut self, pid: i32) -> Result<()> {
-        self.pipe
+        (&self.line.0)
             .write_all(&pid.to_le_bytes())
             .context("telling the undertaker")
     }
 
-    /// Keeps a descriptor open as long as the pipe is: a page fault that nobody will answer waits until
-    /// its process is killed, where with the last descriptor gone it would read zeros.
-    pub fn keep_open(&mut self, fd: impl AsFd) -> Result<()> {
-        let fds = [fd.as_fd().as_raw_fd()];
-        let message = [ControlMessage::ScmRights(&fds)];
-        let word = KEEP.to_le_bytes();
-        let iov = [std::io::IoSlice::new(&word)];
-        sendmsg::<()>(
-            self.pipe.as_raw_fd(),
-            &iov,
-            &message,
-            MsgFlags::empty(),
-            None,
-        )
-        .context("giving a descriptor to the undertaker")?;
-        Ok(())
+    /// See [`Line::keep_open`].
+    pub fn keep_open(&self, fd: impl AsFd) -> Result<()> {
+        self.line.keep_open(fd)
     }
 
     /// Waits until it has nothing open any more that it has from us: a program that runs sooner may miss an
@@ -81,34 +68,55 @@ impl Undertaker {
     /// It has ended.
     pub fn await_clean(&mut self) -> Result<()> {
         let mut word = [0];
-        self.pipe
+        (&self.line.0)
             .read_exact(&mut word)
             .context("waiting for the undertaker")
     }
 
     /// All are released: it has nothing to do.
-    pub fn dismiss(self) -> Result<()> {
-        self.second()?.dismiss()?;
-        waitpid(self.pid, None).context("waiting for the undertaker")?;
-        Ok(())
+    pub fn dismiss(self) {
+        self.line.dismiss();
+        // Ended by somebody else it is dismissed, too.
+        let _ = waitpid(self.pid, None);
     }
 
-    /// The line for another process, too: only when nobody has it any more is anything done.
+    /// The line for another process, or another thread: only when nobody has it any more is anything done.
     pub fn second(&self) -> Result<Line> {
-        let pipe = self.pipe.try_clone();
-        Ok(Line(pipe.context("doubling the undertaker's line")?))
+        self.line.second()
     }
 }
 
-/// A line to an undertaker that another process has started.
+/// The line to an undertaker.
 #[derive(Debug)]
 pub struct Line(UnixStream);
 
 impl Line {
-    /// As [`Undertaker::dismiss`], but for that nobody waits for its end.
-    pub fn dismiss(&self) -> Result<()> {
-        let told = (&self.0).write_all(&DONE.to_le_bytes());
-        told.context("telling the undertaker")
+    /// Keeps a descriptor open as long as the line is: a page fault that nobody will answer waits until
+    /// its process is killed, where with the last descriptor gone it would read zeros.
+    pub fn keep_open(&self, fd: impl AsFd) -> Result<()> {
+        let fds = [fd.as_fd().as_raw_fd()];
+        let message = [ControlMessage::ScmRights(&fds)];
+        let word = KEEP.to_le_bytes();
+        let iov = [std::io::IoSlice::new(&word)];
+        sendmsg::<()>(
+            self.0.as_raw_fd(),
+            &iov,
+            &message,
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        )
+        .context("giving a descriptor to the undertaker")?;
+        Ok(())
+    }
+
+    pub fn second(&self) -> Result<Self> {
+        let line = self.0.try_clone();
+        Ok(Self(line.context("doubling the undertaker's line")?))
+    }
+
+    /// There is nothing to do any more. One that has ended knows it, too.
+    pub fn dismiss(&self) {
+        let _ = (&self.0).write_all(&DONE.to_le_bytes());
     }
 }
 
@@ -155,18 +163,50 @@ fn serve(mut pipe: UnixStream) {
         match i32::from_le_bytes(word) {
             DONE => return,
             KEEP => {}
-            pid => known.extend(pidfd::open(pid)),
+            pid => known.extend(pidfd::open(pid).map(|fd| (pid, fd))),
         }
     }
-    for p in &known {
+    gather(&mut known);
+    for (_, p) in &known {
         let _ = pidfd::send_signal(p.as_fd(), libc::SIGKILL);
     }
     // Only with the processes dead may the descriptors go.
-    for p in &known {
+    for (_, p) in &known {
         let mut fds = [PollFd::new(p.as_fd(), PollFlags::POLLIN)];
         let _ = poll(&mut fds, PollTimeout::from(1000u16));
     }
     drop(kept);
+}
+
+/// Adds what those processes have forked, and stops all of them, so that they fork no more.
+fn gather(known: &mut Vec<(i32, OwnedFd)>) {
+    let mut stopped = 0;
+    while let Some(fresh) = known.get(stopped..).filter(|fresh| !fresh.is_empty()) {
+        for (_, p) in fresh {
+            let _ = pidfd::send_signal(p.as_fd(), libc::SIGSTOP);
+        }
+        stopped = known.len();
+        let Ok(all) = std::fs::read_dir("/proc") else {
+            return;
+        };
+        for pid in all
+            .flatten()
+            .filter_map(|e| e.file_name().to_str()?.parse().ok())
+        {
+            let is_known = |pid| known.iter().any(|(k, _)| *k == pid);
+            if !is_known(pid) && parent(pid).is_some_and(is_known) {
+                known.extend(pidfd::open(pid).map(|fd| (pid, fd)));
+            }
+        }
+    }
+}
+
+fn parent(pid: i32) -> Option<i32> {
+    let stat = proc_file::read(format!("/proc/{pid}/stat")).ok()?;
+    // Behind the name, which may hold anything: state, parent.
+    let behind = stat.rsplit(|b| *b == b')').next()?;
+    let mut words = std::str::from_utf8(behind).ok()?.split_whitespace();
+    words.nth(1)?.parse().ok()
 }
 
 #[cfg(test)]
@@ -180,7 +220,7 @@ mod tests {
             it.await_clean().expect("clean");
             let open = std::fs::read_dir(format!("/proc/{}/fd", it.pid)).expect("its descriptors");
             assert_eq!(open.count(), 1);
-            it.dismiss().expect("dismiss");
+            it.dismiss();
         }
     }
 }

@@ -1,13 +1,16 @@
 //! What can be seen of a PVM task on the host it runs on: /proc, and the block that the shim publishes.
 
 use std::fs;
+use std::os::fd::AsFd;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pvm_abi::block::{flag, state, wait};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Failure;
+use crate::kernel::pidfd;
 use crate::pvm::block::TaskBlock;
 use crate::pvm::client::{Client, Pvmd};
 use crate::pvm::tid::Tid;
@@ -283,6 +286,18 @@ pub fn stands(pid: i32) -> bool {
         let pending = (status.sigpnd | status.shdpnd) & 1 << (libc::SIGSTOP - 1);
         status.state.starts_with('T') || pending != 0
     })
+}
+
+/// Whether somebody traces a process and goes on doing so: one that is being killed lets go in a moment.
+pub fn is_traced(pid: i32) -> bool {
+    const MOMENT: u16 = 200;
+    let status = procfs::process::Process::new(pid).and_then(|p| p.status());
+    let tracer = status.map_or(0, |status| status.tracerpid);
+    let Ok(tracer) = pidfd::open(tracer) else {
+        return false;
+    };
+    let mut ended = [PollFd::new(tracer.as_fd(), PollFlags::POLLIN)];
+    poll(&mut ended, PollTimeout::from(MOMENT)) == Ok(0)
 }
 
 /// When a process was started: field 22 of its stat (clock ticks after the boot), which follows a name that may

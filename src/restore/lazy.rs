@@ -14,7 +14,7 @@ use anyhow::{Context, Result, anyhow};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 
-use super::memory::by_uffd;
+use super::memory::lazily;
 use super::understudy::Understudy;
 use crate::image::memory::{SpaceId, Vma};
 use crate::image::pages::PagesReader;
@@ -23,7 +23,7 @@ use crate::image::store::Image;
 use crate::kernel::arch::PAGE;
 use crate::kernel::journal::{Journal, Phase, Record};
 use crate::kernel::uffd::{Copied, EVENTS, Event, Uffd};
-use crate::kernel::undertaker::Undertaker;
+use crate::kernel::undertaker::{Line, Undertaker};
 
 /// Bytes filled between two looks for pages that somebody waits for.
 const STEP: usize = 256 << 10;
@@ -78,7 +78,9 @@ impl Filler {
             wake: Arc::clone(&wake),
             spaces: Vec::new(),
             journal,
+            standing: false,
             behind: false,
+            line: None,
             dismissed: None,
             bytes: 0,
         };
@@ -104,7 +106,7 @@ impl Filler {
     /// Takes charge of the anonymous memory of a process. `uffd` is its userfaultfd.
     pub fn serve(&self, uffd: Uffd, p: &Process) -> Result<()> {
         uffd.api(EVENTS)?;
-        for v in p.vmas.iter().filter(|v| by_uffd(v)) {
+        for v in p.vmas.iter().filter(|v| lazily(v)) {
             uffd.register_missing(v.start, v.len())?;
         }
         let space = Space::of(uffd, p);
@@ -158,7 +160,7 @@ fn urgent(p: &Process, pages: &PagesReader) -> Result<BTreeSet<u64>> {
         let mapped = p
             .vmas
             .iter()
-            .any(|v| by_uffd(v) && (v.start..v.end).contains(&addr));
+            .any(|v| lazily(v) && (v.start..v.end).contains(&addr));
         if mapped {
             all.insert(addr - addr % PAGE);
         }
@@ -224,7 +226,7 @@ impl Space {
         Self {
             uffd,
             space: p.space,
-            left: p.vmas.iter().filter(|v| by_uffd(v)).map(extent).collect(),
+            left: p.vmas.iter().filter(|v| lazily(v)).map(extent).collect(),
             waiting: BTreeSet::new(),
         }
     }
@@ -338,7 +340,11 @@ impl Known {
 ///
 /// # Errors
 /// The image is damaged.
-pub fn fill(image: Arc<Image>, known: Known) -> Result<u64> {
+pub fn fill(image: Arc<Image>, known: Known, line: Line) -> Result<u64> {
+    for source in known.sources() {
+        // Without an undertaker, too.
+        let _ = line.keep_open(source);
+    }
     let (_, heard) = mpsc::channel();
     Server {
         image,
@@ -346,7 +352,9 @@ pub fn fill(image: Arc<Image>, known: Known) -> Result<u64> {
         wake: Arc::new(EventFd::new().context("eventfd")?),
         spaces: known.0,
         journal: None,
+        standing: false,
         behind: true,
+        line: Some(line),
         dismissed: None,
         bytes: 0,
     }
@@ -360,8 +368,12 @@ struct Server {
     spaces: Vec<Space>,
     /// Where events are noted for another process.
     journal: Option<Journal>,
+    /// An understudy would carry on.
+    standing: bool,
     /// The programs run: what nobody waits for is filled, too.
     behind: bool,
+    /// To who ends the programs when nobody fills them any more: children's userfaultfds are kept there.
+    line: Option<Line>,
     /// Whom to tell when all is filled.
     dismissed: Option<(Undertaker, Option<Understudy>)>,
     bytes: u64,
@@ -370,6 +382,15 @@ struct Server {
 impl Server {
     /// Fills until nothing is left. An error ends the undertaker's line, and it the programs.
     fn run(mut self) -> Result<u64> {
+        let done = self.fill_all();
+        if done.is_err() && self.standing {
+            // The understudy has them from us, when this process ends.
+            std::mem::forget(std::mem::take(&mut self.spaces));
+        }
+        done
+    }
+
+    fn fill_all(&mut self) -> Result<u64> {
         let mut buffer = vec![0u8; STEP];
         let mut scratch = Vec::new();
         loop {
@@ -398,9 +419,9 @@ impl Server {
         // has inherited.
         self.spaces.clear();
         if let Some((undertaker, understudy)) = self.dismissed.take() {
-            undertaker.dismiss()?;
+            undertaker.dismiss();
             if let Some(understudy) = understudy {
-                understudy.dismiss()?;
+                understudy.dismiss();
             }
         }
         Ok(self.bytes)
@@ -412,7 +433,7 @@ impl Server {
                 Ok(Word::Serve(space, urgent, done)) => {
                     let i = self.spaces.len();
                     if let Some(journal) = &mut self.journal {
-                        journal.source(&space.uffd, space.space)?;
+                        journal.source(&space.uffd, space.space);
                     }
                     self.spaces.push(*space);
                     for page in urgent {
@@ -422,13 +443,13 @@ impl Server {
                     let _ = done.send(());
                 }
                 Ok(Word::Standing(done)) => {
-                    if let Some(journal) = &self.journal {
-                        journal.set(Phase::Standing);
-                    }
+                    self.stand();
                     let _ = done.send(());
                 }
                 Ok(Word::Released(undertaker, understudy)) => {
+                    self.stand();
                     self.behind = true;
+                    self.line = Some(undertaker.second()?);
                     self.dismissed = Some((undertaker, understudy));
                 }
                 Err(TryRecvError::Empty) => return Ok(()),
@@ -438,6 +459,14 @@ impl Server {
                 }
                 Err(TryRecvError::Disconnected) => return Ok(()),
             }
+        }
+    }
+
+    /// From now on nothing of this dies with us alone.
+    fn stand(&mut self) {
+        if let Some(journal) = &self.journal {
+            journal.set(Phase::Standing);
+            self.standing = true;
         }
     }
 
@@ -482,6 +511,10 @@ impl Server {
                     }
                     other => {
                         let child = s.obey(other);
+                        if let (Some(child), Some(line)) = (&child, &self.line) {
+                            // Without an undertaker, too.
+                            let _ = line.keep_open(&child.uffd.0);
+                        }
                         self.spaces.extend(child);
                     }
                 }

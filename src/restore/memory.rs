@@ -51,6 +51,12 @@ pub fn by_uffd(v: &Vma) -> bool {
     v.backing == Backing::Anonymous && !v.shared && !v.has("ht")
 }
 
+/// Those of them that may be filled when the program runs. A child that it forks meanwhile gets what is missing in
+/// it as it is in the parent, so not those that are to be empty there.
+pub fn lazily(v: &Vma) -> bool {
+    by_uffd(v) && !v.has("wf")
+}
+
 /// True for mappings with pages in the process's own part of the image.
 fn has_pages(v: &Vma) -> bool {
     !v.shared && !v.is_kernel()
@@ -70,7 +76,7 @@ pub fn fill(
     for v in p.vmas.iter().filter(|v| by_uffd(v)) {
         uffd.register_missing(v.start, v.len())?;
     }
-    let total = AtomicU64::new(write_copies(mem, p, pages)?);
+    let total = AtomicU64::new(write_copies(mem, p, pages, self::by_uffd)?);
     let private = p.vmas.iter().filter(|v| by_uffd(v));
     let windows = private.flat_map(|v| windows(v.start, v.end));
     share(windows, &|next| {
@@ -126,12 +132,18 @@ pub fn share(
 }
 
 /// Modified copies of file pages, and huge TLB pages: written over what the mapping shows, whatever its
-/// protection is, which only the tracer may (CONFIG_PROC_MEM_FORCE_PTRACE). Bytes written.
-pub fn write_copies(mem: &Mem, p: &Process, pages: &PagesReader) -> Result<u64> {
+/// protection is, which only the tracer may (CONFIG_PROC_MEM_FORCE_PTRACE). All but what is `filled` otherwise. Bytes
+/// written.
+pub fn write_copies(
+    mem: &Mem,
+    p: &Process,
+    pages: &PagesReader,
+    filled: fn(&Vma) -> bool,
+) -> Result<u64> {
     let mut buffer = vec![0u8; PIECE];
     let mut scratch = Vec::new();
     let mut total = 0;
-    for v in p.vmas.iter().filter(|v| has_pages(v) && !by_uffd(v)) {
+    for v in p.vmas.iter().filter(|v| has_pages(v) && !filled(v)) {
         for run in pages.runs(p.space, v.start, v.end, PIECE) {
             let run = run?;
             let out = buffer

@@ -42,7 +42,8 @@ pub fn unpark(t: Tracee) -> Result<bool> {
     t.cont(0)?;
     loop {
         match t.wait()? {
-            Stop::Signal(libc::SIGSTOP) => return Ok(true),
+            // Who sends a SIGCONT means the same, and has taken the SIGSTOP away.
+            Stop::Signal(libc::SIGSTOP | libc::SIGCONT) => return Ok(true),
             // Those with lower numbers come first.
             Stop::Signal(s) => t.cont(s)?,
             Stop::Interrupt { .. } | Stop::Syscall | Stop::Event(_) => t.cont(0)?,

@@ -164,7 +164,12 @@ fn restore(
     if let Some(guest) = &mut guest {
         guest.stepped_aside()?;
         if opts.lazy {
-            standing_by = Some(Understudy::start(&image, &undertaker)?);
+            match Understudy::start(&image, &undertaker) {
+                Ok(it) => standing_by = Some(it),
+                Err(e) => report.warnings.push(format!(
+                    "until its memory is filled the task depends on this process alone: {e:#}"
+                )),
+            }
         }
     }
     let (understudy, journal) = standing_by.unzip();
@@ -227,13 +232,18 @@ fn restore(
     let mut undertaker = Some(undertaker);
     let mut parked = false;
     if let Some(guest) = &mut guest {
-        if let Some(filler) = &filler {
-            filler.carry_on()?;
-        }
-        parked = park::possible(processes) && park(&ready, *guest)?;
-        // What is still to be filled dies with who fills it.
-        if let Some(undertaker) = undertaker.take_if(|_| parked && filler.is_none()) {
-            undertaker.dismiss()?;
+        parked = (filler.is_none() || understudy.is_some())
+            && park::possible(processes)
+            && park(&ready, *guest)?;
+        match &filler {
+            Some(filler) if parked => filler.carry_on()?,
+            // What is still to be filled dies with who fills it.
+            Some(_) => {}
+            None => {
+                if let Some(undertaker) = undertaker.take_if(|_| parked) {
+                    undertaker.dismiss();
+                }
+            }
         }
         if let Err(e) = guest.may_run(&report.warnings) {
             kill_parked(ready.iter().filter(|_| parked));
@@ -253,7 +263,7 @@ fn restore(
     let filling = match (filler, undertaker) {
         (Some(f), Some(undertaker)) => Some(f.released(undertaker, understudy)?),
         (_, Some(undertaker)) => {
-            undertaker.dismiss()?;
+            undertaker.dismiss();
             None
         }
         (_, None) => None,
@@ -326,7 +336,7 @@ impl Site<'_> {
             let bar = ProgressBar::hidden();
             return memory::fill(&uffd, body.mem(), p, pages, self.bulk, &bar);
         };
-        let bytes = memory::write_copies(body.mem(), p, pages)?;
+        let bytes = memory::write_copies(body.mem(), p, pages, memory::lazily)?;
         undertaker.keep_open(&uffd.0)?;
         filler.serve(uffd, p)?;
         Ok(bytes)

@@ -57,15 +57,12 @@ impl Understudy {
     }
 
     /// All is done, and the journal says so.
-    ///
-    /// # Errors
-    /// When it cannot be waited for.
-    pub fn dismiss(self) -> Result<()> {
-        self.part.wake.write(1).context("waking the understudy")?;
-        // Killed it is dismissed, too.
-        waitpid(Pid::from_raw(self.pid), None).context("waiting for the understudy")?;
-        drop(ManuallyDrop::into_inner(self.part));
-        Ok(())
+    pub fn dismiss(self) {
+        if self.part.wake.write(1).is_ok() {
+            // Killed it is dismissed, too.
+            let _ = waitpid(Pid::from_raw(self.pid), None);
+            drop(ManuallyDrop::into_inner(self.part));
+        }
     }
 }
 
@@ -91,7 +88,10 @@ impl Part {
         // It has died: the table is ours alone.
         match self.journal.phase() {
             Phase::Making => return Ok(()),
-            Phase::Done => return self.line.dismiss(),
+            Phase::Done => {
+                self.line.dismiss();
+                return Ok(());
+            }
             Phase::Standing => {}
         }
         let known = lazy::Known::from(&self.image, self.journal.records()?)?;
@@ -100,7 +100,8 @@ impl Part {
         keep.extend(known.sources());
         // Above all what would be closed now that it is dead.
         fds::close_all_but(&keep);
-        lazy::fill(Arc::clone(&self.image), known)?;
-        self.line.dismiss()
+        lazy::fill(Arc::clone(&self.image), known, self.line.second()?)?;
+        self.line.dismiss();
+        Ok(())
     }
 }
