@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use super::arch::Regs;
 use super::arch::trampoline::Wait;
 use super::guardian::{Guardian, Undo};
+use super::time_ns::Offsets;
 use super::timer_list::Ticks;
 use super::tracee::monotonic_ns;
 use super::{calls, pidfd, proc_file, sockopt};
@@ -24,6 +25,36 @@ pub struct SocketTimeout {
     nr: u64,
     whole: [u8; 16],
     guardian: Option<Guardian>,
+}
+
+/// CLOCK_MONOTONIC as others see it. What is noted in a process for a later dump is in the host's own, whichever time
+/// namespace the writer and the reader are in.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Monotonic {
+    /// How far the program's is ahead of ours.
+    pub program_ns: i64,
+    /// How far ours is ahead of the host's.
+    pub ours_ns: i64,
+}
+
+impl Monotonic {
+    /// What we see, where no time namespace waits for our children.
+    pub fn ours() -> Self {
+        Self {
+            program_ns: 0,
+            ours_ns: i64::try_from(Offsets::of("self").monotonic).unwrap_or(0),
+        }
+    }
+
+    /// To be noted for a moment of our clock.
+    pub fn note(self, at: i64) -> i64 {
+        at.saturating_sub(self.ours_ns)
+    }
+
+    /// The moment that was noted, on our clock.
+    pub fn noted(self, note: i64) -> i64 {
+        note.saturating_add(self.ours_ns)
+    }
 }
 
 /// Whether that descriptor is a socket.
@@ -91,8 +122,8 @@ impl SocketTimeout {
     }
 
     /// A wait in `program`'s call that is precise where the socket's time-out is not, and ends in `left_ns`. The
-    /// process's CLOCK_MONOTONIC is `ahead_ns` of ours. None for calls that cannot wait so.
-    pub fn wait(&self, program: &Regs, left_ns: i64, ahead_ns: i64) -> Option<Wait> {
+    /// process's clock and a note's are those that `clocks` tells. None for calls that cannot wait so.
+    pub fn wait(&self, program: &Regs, left_ns: i64, clocks: Monotonic) -> Option<Wait> {
         const FD_MAX: u32 = 512;
         /// times(2): USER_HZ of them are a second.
         const CLOCK_TICK_NS: i64 = 10_000_000;
@@ -109,15 +140,15 @@ impl SocketTimeout {
             return None;
         }
         let left_ns = left_ns.max(0);
-        let note = monotonic_ns().saturating_add(left_ns);
+        let end = monotonic_ns().saturating_add(left_ns);
         // It may be behind by a tick of the kernel's.
         let clock = clock_ticks() + left_ns / CLOCK_TICK_NS - 1;
         Some(Wait {
             fd,
             writes,
             left: calls::timespec(left_ns as u64),
-            end: calls::timespec(note.saturating_add(ahead_ns).max(0) as u64),
-            note,
+            end: calls::timespec(end.saturating_add(clocks.program_ns).max(0) as u64),
+            note: clocks.note(end),
             clock,
             probe,
         })

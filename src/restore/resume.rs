@@ -19,7 +19,7 @@ use crate::kernel::batch;
 use crate::kernel::calls::{self, Broken, Timeout};
 use crate::kernel::mem::Mem;
 use crate::kernel::remote::Remote;
-use crate::kernel::socket_timeout::SocketTimeout;
+use crate::kernel::socket_timeout::{Monotonic, SocketTimeout};
 use crate::kernel::tracee::{Stop, Tracee, monotonic_ns};
 use crate::kernel::vdso;
 
@@ -42,20 +42,19 @@ impl Afterwards {
 
 /// Registers and masks of all threads, right before they are released; `vdso` is the range of the one
 /// that works here. Nothing of ours is needed in the process any more.
-/// The process's CLOCK_MONOTONIC is `ahead_ns` of ours.
 pub fn set(
     mem: &Mem,
     threads: &[&Remote],
     p: &Process,
     vdso: (u64, u64),
-    ahead_ns: i64,
+    clocks: Monotonic,
 ) -> Result<Afterwards> {
     let bytes = mem.read_vec(vdso.0, vdso.1.saturating_sub(vdso.0) as usize)?;
     let start = (vdso.0 + vdso::elf_len(&bytes)?).next_multiple_of(8);
     let mut place = Place {
         start,
         lowest: vdso.1,
-        ahead_ns,
+        clocks,
     };
     let mut after = Afterwards::default();
     let mut order: Vec<_> = threads.iter().zip(&p.threads).collect();
@@ -87,8 +86,8 @@ fn loss(t: &Thread) -> (u8, Reverse<i64>) {
 struct Place {
     start: u64,
     lowest: u64,
-    /// Of the clock that is seen there.
-    ahead_ns: i64,
+    /// Those that are seen there.
+    clocks: Monotonic,
 }
 
 impl Place {
@@ -145,7 +144,7 @@ fn go_on(
                 let Ok(Some(mut s)) = socket else {
                     return Ok(regs);
                 };
-                if let Some(w) = s.wait(&regs, left, place.ahead_ns)
+                if let Some(w) = s.wait(&regs, left, place.clocks)
                     && let Some(at) = place.take(trampoline::wait(0, &regs, &w).bytes.len())
                 {
                     let t = trampoline::wait(at, &regs, &w);
@@ -155,7 +154,7 @@ fn go_on(
                 s.shorten_to_next_tick(left)?;
                 after.sockets.push(s);
                 // For a later dump.
-                let end = Some(monotonic_ns().saturating_add(left));
+                let end = Some(place.clocks.note(monotonic_ns().saturating_add(left)));
                 let emit = |at| trampoline::emit(at, &regs, nr, &[], None, end, &[], &[]);
                 if let Some(at) = place.take(emit(0).bytes.len()) {
                     let t = emit(at);

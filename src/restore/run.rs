@@ -25,6 +25,7 @@ use crate::image::process::{Creds, Process, State};
 use crate::image::store::Image;
 use crate::image::{DescriptionId, Manifest, Origin};
 use crate::kernel::remote::{AREA, Remote};
+use crate::kernel::socket_timeout::Monotonic;
 use crate::kernel::time_ns::{self, Offsets};
 use crate::kernel::undertaker::Undertaker;
 use crate::kernel::{body, caps};
@@ -226,8 +227,14 @@ fn restore(
     // Last of all: sleeps that have begun go on from here.
     let mut sleepers = Vec::new();
     for r in &ready {
-        let (mem, ahead) = (r.leader.mem(), clocks.ahead_ns);
-        sleepers.push(resume::set(mem, &r.living(), r.process, r.vdso, ahead)?);
+        let mem = r.leader.mem();
+        sleepers.push(resume::set(
+            mem,
+            &r.living(),
+            r.process,
+            r.vdso,
+            clocks.monotonic,
+        )?);
     }
     let mut undertaker = Some(undertaker);
     let mut parked = false;
@@ -422,8 +429,7 @@ fn release(r: &Ready, parked: bool, opts: &Options) -> Result<()> {
 struct Clocks {
     /// They go on from where they stood.
     same: bool,
-    /// How far CLOCK_MONOTONIC is ahead of ours.
-    ahead_ns: i64,
+    monotonic: Monotonic,
 }
 
 /// Lets the processes see their clocks go on from where they stood: deadlines in their memory count on it.
@@ -449,12 +455,18 @@ fn set_clocks(origin: &Origin, here: bool, report: &mut Report) -> Result<Clocks
             boottime: origin.boottime_ns - boottime,
         }
     };
-    let clocks = |same, ahead: i128| Clocks {
-        same,
-        ahead_ns: i64::try_from(ahead).unwrap_or(0),
+    let clocks = |same, programs: Offsets, ours: Offsets| {
+        let ns = |ahead: i128| i64::try_from(ahead).unwrap_or(0);
+        Clocks {
+            same,
+            monotonic: Monotonic {
+                program_ns: ns(programs.monotonic - ours.monotonic),
+                ours_ns: ns(ours.monotonic),
+            },
+        }
     };
     if wanted == ours {
-        return Ok(clocks(true, 0));
+        return Ok(clocks(true, wanted, ours));
     }
     let done = wanted
         .for_children()
@@ -464,15 +476,10 @@ fn set_clocks(origin: &Origin, here: bool, report: &mut Report) -> Result<Clocks
             "the program sees this host's clocks, not those it had (a deadline in its memory may be \
              far off): {e:#}"
         ));
-        return Ok(clocks(false, 0));
+        return Ok(clocks(false, ours, ours));
     }
     // Of those who join it we are one.
-    let ahead = if here {
-        0
-    } else {
-        wanted.monotonic - ours.monotonic
-    };
-    Ok(clocks(true, ahead))
+    Ok(clocks(true, wanted, if here { wanted } else { ours }))
 }
 
 /// Where our own descriptors go: above every number of the programs.

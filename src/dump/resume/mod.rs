@@ -26,7 +26,7 @@ use crate::kernel::batch::{self, Held};
 use crate::kernel::calls::{self, Broken};
 use crate::kernel::mem::Mem;
 use crate::kernel::proc_file;
-use crate::kernel::socket_timeout::{self, SocketTimeout};
+use crate::kernel::socket_timeout::{self, Monotonic, SocketTimeout};
 use crate::kernel::tracee::monotonic_ns;
 use crate::kernel::vdso;
 
@@ -262,6 +262,10 @@ pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -
             continue;
         };
         match calls::timeout(nr, &h.program) {
+    let clocks = match threads.iter().any(|h| h.noted.is_some()) {
+        true => Monotonic::ours(),
+        false => Monotonic::default(),
+    };
             Some((t, broken)) => {
                 let left = time_left(nr, t, broken, &h.program, mem);
                 let left = left.map(|l| h.stopped_at.saturating_add(l));
@@ -275,8 +279,10 @@ pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -
                     Ok(Some(s)) if is_socket => {
                         let whole = s.whole_ns();
                         let end = match h.noted {
-                            Some(end) if waits_outside(h, tail) => Some(end),
-                            noted => watch.socket_end(tid, nr, whole).or(noted),
+                            Some(end) if waits_outside(h, tail) => Some(clocks.noted(end)),
+                            noted => watch
+                                .socket_end(tid, nr, whole)
+                                .or(noted.map(|n| clocks.noted(n))),
                         };
                         h.deadline = end.or(Some(h.stopped_at.saturating_add(whole)));
                     }
@@ -461,7 +467,7 @@ pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Vec<SocketTime
                             if !tail.holds(h.regs.rip)
                                 && let Some(d) = h.deadline
                             {
-                                note_deadline(h, d, mem, tail);
+                                note_deadline(h, Monotonic::ours().note(d), mem, tail);
                             }
                         }
                     }
@@ -482,9 +488,9 @@ fn waits_outside(h: &Held, tail: &Tail) -> bool {
 
 /// Lets a call whose time-out is its socket's go through a trampoline, which does nothing but tell a
 /// later dump when the call ends.
-fn note_deadline(h: &mut Held, deadline: i64, mem: &Mem, tail: &mut Tail) {
+fn note_deadline(h: &mut Held, note: i64, mem: &Mem, tail: &mut Tail) {
     let nr = h.program.orig_rax;
-    let emit = |at| trampoline::emit(at, &h.program, nr, &[], None, Some(deadline), &[], &[]);
+    let emit = |at| trampoline::emit(at, &h.program, nr, &[], None, Some(note), &[], &[]);
     if let Some(at) = tail.take(emit(0).bytes.len()) {
         let t = emit(at);
         if mem.write(at, &t.bytes).is_ok() {
