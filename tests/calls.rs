@@ -118,3 +118,30 @@ fn a_call_restored_in_another_time_namespace_is_not_ended_early_by_the_next_dump
     ensure!(took >= 1.5, "it ended after {took} s");
     Ok(())
 }
+
+#[test]
+fn a_signal_handler_above_a_broken_call_returns_to_it_when_restored() -> Result<()> {
+    let Some(mut p) = Running::start("tests/calls/handler.c")? else {
+        return Ok(());
+    };
+    p.sleeps_in(libc::SYS_epoll_wait)?;
+    p.dump("first", false)?;
+    let pid = nix::unistd::Pid::from_raw(p.child.id() as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGUSR1)?;
+    p.has("handling")?;
+    p.dump("second", true)?;
+    // Twice: what was put back is carried as well.
+    let mut restore = common::mistctl();
+    restore.args(["restore", "-d"]).arg(p.path("second"));
+    p.run(restore, "restore")?;
+    let mut dump = common::mistctl();
+    dump.args(["dump", "--kill", &p.child.id().to_string(), "-o"])
+        .arg(p.path("third"));
+    p.run(dump, "third dump")?;
+    std::fs::write(p.path("go"), "")?;
+    let mut restore = common::mistctl();
+    restore.arg("restore").arg(p.path("third"));
+    p.run(restore, "second restore")?;
+    ensure!(p.result()? == "EINTR\n", "{}", p.result()?);
+    Ok(())
+}

@@ -133,6 +133,11 @@ impl HeldProcess {
         self.tail.free()
     }
 
+    /// What in the dead end of its vDSO signal handlers return to, from low to high.
+    pub fn returned_to(&self) -> Vec<Range<u64>> {
+        self.tail.returned_to()
+    }
+
     /// The main thread, or, when that has ended, another.
     pub fn leader(&self) -> &Held {
         &self.threads[0]

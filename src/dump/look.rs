@@ -174,8 +174,15 @@ fn ask_one<'a>(
         .with_context(|| format!("process {pid} has no vDSO"))?;
     let mut bytes = held.mem.read_vec(vdso.start, vdso.len() as usize)?;
     let elf = vdso::elf_len(&bytes)?;
-    // What stands behind the ELF image may be the code of an earlier batch.
-    bytes[elf as usize..].fill(0);
+    // What stands behind the ELF image may be the code of an earlier batch. What signal handlers return to is carried.
+    let mut dead = elf;
+    for r in held.returned_to() {
+        let offset = |at: u64| at.saturating_sub(vdso.start).clamp(dead, vdso.len());
+        let (from, to) = (offset(r.start), offset(r.end));
+        bytes[dead as usize..from as usize].fill(0);
+        dead = to;
+    }
+    bytes[dead as usize..].fill(0);
     sink.put(p.space, vdso.start, &bytes)?;
     let tail = held.tail();
     let area = hole(&p.vmas, batch::AREA)

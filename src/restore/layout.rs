@@ -131,9 +131,10 @@ fn group_of_image(p: &Process) -> Option<Group> {
 pub struct Stripped {
     /// The vDSO that works here.
     pub vdso: (u64, u64),
-    /// Redirection of the program's vDSO to this kernel's: bytes to put at addresses, once its pages are
-    /// filled.
-    pub redirect: Vec<(u64, Vec<u8>)>,
+    /// The program's own is ordinary memory that leads there.
+    pub redirected: bool,
+    /// To put at addresses, once pages are filled: that redirection, or what signal handlers return to.
+    pub bytes: Vec<(u64, Vec<u8>)>,
 }
 
 /// Unmaps all of the body but the area and what it has filled itself; the kernel's mappings go where the program has them when they are
@@ -175,7 +176,8 @@ pub fn strip(body: &mut Remote, p: &Process, pages: &PagesReader, bulk: &Bulk) -
     let Some(wanted) = group_of_image(p) else {
         return Ok(Stripped {
             vdso: group.vdso,
-            redirect: Vec::new(),
+            redirected: false,
+            bytes: Vec::new(),
         });
     };
     let here = body
@@ -185,16 +187,24 @@ pub fn strip(body: &mut Remote, p: &Process, pages: &PagesReader, bulk: &Bulk) -
     if wanted.same_shape(&group) && same_contents(&here, &there)? {
         let group = move_group(body, &group, wanted.start())?;
         body.flush()?;
+        // What signal handlers of the program return to.
+        let dead = vdso::elf_len(&there)?;
+        let kept = there.get(dead as usize..).unwrap_or_default();
+        let bytes = match kept.iter().all(|b| *b == 0) {
+            true => Vec::new(),
+            false => vec![(group.vdso.0 + dead, kept.to_vec())],
+        };
         return Ok(Stripped {
             vdso: group.vdso,
-            redirect: Vec::new(),
+            redirected: false,
+            bytes,
         });
     }
     let place =
         hole(&p.vmas, body.area(), group.len()).context("no room for this kernel's vDSO")?;
     let group = move_group(body, &group, place)?;
     body.flush()?;
-    let mut redirect = vec![(wanted.vdso.0, there.clone())];
+    let mut bytes = vec![(wanted.vdso.0, there.clone())];
     let ours = vdso::symbols(&here)?;
     for (name, at) in vdso::symbols(&there)? {
         let Some((_, target)) = ours.iter().find(|(n, _)| *n == name) else {
@@ -202,11 +212,12 @@ pub fn strip(body: &mut Remote, p: &Process, pages: &PagesReader, bulk: &Bulk) -
         };
         let mut a = Asm::new();
         a.jump(group.vdso.0 + target);
-        redirect.push((wanted.vdso.0 + at, a.bytes().to_vec()));
+        bytes.push((wanted.vdso.0 + at, a.bytes().to_vec()));
     }
     Ok(Stripped {
         vdso: group.vdso,
-        redirect,
+        redirected: true,
+        bytes,
     })
 }
 

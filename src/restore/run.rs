@@ -300,17 +300,16 @@ impl Site<'_> {
     ) -> Result<Ready<'p>> {
         process::surroundings(&mut body, p, &self.image.manifest)?;
         let stripped = layout::strip(&mut body, p, self.image.pages(), self.bulk)?;
-        let redirected = !stripped.redirect.is_empty();
         layout::map(
             &mut body,
             p,
             self.opened,
             self.shared,
             self.bulk,
-            redirected,
+            stripped.redirected,
         )?;
         let bytes = self.fill(&mut body, p, undertaker)?;
-        layout::poke(body.mem(), &stripped.redirect)?;
+        layout::poke(body.mem(), &stripped.bytes)?;
         let exe = self.opened.executable(p.exe);
         layout::set_mm(&mut body, p, exe, stripped.vdso.0)?;
         if let Some(guest) = &mut guest {

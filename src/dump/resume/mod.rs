@@ -38,6 +38,8 @@ pub struct Tail {
     all: Range<u64>,
     /// Where trampolines stand.
     used: Vec<Range<u64>>,
+    /// Those that signal frames lead to.
+    frames: Vec<Range<u64>>,
 }
 
 impl Tail {
@@ -46,7 +48,7 @@ impl Tail {
         let all = vdso_tail(tid, mem).unwrap_or_default();
         let mut tail = Self {
             all,
-            used: Vec::new(),
+            ..Self::default()
         };
         // What an earlier dump has left may be in use; once the threads stand [`settle`] knows.
         let from = tail.all.start + batch::ROOM;
@@ -65,17 +67,29 @@ impl Tail {
         self.all.start..lowest.unwrap_or(self.all.end)
     }
 
+    /// What an image carries, from low to high: signal handlers of the program return there.
+    pub fn returned_to(&self) -> Vec<Range<u64>> {
+        let floor = self.all.start.saturating_add(batch::ROOM);
+        let mut all = self.frames.clone();
+        // Below is no trampoline: a number on the stack that looked like an address.
+        all.retain(|r| r.start >= floor);
+        all.sort_unstable_by_key(|r| r.start);
+        all
+    }
+
     fn holds(&self, rip: u64) -> bool {
         self.all.contains(&rip)
     }
 
     /// The trampoline that somebody with these registers stands in, from there on.
-    fn keep(&mut self, regs: &Regs, mem: &Mem) {
+    fn keep(&mut self, regs: &Regs, mem: &Mem) -> Range<u64> {
         let room = (self.all.end - regs.rip) as usize;
         let code = mem.read_vec(regs.rip, room).unwrap_or_default();
         let len = trampoline::extent(&code, regs).unwrap_or(room);
         let end = (regs.rip + len as u64).min(self.all.end);
-        self.used.push(regs.rip.saturating_sub(2) & !7..end);
+        let kept = regs.rip.saturating_sub(2) & !7..end;
+        self.used.push(kept.clone());
+        kept
     }
 
     /// The address for `len` bytes: the highest there is. What the next batch needs stays free.
@@ -241,12 +255,17 @@ fn waits(tid: i32, nr: u64, r: &Regs) -> bool {
 /// to transfer, so that from now on our death shows as little as our going on.
 pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -> Result<()> {
     tail.used.clear();
+    tail.frames.clear();
     for h in threads.iter() {
         if tail.holds(h.regs.rip) {
             tail.keep(&h.regs, mem);
         }
         keep_frames(h, mem, tail);
     }
+    let clocks = match threads.iter().any(|h| h.noted.is_some()) {
+        true => Monotonic::ours(),
+        false => Monotonic::default(),
+    };
     for h in threads.iter_mut() {
         let tid = h.tracee.tid;
         if let Resume::Timed { nr, .. } = &mut h.resume
@@ -262,10 +281,6 @@ pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -
             continue;
         };
         match calls::timeout(nr, &h.program) {
-    let clocks = match threads.iter().any(|h| h.noted.is_some()) {
-        true => Monotonic::ours(),
-        false => Monotonic::default(),
-    };
             Some((t, broken)) => {
                 let left = time_left(nr, t, broken, &h.program, mem);
                 let left = left.map(|l| h.stopped_at.saturating_add(l));
@@ -352,7 +367,8 @@ fn keep_frames(h: &Held, mem: &Mem, tail: &mut Tail) {
                 rip: value,
                 ..Regs::default()
             };
-            tail.keep(&there, mem);
+            let kept = tail.keep(&there, mem);
+            tail.frames.push(kept);
         }
     }
 }
@@ -533,7 +549,7 @@ mod tests {
         let end = 4096 + batch::ROOM + 200;
         let mut tail = Tail {
             all: 4096..end,
-            used: Vec::new(),
+            ..Tail::default()
         };
         assert_eq!(tail.take(40), Some((end - 40) & !7));
         let first = tail.take(64).unwrap();
