@@ -52,12 +52,11 @@ pub fn set(
     let bytes = mem.read_vec(vdso.0, vdso.1.saturating_sub(vdso.0) as usize)?;
     let start = (vdso.0 + vdso::elf_len(&bytes)?).next_multiple_of(8);
     // Signal handlers return to what is there already.
-    let from = start + batch::ROOM;
-    let dead = bytes.get((from - vdso.0) as usize..).unwrap_or_default();
+    let dead = bytes.get((start - vdso.0) as usize..).unwrap_or_default();
     let kept = dead.iter().position(|b| *b != 0);
     let mut place = Place {
         start,
-        lowest: kept.map_or(vdso.1, |i| from + i as u64),
+        lowest: kept.map_or(vdso.1, |i| start + i as u64),
         clocks,
     };
     let mut after = Afterwards::default();

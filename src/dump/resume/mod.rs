@@ -71,8 +71,6 @@ impl Tail {
     pub fn returned_to(&self) -> Vec<Range<u64>> {
         let floor = self.all.start.saturating_add(batch::ROOM);
         let mut all = self.frames.clone();
-        // Below is no trampoline: a number on the stack that looked like an address.
-        all.retain(|r| r.start >= floor);
         all.sort_unstable_by_key(|r| r.start);
         all
     }
