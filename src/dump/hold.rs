@@ -188,20 +188,15 @@ impl HeldProcess {
         }
         let _postponed = Postponed::new();
         let mut first = Ok(());
-        let sockets = resume::renew(&mut self.threads, &self.mem, &mut self.tail);
+        let mut sockets = resume::renew(&mut self.threads, &self.mem, &mut self.tail);
         for h in &self.threads {
             let r = h.release(0);
             if first.is_ok() {
                 first = r;
             }
         }
-        for s in sockets {
-            let r = s.put_back();
-            if first.is_ok() {
-                first = r;
-            }
-        }
-        first
+        let put_back = sockets.put_back();
+        first.and(put_back)
     }
 }
 

@@ -1,5 +1,7 @@
 //! The time-out of a socket (SO_RCVTIMEO, SO_SNDTIMEO), for a call that has slept a part of it.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -16,15 +18,29 @@ use super::{calls, pidfd, proc_file, sockopt};
 /// How long to wait for a thread to be back in its call. It does nothing else on the way there.
 const PATIENCE: Duration = Duration::from_millis(20);
 
-/// A socket of another process whose time-out is changed for the moment in which a call reads it.
+/// A socket of another process, and the time-out it has for a call.
 #[derive(Debug)]
 pub struct SocketTimeout {
     socket: OwnedFd,
     option: i32,
-    tid: i32,
-    nr: u64,
     whole: [u8; 16],
+}
+
+/// Sockets whose time-outs are changed for the moment in which calls read them: each once, however many threads of
+/// however many processes wait for it.
+#[derive(Debug, Default)]
+pub struct Shortened {
+    /// By SO_COOKIE and option.
+    sockets: BTreeMap<(u64, i32), Short>,
+    /// Threads that are to begin these calls.
+    waiting: Vec<(i32, u64)>,
     guardian: Option<Guardian>,
+}
+
+#[derive(Debug)]
+struct Short {
+    socket: SocketTimeout,
+    now_ns: i64,
 }
 
 /// CLOCK_MONOTONIC as others see it. What is noted in a process for a later dump is in the host's own, whichever time
@@ -100,10 +116,7 @@ impl SocketTimeout {
         let s = Self {
             socket,
             option,
-            tid,
-            nr,
             whole,
-            guardian: None,
         };
         Ok((s.whole_ns() > 0).then_some(s))
     }
@@ -121,16 +134,16 @@ impl SocketTimeout {
             .saturating_add(word(8).saturating_mul(1000))
     }
 
-    /// A wait in `program`'s call that is precise where the socket's time-out is not, and ends in `left_ns`. The
+    /// A wait in `program`'s call `nr` that is precise where the socket's time-out is not, and ends in `left_ns`. The
     /// process's clock and a note's are those that `clocks` tells. None for calls that cannot wait so.
-    pub fn wait(&self, program: &Regs, left_ns: i64, clocks: Monotonic) -> Option<Wait> {
+    pub fn wait(&self, nr: u64, program: &Regs, left_ns: i64, clocks: Monotonic) -> Option<Wait> {
         const FD_MAX: u32 = 512;
         /// times(2): USER_HZ of them are a second.
         const CLOCK_TICK_NS: i64 = 10_000_000;
         let fd = u32::try_from(program.arg(0) as i32)
             .ok()
             .filter(|fd| *fd < FD_MAX)?;
-        let (writes, probe) = calls::socket_wait(self.nr, program)?;
+        let (writes, probe) = calls::socket_wait(nr, program)?;
         // Others may seem ready to be written to when they are not.
         let stream = || {
             let kind = sockopt::get(&self.socket, libc::SOL_SOCKET, libc::SO_TYPE, 4).ok();
@@ -158,48 +171,96 @@ impl SocketTimeout {
         sockopt::set(&self.socket, libc::SOL_SOCKET, self.option, value)
             .context("setting the time-out of a socket")
     }
+}
 
-    /// Until [`SocketTimeout::put_back`], calls that begin time out after this; 0 would be never.
-    /// The guardian puts it back if we die.
-    pub fn shorten(&mut self, left_ns: i64) -> Result<()> {
-        let guardian = Guardian::start().context("starting a guardian")?;
-        let undo = Undo::Options(vec![(libc::SOL_SOCKET, self.option, self.whole.to_vec())]);
-        guardian.protect(&self.socket, &undo)?;
-        self.guardian = Some(guardian);
-        self.set(&calls::timeval(left_ns.max(1000) as u64))
+impl Shortened {
+    /// Until [`Shortened::put_back`], calls on that socket time out after this; where several threads wait for it,
+    /// after the longest of theirs. Thread `tid` is to begin its call `nr`. The guardian puts the time-out back if we
+    /// die.
+    fn shorten(&mut self, s: SocketTimeout, tid: i32, nr: u64, left_ns: i64) -> Result<()> {
+        let cookie = sockopt::get(&s.socket, libc::SOL_SOCKET, libc::SO_COOKIE, 8)
+            .context("reading the cookie of a socket")?;
+        let cookie = cookie.try_into().map_or(0, u64::from_ne_bytes);
+        // 0 would be never.
+        let left_ns = left_ns.max(1000);
+        let first = match self.sockets.entry((cookie, s.option)) {
+            // What `s` has read is what it was shortened to.
+            Entry::Occupied(known) => {
+                let known = known.into_mut();
+                if left_ns > known.now_ns {
+                    known.socket.set(&calls::timeval(left_ns as u64))?;
+                    known.now_ns = left_ns;
+                }
+                self.waiting.push((tid, nr));
+                return Ok(());
+            }
+            Entry::Vacant(first) => first,
+        };
+        let guardian = match &self.guardian {
+            Some(g) => g,
+            None => self
+                .guardian
+                .insert(Guardian::start().context("starting a guardian")?),
+        };
+        let undo = Undo::Options(vec![(libc::SOL_SOCKET, s.option, s.whole.to_vec())]);
+        guardian.protect(&s.socket, &undo)?;
+        s.set(&calls::timeval(left_ns as u64))?;
+        first.insert(Short {
+            socket: s,
+            now_ns: left_ns,
+        });
+        self.waiting.push((tid, nr));
+        Ok(())
     }
 
-    /// The same for calls that are to end at the first tick in or behind `left_ns`, and begin now.
-    pub fn shorten_to_next_tick(&mut self, left_ns: i64) -> Result<()> {
+    /// For calls that are to end at the first tick in or behind `left_ns`, and begin now.
+    pub fn to_next_tick(
+        &mut self,
+        s: SocketTimeout,
+        tid: i32,
+        nr: u64,
+        left_ns: i64,
+    ) -> Result<()> {
         let tick = tick_ns();
         let ticks = tick.and_then(|t| Ticks::read(t).ok());
         let whole = |t: i64, ticks: Ticks| Ticks::wait(t, ticks.next(monotonic_ns(), left_ns));
-        self.shorten(match (tick, ticks) {
+        let left_ns = match (tick, ticks) {
             (Some(t), Some(ticks)) => whole(t, ticks),
             _ => left_ns,
-        })
+        };
+        self.shorten(s, tid, nr, left_ns)
     }
 
-    /// The same for calls that are to end at the tick in `left_ns`, and not behind it.
-    pub fn shorten_to_tick(&mut self, left_ns: i64) -> Result<()> {
-        self.shorten(tick_ns().map_or(left_ns, |tick| Ticks::wait(tick, left_ns)))
+    /// For calls that are to end at the tick in `left_ns`, and not behind it.
+    pub fn to_tick(&mut self, s: SocketTimeout, tid: i32, nr: u64, left_ns: i64) -> Result<()> {
+        let left_ns = tick_ns().map_or(left_ns, |tick| Ticks::wait(tick, left_ns));
+        self.shorten(s, tid, nr, left_ns)
     }
 
-    /// Waits until the thread, which was let go, is in its call, and gives the socket its own time-out.
-    pub fn put_back(&self) -> Result<()> {
-        let path = format!("/proc/{}/syscall", self.tid);
-        let want = format!("{} ", self.nr);
-        let begun = Instant::now();
-        while begun.elapsed() < PATIENCE {
-            match proc_file::text(&path) {
-                Ok(text) if text.starts_with(&want) => break,
-                // A sleep, for to yield would not let it run when we come before it (kernel/sched.rs).
-                Ok(_) => std::thread::sleep(Duration::from_micros(20)),
-                Err(_) => break,
+    /// Waits until the threads, which were let go, are in their calls, and gives the sockets their own time-outs.
+    pub fn put_back(&mut self) -> Result<()> {
+        for (tid, nr) in self.waiting.drain(..) {
+            let path = format!("/proc/{tid}/syscall");
+            let want = format!("{nr} ");
+            let begun = Instant::now();
+            while begun.elapsed() < PATIENCE {
+                match proc_file::text(&path) {
+                    Ok(text) if text.starts_with(&want) => break,
+                    // A sleep, for to yield would not let it run when we come before it (kernel/sched.rs).
+                    Ok(_) => std::thread::sleep(Duration::from_micros(20)),
+                    Err(_) => break,
+                }
             }
         }
-        self.set(&self.whole)?;
-        if let Some(g) = &self.guardian {
+        let mut first = Ok(());
+        for (_, s) in std::mem::take(&mut self.sockets) {
+            let r = s.socket.set(&s.socket.whole);
+            if first.is_ok() {
+                first = r;
+            }
+        }
+        first?;
+        if let Some(g) = self.guardian.take() {
             g.forget_all()?;
         }
         Ok(())

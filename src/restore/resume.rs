@@ -19,24 +19,21 @@ use crate::kernel::batch;
 use crate::kernel::calls::{self, Broken, Timeout};
 use crate::kernel::mem::Mem;
 use crate::kernel::remote::Remote;
-use crate::kernel::socket_timeout::{Monotonic, SocketTimeout};
+use crate::kernel::socket_timeout::{Monotonic, Shortened, SocketTimeout};
 use crate::kernel::tracee::{Stop, Tracee, monotonic_ns};
 use crate::kernel::vdso;
 
-/// What is to be done once the threads run.
+/// What is to be done once the threads of all processes run.
 #[derive(Debug, Default)]
 pub struct Afterwards {
-    sockets: Vec<SocketTimeout>,
+    sockets: Shortened,
     pub warnings: Vec<String>,
 }
 
 impl Afterwards {
     /// Gives sockets their own time-outs again.
     pub fn finish(&mut self) -> Result<()> {
-        for s in self.sockets.drain(..) {
-            s.put_back()?;
-        }
-        Ok(())
+        self.sockets.put_back()
     }
 }
 
@@ -48,7 +45,8 @@ pub fn set(
     p: &Process,
     vdso: (u64, u64),
     clocks: Monotonic,
-) -> Result<Afterwards> {
+    after: &mut Afterwards,
+) -> Result<()> {
     let bytes = mem.read_vec(vdso.0, vdso.1.saturating_sub(vdso.0) as usize)?;
     let start = (vdso.0 + vdso::elf_len(&bytes)?).next_multiple_of(8);
     // Signal handlers return to what is there already.
@@ -59,11 +57,10 @@ pub fn set(
         lowest: kept.map_or(vdso.1, |i| start + i as u64),
         clocks,
     };
-    let mut after = Afterwards::default();
     let mut order: Vec<_> = threads.iter().zip(&p.threads).collect();
     order.sort_by_key(|(_, t)| loss(t));
     for (r, t) in order {
-        let regs = go_on(r.tracee, t, mem, &mut place, &mut after)
+        let regs = go_on(r.tracee, t, mem, &mut place, after)
             .with_context(|| format!("setting thread {} going", t.tid))?;
         if !t.xstate.is_empty() {
             r.tracee.set_xstate(&t.xstate)?;
@@ -71,7 +68,7 @@ pub fn set(
         r.tracee.set_regs(&regs)?;
         r.tracee.set_sigmask(t.sigmask)?;
     }
-    Ok(after)
+    Ok(())
 }
 
 /// Who gets room first: those whom it would show without, and then those that would end latest.
@@ -144,18 +141,17 @@ fn go_on(
             }
             None => {
                 let socket = SocketTimeout::of(tracee.tid, nr, regs.arg(0) as i32);
-                let Ok(Some(mut s)) = socket else {
+                let Ok(Some(s)) = socket else {
                     return Ok(regs);
                 };
-                if let Some(w) = s.wait(&regs, left, place.clocks)
+                if let Some(w) = s.wait(nr, &regs, left, place.clocks)
                     && let Some(at) = place.take(trampoline::wait(0, &regs, &w).bytes.len())
                 {
                     let t = trampoline::wait(at, &regs, &w);
                     mem.write(at, &t.bytes)?;
                     return Ok(t.regs);
                 }
-                s.shorten_to_next_tick(left)?;
-                after.sockets.push(s);
+                after.sockets.to_next_tick(s, tracee.tid, nr, left)?;
                 // For a later dump.
                 let end = Some(place.clocks.note(monotonic_ns().saturating_add(left)));
                 let emit = |at| trampoline::emit(at, &regs, nr, &[], None, end, &[], &[]);

@@ -225,16 +225,11 @@ fn restore(
     drop(opened);
     undertaker.await_clean()?;
     // Last of all: sleeps that have begun go on from here.
-    let mut sleepers = Vec::new();
+    let mut after = resume::Afterwards::default();
     for r in &ready {
         let mem = r.leader.mem();
-        sleepers.push(resume::set(
-            mem,
-            &r.living(),
-            r.process,
-            r.vdso,
-            clocks.monotonic,
-        )?);
+        let (living, clocks) = (r.living(), clocks.monotonic);
+        resume::set(mem, &living, r.process, r.vdso, clocks, &mut after)?;
     }
     let mut undertaker = Some(undertaker);
     let mut parked = false;
@@ -275,10 +270,8 @@ fn restore(
         }
         (_, None) => None,
     };
-    for s in &mut sleepers {
-        s.finish()?;
-        report.warnings.append(&mut s.warnings);
-    }
+    after.finish()?;
+    report.warnings.append(&mut after.warnings);
     report.resume_us = started.elapsed().as_micros() as u64;
     report.total_us = report.resume_us;
     report.pid = ready.first().map_or(0, |r| r.leader.pid());

@@ -26,7 +26,7 @@ use crate::kernel::batch::{self, Held};
 use crate::kernel::calls::{self, Broken};
 use crate::kernel::mem::Mem;
 use crate::kernel::proc_file;
-use crate::kernel::socket_timeout::{self, Monotonic, SocketTimeout};
+use crate::kernel::socket_timeout::{self, Monotonic, Shortened, SocketTimeout};
 use crate::kernel::tracee::monotonic_ns;
 use crate::kernel::vdso;
 
@@ -69,7 +69,6 @@ impl Tail {
 
     /// What an image carries, from low to high: signal handlers of the program return there.
     pub fn returned_to(&self) -> Vec<Range<u64>> {
-        let floor = self.all.start.saturating_add(batch::ROOM);
         let mut all = self.frames.clone();
         all.sort_unstable_by_key(|r| r.start);
         all
@@ -440,8 +439,8 @@ fn place(h: &mut Held, left: i64, mem: &Mem, tail: &mut Tail, last: bool) -> Res
 /// Right before the release: time-outs get what is left of them now. Where the tail has no room for
 /// another trampoline, the call waits its whole time again.
 /// Sockets whose time-outs are to be put back once the threads run are returned.
-pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Vec<SocketTimeout> {
-    let mut sockets = Vec::new();
+pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Shortened {
+    let mut sockets = Shortened::default();
     // Those first that would lose most without room.
     let mut order: Vec<&mut Held> = threads.iter_mut().collect();
     order.sort_by_key(|h| {
@@ -474,15 +473,12 @@ pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Vec<SocketTime
                     }
                     None => {
                         let fd = h.program.arg(0) as i32;
-                        if let Ok(Some(mut s)) = SocketTimeout::of(h.tracee.tid, nr, fd)
-                            && s.shorten_to_tick(left).is_ok()
+                        if let Ok(Some(s)) = SocketTimeout::of(h.tracee.tid, nr, fd)
+                            && sockets.to_tick(s, h.tracee.tid, nr, left).is_ok()
+                            && !tail.holds(h.regs.rip)
+                            && let Some(d) = h.deadline
                         {
-                            sockets.push(s);
-                            if !tail.holds(h.regs.rip)
-                                && let Some(d) = h.deadline
-                            {
-                                note_deadline(h, Monotonic::ours().note(d), mem, tail);
-                            }
+                            note_deadline(h, Monotonic::ours().note(d), mem, tail);
                         }
                     }
                 }
