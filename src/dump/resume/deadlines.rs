@@ -46,6 +46,17 @@ struct Seen {
     timeout: Option<i64>,
 }
 
+/// How far an estimate may be late, nanoseconds. A call whose end lies no further ahead may be over, and what the stop
+/// broke off a new one that had not gone to sleep yet.
+const LATE: i64 = 20_000_000;
+
+impl Seen {
+    /// An end that was estimated, where it is surely that of the call which the stop broke off.
+    fn lies_ahead(&self, end: i64) -> Option<i64> {
+        (end > self.asked.saturating_add(LATE)).then_some(end)
+    }
+}
+
 impl Watch {
     /// Looks at the threads of a process that still runs. Costs some microseconds a thread.
     pub fn before(pid: i32, tids: &[i32], mem: &Mem) -> Self {
@@ -142,8 +153,7 @@ impl Watch {
         }
         .or_else(|| {
             let s = self.last_sleep(tid, nr)?;
-            let end = s.since?.saturating_add(s.timeout?);
-            (end > s.asked).then_some(end)
+            s.lies_ahead(s.since?.saturating_add(s.timeout?))
         })
     }
 
@@ -156,7 +166,7 @@ impl Watch {
             let end = self
                 .ticks
                 .map_or(since.saturating_add(whole), |t| t.end(since, whole));
-            (end > s.asked).then_some(end)
+            s.lies_ahead(end)
         })
     }
 
