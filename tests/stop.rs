@@ -1,7 +1,7 @@
 //! A stop does not show, and a mistctl that dies does no harm: a program that checks itself all the
 //! time is dumped again and again, and mistctl is killed at random moments of dumps and restores.
 //!
-//! `MIST_DUMPS` and `MIST_KILLS` say how often (200 and 100 unless set), `MIST_SEED` repeats a run.
+//! `MIST_DUMPS` and `MIST_KILLS` say how often (100 unless set), `MIST_SEED` repeats a run.
 
 mod common;
 
@@ -337,7 +337,7 @@ impl Test {
         } else {
             Some(self.look()?)
         };
-        let rounds = number("MIST_DUMPS", 200);
+        let rounds = number("MIST_DUMPS", 100);
         let mut worst = 0;
         for i in 0..rounds {
             let image = self.dir.join("image");
