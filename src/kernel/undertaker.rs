@@ -14,7 +14,7 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Pid, fork, setsid};
 
-use super::{fds, pidfd, proc_file};
+use super::{fds, pidfd};
 
 /// The word: all are released.
 const DONE: i32 = 0;
@@ -194,19 +194,12 @@ fn gather(known: &mut Vec<(i32, OwnedFd)>) {
             .filter_map(|e| e.file_name().to_str()?.parse().ok())
         {
             let is_known = |pid| known.iter().any(|(k, _)| *k == pid);
-            if !is_known(pid) && parent(pid).is_some_and(is_known) {
+            let stat = procfs::process::Process::new(pid).and_then(|p| p.stat());
+            if !is_known(pid) && stat.is_ok_and(|s| is_known(s.ppid)) {
                 known.extend(pidfd::open(pid).map(|fd| (pid, fd)));
             }
         }
     }
-}
-
-fn parent(pid: i32) -> Option<i32> {
-    let stat = proc_file::read(format!("/proc/{pid}/stat")).ok()?;
-    // Behind the name, which may hold anything: state, parent.
-    let behind = stat.rsplit(|b| *b == b')').next()?;
-    let mut words = std::str::from_utf8(behind).ok()?.split_whitespace();
-    words.nth(1)?.parse().ok()
 }
 
 #[cfg(test)]
