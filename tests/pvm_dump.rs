@@ -56,6 +56,10 @@ fn main() -> ExitCode {
             drained,
         ),
         (
+            "so does what a task had sent that has ended",
+            drained_of_the_dead,
+        ),
+        (
             "a task that sends without pause marks its own stream",
             streaming,
         ),
@@ -417,6 +421,29 @@ fn drained(kit: &Path) {
     let mut drain = Drain::begin(Tid(v), Tid(v), client.tid(), 1).unwrap();
     assert!(!drain.look().unwrap(), "its pvmd sleeps");
     assert!(drain.waits_for().contains("has written"));
+    kill(pvmd, Signal::SIGCONT).unwrap();
+    until("the drain to end", || drain.look().unwrap());
+    let tags = flushed(&vm, &mut task, &mut client, 4711);
+    assert_eq!(tags, [Some(7), Some(7), Some(7), Some(7), Some(7), None]);
+    vm.table().open_gate(v, v).unwrap();
+}
+
+/// Nothing but its pvmd's socket tells of it.
+fn drained_of_the_dead(kit: &Path) {
+    let vm = Vm::start(kit);
+    let (mut task, mut sender) = (vm.actor(), vm.actor());
+    let (v, _) = (task.enrol(), sender.enrol());
+    let mut client = client_of(&vm);
+    let pvmd = Pid::from_raw(vm.pvmd.id() as i32);
+    kill(pvmd, Signal::SIGSTOP).unwrap();
+    for _ in 0..5 {
+        assert_eq!(sender.ask(&format!("send {v:x} 7 text")), "0");
+    }
+    sender.crash();
+    vm.table().close_gate(v, 0, 0).unwrap();
+    let mut drain = Drain::begin(Tid(v), Tid(v), client.tid(), 1).unwrap();
+    assert!(!drain.look().unwrap(), "its pvmd sleeps");
+    assert!(drain.waits_for().contains("have ended"));
     kill(pvmd, Signal::SIGCONT).unwrap();
     until("the drain to end", || drain.look().unwrap());
     let tags = flushed(&vm, &mut task, &mut client, 4711);

@@ -8,26 +8,32 @@ mod stage;
 mod testhosts;
 
 use std::fs;
+use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use common::{wait_child, wait_for};
+use memmap2::MmapMut;
+use mistctl::kernel::uffd::Uffd;
 use mistctl::pvm::shimabi::table::{Mapped, State};
 use scene::Scene;
+use stage::Stage;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
 type Test = fn(&Scene) -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 9] = [
+    let tests: [(&str, Test); 10] = [
         ("its_last_words_and_its_status_arrive", last_words),
         ("its_environment_says_where_it_is", environment),
         ("sizes_are_its_pvmds_or_its_own", sizes),
         ("it_has_the_siblings_it_had", siblings),
         ("its_mailbox_entries_are_its_own", mailbox),
         ("what_cannot_go_is_listed_and_nothing_stopped", refused),
+        ("one_that_is_ending_has_ended", ending),
         ("what_it_asked_to_be_told_is_told", notices),
         ("what_it_collects_follows_it", collector),
         (
@@ -232,6 +238,90 @@ fn refused(scene: &Scene) -> Result<()> {
     worker.leave();
     boss.leave();
     Ok(())
+}
+
+/// A process on its way out has no memory and no descriptors any more, and lives for whoever asks the kernel or pvmd:
+/// it is not taken for somebody else's.
+fn ending(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    let (_other, o) = scene.worker(&mut boss, "h1", "other")?;
+    // Agents are there from here on.
+    migrate(scene, o, "h0")?;
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    let pid = worker.pid();
+    Stage::new(scene.dir.path(), "held");
+    let path = scene.path("held.in");
+    let clog = Clog::new(&path)?;
+    // Its connection to pvmd, which has a lower number, is closed after this one.
+    let held = worker.ask(&format!("hold {}", path.display()));
+    ensure!(held.parse::<u32>().is_ok(), "{held}");
+    let clogged = clog.begin()?;
+    scene.hosts.exec("h1", &format!("kill -9 {pid}"))?;
+    wait_for("it to lose its memory", LIMIT, || {
+        let bare = format!("[ -z \"$(cat /proc/{pid}/maps)\" ]");
+        Ok(scene.hosts.root("h1", &bare).ok())
+    })?;
+    let shell = format!("{} migrate --json t{v:x} h0", scene.mistctl.path());
+    let said = scene
+        .hosts
+        .try_verb(&["exec", "h0", "bash", "-c", &shell])?;
+    drop(clogged);
+    let said: serde_json::Value = serde_json::from_slice(&said.stdout)?;
+    ensure!(said["failure"] == "no_such_process", "{said}");
+    let why = said["error"].as_str().unwrap_or_default();
+    ensure!(why.contains("has ended before it was moved"), "{why}");
+    boss.leave();
+    Ok(())
+}
+
+/// A FIFO that nobody can close: whoever writes to it waits for a page meanwhile, with the FIFO's lock.
+struct Clog {
+    fifo: fs::File,
+    page: MmapMut,
+    missing: Uffd,
+}
+
+/// One that is clogged until this is dropped.
+struct Clogged {
+    missing: Option<Uffd>,
+    writer: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Clog {
+    fn new(path: &Path) -> Result<Clog> {
+        let page = MmapMut::map_anon(4096)?;
+        let missing = Uffd::ours()?;
+        missing.api(0)?;
+        missing.register_missing(page.as_ptr() as u64, 4096)?;
+        let fifo = fs::File::options().read(true).write(true).open(path)?;
+        Ok(Clog {
+            fifo,
+            page,
+            missing,
+        })
+    }
+
+    fn begin(self) -> Result<Clogged> {
+        let (page, mut fifo, missing) = (self.page, self.fifo, self.missing);
+        let clogged = Clogged {
+            writer: Some(std::thread::spawn(move || drop(fifo.write_all(&page)))),
+            missing: Some(missing),
+        };
+        let writes = || match &clogged.missing {
+            Some(missing) => missing.event(),
+            None => Ok(None),
+        };
+        wait_for("somebody to write", LIMIT, writes)?;
+        Ok(clogged)
+    }
+}
+
+impl Drop for Clogged {
+    fn drop(&mut self) {
+        // Without it the page is there as any other.
+        self.missing = None;
+        let _ = self.writer.take().map(std::thread::JoinHandle::join);
+    }
 }
 
 fn notices(scene: &Scene) -> Result<()> {

@@ -19,7 +19,7 @@ mod threads;
 mod tracker;
 
 pub use hold::HeldProcess;
-pub use process::has_ended;
+pub use process::{ending_or, is_ending};
 pub use run::{finish, run};
 pub use session::Session;
 pub use survey::{child, refusals};

@@ -127,6 +127,27 @@ pub fn has_ended(tid: i32) -> bool {
     stat.map_or(true, |s| matches!(s.state, 'Z' | 'X'))
 }
 
+/// Whether a process has ended, or is on its way out: none of its threads comes back to its program. Its memory is let
+/// go before it is a zombie, and files in /proc that would lead there are root's from then on, so that looking at it
+/// fails as it does for a stranger's process.
+pub fn is_ending(pid: i32) -> bool {
+    // include/linux/sched.h
+    const PF_EXITING: u32 = 0x4;
+    let Ok(tasks) = Proc::new(pid).and_then(|p| p.tasks()) else {
+        return true;
+    };
+    let ends = |s: &Stat| matches!(s.state, 'Z' | 'X') || s.flags & PF_EXITING != 0;
+    (tasks.flatten()).all(|t| t.stat().map_or(true, |s| ends(&s)))
+}
+
+/// What an error in looking at a process is: where that is ending, it is that.
+pub fn ending_or(pid: i32, e: anyhow::Error) -> anyhow::Error {
+    match is_ending(pid) {
+        true => Failure::NoSuchProcess.with(e.context(format!("process {pid} is just ending"))),
+        false => e,
+    }
+}
+
 fn ancestors() -> Vec<i32> {
     let mut all = vec![std::process::id() as i32];
     let mut at = nix::unistd::getppid().as_raw();

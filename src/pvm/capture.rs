@@ -10,7 +10,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use pvm_abi::block::{flag, state};
 use pvm_abi::{CTX_TC, NOOP_MAGIC};
 
-use crate::dump::{Session, Sink};
+use crate::dump::{self, Session, Sink};
 use crate::error::Failure;
 use crate::image::Bytes;
 use crate::image::pvm::{MailboxEntry, PvmTask, Unread};
@@ -56,7 +56,8 @@ impl Task {
     /// The task that process `pid` is; none for one that has nothing to do with PVM.
     ///
     /// # Errors
-    /// [`Failure::Refused`] for a task that cannot be carried, with the reason and what to do instead.
+    /// [`Failure::Refused`] for a task that cannot be carried, with the reason and what to do instead;
+    /// [`Failure::NoSuchProcess`] when it is ending.
     pub fn find(pid: i32) -> Result<Option<Task>> {
         Self::find_among(&Daemons::look()?, pid)
     }
@@ -67,7 +68,7 @@ impl Task {
     /// As for [`Task::find`].
     pub fn find_among(daemons: &Daemons, pid: i32) -> Result<Option<Task>> {
         let connection = daemons.connection(pid)?;
-        let block = TaskBlock::find(pid)?;
+        let block = TaskBlock::find(pid).map_err(|e| dump::ending_or(pid, e))?;
         let enrolled = match &block {
             Some(block) => block.state()? == state::ENROLLED && block.enrolled_pid()? == pid,
             None => false,

@@ -95,9 +95,11 @@ impl Daemons {
         if self.sockets.is_empty() {
             return Ok(None);
         }
-        let ours = links(pid, "socket:[").with_context(|| {
-            format!("cannot look at the descriptors of process {pid}; is it yours?")
-        })?;
+        let ours = links(pid, "socket:[")
+            .with_context(|| {
+                format!("cannot look at the descriptors of process {pid}; is it yours?")
+            })
+            .map_err(|e| crate::dump::ending_or(pid, e))?;
         for (ino, fd) in ours {
             let Some(peer) = self.peers.get(&ino) else {
                 continue;
@@ -121,6 +123,33 @@ impl Daemons {
             }));
         }
         Ok(None)
+    }
+
+    /// The pvmds' ends of connections whose other end is closed by now, with something in them that their pvmd has
+    /// not read: what tasks that have ended had written.
+    ///
+    /// # Errors
+    /// When sock_diag cannot be read.
+    pub fn left_behind(&self) -> Result<Vec<OwnedFd>> {
+        if self.sockets.is_empty() {
+            return Ok(Vec::new());
+        }
+        let now = SockDiag::open().and_then(|diag| diag.unix());
+        let now = now.context("sock_diag: list of unix sockets")?;
+        let mut left = Vec::new();
+        for socket in now {
+            let Some((pvmd, fd)) = self.sockets.get(&u64::from(socket.ino)) else {
+                continue;
+            };
+            // One that pvmd has closed since has been read.
+            if socket.peer == Some(0)
+                && socket.receive_queue != 0
+                && let Ok(end) = duplicate(*pvmd, *fd)
+            {
+                left.push(end);
+            }
+        }
+        Ok(left)
     }
 }
 

@@ -5,6 +5,7 @@
 //! anything, everything that the tasks of its host had written must have been read by their pvmd.
 
 use std::collections::HashSet;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use pvm_abi::NOOP_MARKER;
 
 use crate::error::Failure;
 use crate::kernel::guardian::Guardian;
+use crate::kernel::sockopt::{self, Queue};
 use crate::pvm::block::TaskBlock;
 use crate::pvm::capture::{Task, fragments_of};
 use crate::pvm::connection::{Connection, Daemons, Raised};
@@ -33,6 +35,8 @@ pub struct Drain {
     agent: Tid,
     number: u32,
     senders: Vec<Sender>,
+    /// Of tasks that have ended: their pvmd's ends.
+    left_behind: Vec<OwnedFd>,
 }
 
 /// A task of this host.
@@ -56,10 +60,11 @@ impl Drain {
         let daemons = Daemons::look()?;
         let mut senders = Vec::new();
         for (pid, block) in local::tasks()? {
-            let tid = Tid(block.r()?);
-            let Ok(Some(connection)) = daemons.connection(pid) else {
+            // One that has ended since is among those at the end.
+            let (Ok(tid), Ok(Some(connection))) = (block.r(), daemons.connection(pid)) else {
                 continue;
             };
+            let tid = Tid(tid);
             if tid != r {
                 senders.push(Sender {
                     r: tid,
@@ -76,6 +81,7 @@ impl Drain {
             agent,
             number,
             senders,
+            left_behind: daemons.left_behind()?,
         })
     }
 
@@ -93,7 +99,9 @@ impl Drain {
             }
         }
         self.senders = left;
-        Ok(self.senders.is_empty())
+        self.left_behind
+            .retain(|end| sockopt::queued(end, Queue::In).is_ok_and(|bytes| bytes != 0));
+        Ok(self.senders.is_empty() && self.left_behind.is_empty())
     }
 
     /// To be told of every TC_NOOP that the agent receives. True if it was for this drain: a task's own marker
@@ -122,7 +130,11 @@ impl Drain {
                 sender.r, sender.connection.pid
             )
         };
-        self.senders.iter().map(one).collect::<Vec<_>>().join(", ")
+        let mut all: Vec<String> = self.senders.iter().map(one).collect();
+        if !self.left_behind.is_empty() {
+            all.push("tasks that have ended had written what their pvmd has not read".to_owned());
+        }
+        all.join(", ")
     }
 }
 

@@ -368,7 +368,9 @@ static int run(int argc, char **argv)
 		n = open("/proc/self/ns/net", O_RDONLY);
 		i = syscall(SYS_pidfd_open, getppid(), 0);
 		say("%d %d %d %d", connect(cc, (void *)&to, sizeof to), cc, n, i);
-	} else if (!strcmp(c, "close")) {
+	} else if (!strcmp(c, "hold"))
+		say("%d", open(ARG(1), O_RDWR));
+	else if (!strcmp(c, "close")) {
 		for (i = 1; i < argc; i++)
 			close(NUM(i));
 		say("ok");

@@ -204,9 +204,15 @@ impl Agent {
                 }
                 None => Ok(()),
             },
-            FromMover::Failed(failed) => match self.moves.moves.remove(&number) {
+            FromMover::Failed(mut failed) => match self.moves.moves.remove(&number) {
                 Some(done) => {
                     self.left_over(&done)?;
+                    // Whatever the mover has met then.
+                    if self.tasks()?.iter().all(|task| task.tid.0 != done.job.r1) {
+                        let v = Tid(done.job.v);
+                        let why = format!("task {v} has left before it was moved: {}", failed.why);
+                        failed = Failed::of(&Failure::NoSuchProcess.because(why));
+                    }
                     self.tell_asker(done.ticket, What::Failed(failed))
                 }
                 None => Ok(()),

@@ -59,7 +59,7 @@ const DECIDE: Duration = Duration::from_secs(30);
 /// When there is nobody to tell.
 pub fn run(stream: UnixStream) -> Result<()> {
     let (mut link, job) = Link::new(stream)?;
-    let mover = Mover::new(&job).map_err(|e| match crate::dump::has_ended(job.pid) {
+    let mover = Mover::new(&job).map_err(|e| match crate::dump::is_ending(job.pid) {
         true => Failure::NoSuchProcess
             .with(e.context(format!("task {} has ended before it was moved", Tid(job.v)))),
         false => e,
@@ -97,7 +97,7 @@ impl<'j> Mover<'j> {
                 job.pid
             ))
         };
-        let task = Task::find(job.pid)?.ok_or_else(|| match crate::dump::has_ended(job.pid) {
+        let task = Task::find(job.pid)?.ok_or_else(|| match crate::dump::is_ending(job.pid) {
             true => gone(),
             false => Failure::Busy.because(format!(
                 "task {v} (process {}) is not connected to its pvmd: it has not called PVM yet, or has left; try again",
@@ -130,7 +130,7 @@ impl<'j> Mover<'j> {
         let done = self.bring(link);
         if let Err(e) = done {
             let undone = self.undo(link);
-            if undone.is_ok() && crate::dump::has_ended(self.job.pid) {
+            if undone.is_ok() && crate::dump::is_ending(self.job.pid) {
                 return Err(Failure::NoSuchProcess.with(e.context(format!(
                     "task {} has ended before it was moved",
                     Tid(self.job.v)
