@@ -1,7 +1,7 @@
 //! A stop does not show, and a mistctl that dies does no harm: a program that checks itself all the
 //! time is dumped again and again, and mistctl is killed at random moments of dumps and restores.
 //!
-//! `MIST_DUMPS` and `MIST_KILLS` say how often (100 unless set), `MIST_SEED` repeats a run.
+//! `MIST_DUMPS` (200 unless set) and `MIST_KILLS` (100) say how often, `MIST_SEED` repeats a run.
 
 mod common;
 
@@ -11,6 +11,7 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -337,7 +338,32 @@ impl Test {
         } else {
             Some(self.look()?)
         };
-        let rounds = number("MIST_DUMPS", 100);
+        let rounds = number("MIST_DUMPS", 200);
+        let pid = nix::unistd::Pid::from_raw(self.pid as i32);
+        let over = AtomicBool::new(false);
+        let worst = std::thread::scope(|scope| {
+            // A signal that the program ignores: without a dump the kernel drops it.
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGWINCH);
+                    std::thread::sleep(Duration::from_micros(100));
+                }
+            });
+            let worst = self.dump_again_and_again(rounds, more);
+            over.store(true, Ordering::Relaxed);
+            worst
+        })?;
+        self.runs()?;
+        if let Some(before) = &before {
+            self.same(before)?;
+        }
+        self.alone(true)?;
+        println!("{rounds} dumps, longest stop {worst} us");
+        self.finish()
+    }
+
+    /// The longest stop, us.
+    fn dump_again_and_again(&self, rounds: u64, more: &[&str]) -> Result<u64> {
         let mut worst = 0;
         for i in 0..rounds {
             let image = self.dir.join("image");
@@ -352,13 +378,7 @@ impl Test {
                 bail!("after dump {i}: {}", tail(&self.cwd.join("result"), 2000));
             }
         }
-        self.runs()?;
-        if let Some(before) = &before {
-            self.same(before)?;
-        }
-        self.alone(true)?;
-        println!("{rounds} dumps, longest stop {worst} us");
-        self.finish()
+        Ok(worst)
     }
 
     /// Starts a command and kills it after a random time of up to `span` microseconds, or its `tracer`: the child that

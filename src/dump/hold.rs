@@ -42,14 +42,16 @@ pub struct HeldProcess {
 impl HeldProcess {
     /// Seizes and stops every thread. `signal` of the group stop is kept in each [`Held`].
     pub fn stop(pid: i32) -> Result<Self> {
-        let mut via = process::living_thread(pid);
+        let via = process::living_thread(pid);
         let mut program = auxv(via);
         let mem = Mem::open(via).map_err(|e| gone_or(pid, e))?;
         wait_for_vfork(pid)?;
         let tail = Tail::find(via, &mem);
         // Clocks are compared from here on.
         let _urgent = Urgent::new();
-        let mut watch = Watch::before(pid, &thread_ids(pid)?, &mem);
+        let tids = thread_ids(pid)?;
+        let addressees = addressees(pid, &tids);
+        let mut watch = Watch::before(pid, &tids, &mem);
         let mut held = Self {
             pid,
             mem,
@@ -58,49 +60,36 @@ impl HeldProcess {
             tail,
             released: false,
         };
-        let mut known = BTreeSet::new();
+        let mut known: BTreeSet<i32> = BTreeSet::new();
         // Until what the stops have done to calls is put right.
         let _postponed = Postponed::new();
         loop {
-            let new: Vec<i32> = thread_ids(pid)?
+            let mut new: Vec<i32> = thread_ids(pid)?
                 .into_iter()
                 .filter(|tid| !known.contains(tid))
                 .collect();
             if new.is_empty() {
                 break;
             }
-            let mut seized = Vec::new();
+            known.extend(&new);
+            new.sort_by_key(|tid| (addressees.contains(tid), !watch.is_fragile(*tid)));
+            let mut asked = Vec::new();
             for tid in new {
-                known.insert(tid);
-                if let Some(t) = seize(pid, tid)? {
-                    seized.push(t);
+                let Some(t) = seize(pid, tid)? else { continue };
+                // One in whose call a stop shows is put right before the next is stopped.
+                let fragile = watch.is_fragile(tid);
+                if fragile {
+                    watch.last_look(tid);
+                }
+                interrupt(&t)?;
+                if fragile {
+                    held.take(t, &mut program, &mut watch)?;
+                } else {
+                    asked.push(t);
                 }
             }
-            // Those in whose calls a stop shows come last, one after the other.
-            let (fragile, others): (Vec<Tracee>, Vec<Tracee>) =
-                seized.into_iter().partition(|t| watch.is_fragile(t.tid));
-            for t in &others {
-                interrupt(t)?;
-            }
-            for (i, t) in others.iter().chain(&fragile).enumerate() {
-                if i >= others.len() {
-                    watch.last_look(t.tid);
-                    interrupt(t)?;
-                }
-                let Some(stop) = wait_stopped(*t, pid)? else {
-                    continue;
-                };
-                if held.threads.is_empty() && held.runs_another(&program) {
-                    // It has executed another program since: what we saw is of the one before.
-                    via = process::living_thread(pid);
-                    program = auxv(via);
-                    held.mem = Mem::open(via).map_err(|e| gone_or(pid, e))?;
-                    held.tail = Tail::find(via, &held.mem);
-                    watch = Watch::default();
-                }
-                if let Some(h) = hold(*t, stop, pid, &held.mem, &mut held.tail)? {
-                    held.threads.push(h);
-                }
+            for t in asked {
+                held.take(t, &mut program, &mut watch)?;
             }
         }
         if held.threads.is_empty() {
@@ -119,6 +108,26 @@ impl HeldProcess {
         held.threads.swap(0, leader);
         resume::settle(&mut held.threads, &watch, &held.mem, &mut held.tail)?;
         Ok(held)
+    }
+
+    /// Waits for the stop of a thread that was asked to, and puts right what that did to its call. `program` and
+    /// `watch` tell of the program that ran before.
+    fn take(&mut self, t: Tracee, program: &mut Option<Vec<u8>>, watch: &mut Watch) -> Result<()> {
+        let pid = self.pid;
+        let Some(stop) = wait_stopped(t, pid)? else {
+            return Ok(());
+        };
+        if self.threads.is_empty() && self.runs_another(program) {
+            // It has executed another program since: what we saw is of the one before.
+            let via = process::living_thread(pid);
+            *program = auxv(via);
+            self.mem = Mem::open(via).map_err(|e| gone_or(pid, e))?;
+            self.tail = Tail::find(via, &self.mem);
+            *watch = Watch::default();
+        }
+        self.threads
+            .extend(hold(t, stop, pid, &self.mem, &mut self.tail)?);
+        Ok(())
     }
 
     /// Whether it has executed another program since `auxv` was read and its memory opened.
@@ -242,6 +251,20 @@ fn thread_ids(pid: i32) -> Result<Vec<i32>> {
         }
     }
     Ok(ids)
+}
+
+/// Threads that signals are likely to be sent to: the main thread, and parents of children.
+///
+/// The kernel drops a signal that its process ignores, unless the thread it is sent to is traced (sig_ignored in
+/// kernel/signal.c): then it wakes any thread that runs, and so breaks off a call of which nobody tells us, should
+/// yet another thread be quicker to take the signal. So those are stopped first that may be in such a call, and
+/// those last that others send to: SIGCHLD goes to the very thread that forked.
+fn addressees(pid: i32, tids: &[i32]) -> BTreeSet<i32> {
+    let is_parent = |tid: &i32| {
+        let children = proc_file::read(format!("/proc/{pid}/task/{tid}/children"));
+        *tid == pid || children.is_ok_and(|c| !c.is_empty())
+    };
+    tids.iter().copied().filter(is_parent).collect()
 }
 
 fn interrupt(t: &Tracee) -> Result<()> {
