@@ -49,7 +49,8 @@ pub(super) fn kind(seen: &Seen<'_>, tables: &mut Tables) -> Result<Kind> {
     let queued = fds::readable(seen.own.as_fd()).context("FIONREAD")?;
     if queued > 0 {
         tables.warn(format!(
-            "{}: {queued} bytes of events that have not been read stay behind, for they cannot be read without being taken",
+            "{}: {queued} bytes of events that have not been read stay behind, for they cannot be read without being taken; \
+             a restored program finds IN_Q_OVERFLOW in their place",
             seen.place
         ));
     }

@@ -190,7 +190,7 @@ impl Builder<'_> {
                 return self.keep(id, fd);
             }
             Kind::Epoll { .. } => epoll::empty()?,
-            Kind::Inotify { watches, .. } => inotify::instance(watches)?,
+            Kind::Inotify { watches, queued } => inotify::instance(watches, *queued > 0)?,
         };
         status_flags(fd.as_fd(), description.flags)?;
         self.keep(id, fd)
