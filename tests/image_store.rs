@@ -55,6 +55,51 @@ fn an_image_has_its_name_only_when_it_is_finished() {
 }
 
 #[test]
+fn nothing_that_is_not_of_a_dead_writer_is_removed() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let path = dir.path().join("image");
+    let partial = dir.path().join("image.partial");
+    let refused = |path: &Path| {
+        let e = ImageWriter::create(path, None, Compress::None)
+            .err()
+            .expect("refused");
+        format!("{e:#}")
+    };
+    // Files of a user, wherever they are.
+    for precious in ["mine", "objects/mine", "objects/sub/mine", "pages/mine"] {
+        let precious = partial.join(precious);
+        fs::create_dir_all(precious.parent().expect("parent")).expect("mkdir");
+        fs::write(&precious, "precious").expect("write");
+        let e = refused(&path);
+        assert!(
+            e.contains("image.partial") && e.contains("holds something else"),
+            "{e}"
+        );
+        assert_eq!(fs::read(&precious).expect("read"), b"precious");
+        fs::remove_dir_all(&partial).expect("remove");
+    }
+    // An image of that name would be taken for an unfinished one.
+    let e = refused(&partial);
+    assert!(e.contains("choose another"), "{e}");
+    // All that a writer leaves.
+    fs::create_dir_all(partial.join("objects")).expect("mkdir");
+    let object = "0123456789abcdef".repeat(4);
+    for name in [
+        "pages",
+        "pagemap",
+        "manifest.json",
+        "checksums",
+        "objects/7.new",
+        &format!("objects/{object}"),
+    ] {
+        fs::write(partial.join(name), "old").expect("write");
+    }
+    write(&path, None, Compress::None);
+    check(&path).expect("sound");
+    assert!(!partial.exists());
+}
+
+#[test]
 fn an_unsound_manifest_is_not_written() {
     let dir = tempfile::tempdir().expect("tempdir");
     let writer =
@@ -374,6 +419,7 @@ fn the_newest_images_are_kept() {
     fs::write(dir.join("20250101T000000Z.removing/pages"), "old").expect("write");
     fs::create_dir(dir.join("mine.removing")).expect("mkdir");
 
+    dated::remove_leftovers(dir).expect("leftovers");
     assert!(dated::keep_newest(dir, 0, Look::Quick).is_err());
     let done = dated::keep_newest(dir, 2, Look::Full).expect("keep");
     assert_eq!(names(&done.kept), [DATES[3], DATES[1]]);

@@ -9,7 +9,7 @@ use anyhow::Context;
 use clap::ValueEnum;
 use mistctl::dump::{After, Carried, Options, Report};
 use mistctl::error::Failure;
-use mistctl::image::{Compress, dated};
+use mistctl::image::{Compress, dated, remove_partial};
 use mistctl::kernel::apart::{self, Ended};
 use mistctl::pvm::local;
 use mistctl::pvm::tid::Tid;
@@ -144,42 +144,55 @@ EXAMPLES
         */10 * * * * mistctl dump $(cat /run/work.pid) -o /var/lib/mist/work --keep 6";
 
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    match apart::step_apart()? {
-        None => dump(args),
-        Some(Ended::Exited(code)) => Ok(ExitCode::from(code)),
-        Some(Ended::Killed(signal)) => Err(Failure::Failed.because(format!(
+    let pid = find(args.process)?;
+    let output = match &args.output {
+        // "DIR/" is DIR.
+        Some(dir) => dir.components().collect(),
+        None => PathBuf::from(default_name(pid)),
+    };
+    let ended = match apart::step_apart()? {
+        None => return dump(args, pid, output),
+        Some(ended) => ended,
+    };
+    if let Ended::Exited(code) = ended {
+        return Ok(ExitCode::from(code));
+    }
+    // What killed it kept it from cleaning up.
+    match args.keep {
+        Some(_) => dated::remove_leftovers(&output)?,
+        None => remove_partial(&output)?,
+    }
+    match ended {
+        Ended::CalledOff(signal) => apart::end_by(signal),
+        Ended::Killed(signal) => Err(Failure::Failed.because(format!(
             "the process that did the work was ended by {signal}; no image was made, and what was to be saved runs on"
         ))),
+        Ended::Exited(code) => Ok(ExitCode::from(code)),
     }
 }
 
-fn dump(args: &Args) -> anyhow::Result<ExitCode> {
-    let pid = find(args.process)?;
+fn dump(args: &Args, pid: i32, output: PathBuf) -> anyhow::Result<ExitCode> {
     mistctl::kernel::caps::caller()?.may_dump(pid)?;
-    match (&args.output, args.keep) {
-        (Some(dir), Some(keep)) => {
-            let store = stores::Locked::open(dir)?;
+    match args.keep {
+        Some(keep) => {
+            let store = stores::Locked::open(&output)?;
             let image = store.next_path()?;
             let report =
-                mistctl::pvm::dump::run(&options(args, pid, image, Some(dir.clone())), args.away)?;
+                mistctl::pvm::dump::run(&options(args, pid, image, Some(output)), args.away)?;
             store.keep_newest(keep as usize)?;
             // Silent, with warnings too: what they say is the same every time, and `show` says it.
             if args.json {
                 out::object(&report)?;
             }
         }
-        (output, _) => {
-            let image = match output {
-                Some(dir) => dir.clone(),
-                None => PathBuf::from(default_name(pid)),
-            };
-            if image.symlink_metadata().is_ok() {
+        None => {
+            if output.symlink_metadata().is_ok() {
                 return Err(Failure::Failed.because(format!(
                     "{}: exists, and images are never overwritten: choose another name, or add to a store with --keep N",
-                    image.display()
+                    output.display()
                 )));
             }
-            let report = mistctl::pvm::dump::run(&options(args, pid, image, None), args.away)?;
+            let report = mistctl::pvm::dump::run(&options(args, pid, output, None), args.away)?;
             if args.json {
                 out::object(&report)?;
             } else {

@@ -49,10 +49,13 @@ impl Locked {
             .open(&path)
             .with_context(|| format!("{}: cannot open the store's lock", path.display()))?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Locked {
-                dir: dir.to_owned(),
-                _lock: lock,
-            }),
+            Ok(lock) => {
+                dated::remove_leftovers(dir)?;
+                Ok(Locked {
+                    dir: dir.to_owned(),
+                    _lock: lock,
+                })
+            }
             Err((_, Errno::EWOULDBLOCK)) => Err(Failure::Busy.because(format!(
                 "{}: another mistctl is at work on this store; nothing was done",
                 dir.display()

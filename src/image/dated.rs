@@ -134,7 +134,6 @@ pub fn keep_newest(dir: &Path, n: usize, look: Look) -> Result<Kept> {
         "keeping no image at all is not possible; remove {} instead",
         dir.display()
     );
-    remove_leftovers(dir)?;
     let mut done = Kept::default();
     for path in images(dir)? {
         // Each has to be sound, also one that goes: what is broken is evidence, and takes no other's place.
@@ -200,8 +199,12 @@ pub fn images(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(names.into_iter().rev().map(|n| dir.join(n)).collect())
 }
 
-/// Removes what a crash in the middle of a removal, or of the making of an image, left behind.
-fn remove_leftovers(dir: &Path) -> Result<()> {
+/// Removes what a crash in the middle of a removal, or of the making of an image, left behind. Do it before an image is
+/// added: it may be what fills the disk.
+///
+/// # Errors
+/// When something cannot be removed.
+pub fn remove_leftovers(dir: &Path) -> Result<()> {
     for entry in std::fs::read_dir(dir)
         .with_context(|| format!("reading {}", dir.display()))?
         .flatten()

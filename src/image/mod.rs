@@ -31,7 +31,7 @@ pub use memory::{ChangedFlags, FileRef, SharedMemory, SpaceId, Vma};
 pub use process::Process;
 pub use rounds::RoundsWriter;
 pub use sockets::Socket;
-pub use store::{Image, ImageWriter, Written};
+pub use store::{Image, ImageWriter, Written, remove_partial};
 pub use threads::Thread;
 
 /// Version of the schema that this program writes, and the newest that it reads.

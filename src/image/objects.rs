@@ -25,6 +25,14 @@ pub fn is_object_name(name: &str) -> bool {
     name.len() == 64 && name.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
+/// Whether a writer gives files such a name in `objects`.
+pub(super) fn is_written(name: &str) -> bool {
+    is_object_name(name)
+        || name
+            .strip_suffix(".new")
+            .is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()))
+}
+
 /// Adds files to objects/. Threads share it.
 pub(super) struct ObjectsWriter {
     dir: PathBuf,

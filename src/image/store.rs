@@ -173,6 +173,70 @@ impl Write for Counting {
     }
 }
 
+/// What the name of an image ends with as long as it is written.
+const PARTIAL: &str = "partial";
+
+fn partial_of(image: &Path) -> PathBuf {
+    let mut name = image.as_os_str().to_owned();
+    name.push(".");
+    name.push(PARTIAL);
+    PathBuf::from(name)
+}
+
+/// Removes what a writer of `image` left behind that was killed. It stays where another one is at work.
+///
+/// # Errors
+/// When it cannot be removed, or is not what a writer leaves.
+pub fn remove_partial(image: &Path) -> Result<()> {
+    let path = partial_of(image);
+    if path.symlink_metadata().is_err() {
+        return Ok(());
+    }
+    match lock_dir(&path)? {
+        Locked::Ours(_lock) => remove_unfinished(&path),
+        Locked::Busy | Locked::Gone => Ok(()),
+    }
+}
+
+/// Removes an unfinished image, and nothing else that has such a name.
+fn remove_unfinished(path: &Path) -> Result<()> {
+    let stranger = stranger_in(path, &["pages", "pagemap", "manifest.json", "checksums"])?;
+    ensure!(
+        stranger.is_none(),
+        "{} is where the image would be written, and holds something else ({}): move it away, or choose another name",
+        path.display(),
+        stranger.unwrap_or_default()
+    );
+    std::fs::remove_dir_all(path)
+        .with_context(|| format!("removing what is left of a failed dump: {}", path.display()))
+}
+
+/// Something in a directory that a writer of images has not made.
+fn stranger_in(dir: &Path, known: &[&str]) -> Result<Option<String>> {
+    let context = || format!("reading {}", dir.display());
+    for entry in std::fs::read_dir(dir).with_context(context)? {
+        let entry = entry.with_context(context)?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let kind = entry.file_type().with_context(context)?;
+        let ours = if name == "objects" && !known.is_empty() {
+            if kind.is_dir()
+                && let Some(other) = stranger_in(&entry.path(), &[])?
+            {
+                return Ok(Some(format!("objects/{other}")));
+            }
+            kind.is_dir()
+        } else if known.is_empty() {
+            kind.is_file() && super::objects::is_written(&name)
+        } else {
+            kind.is_file() && known.contains(&name.as_str())
+        };
+        if !ours {
+            return Ok(Some(name));
+        }
+    }
+    Ok(None)
+}
+
 /// The directory NAME.partial: locked as long as its writer lives, removed unless renamed.
 pub(super) struct Partial {
     pub path: PathBuf,
@@ -192,9 +256,14 @@ impl Partial {
             "{} exists; remove it or choose another name",
             image.display()
         );
-        let mut name = image.as_os_str().to_owned();
-        name.push(".partial");
-        let path = PathBuf::from(name);
+        // The next dump to NAME would take NAME.partial for what a dead writer left.
+        if image.extension().is_some_and(|e| e == PARTIAL) {
+            return Err(Failure::Usage.because(format!(
+                "{}: names that end in .{PARTIAL} are those of unfinished images; choose another",
+                image.display()
+            )));
+        }
+        let path = partial_of(image);
         // Another process can come between any two of these steps; it is then its turn, or we try again.
         for _ in 0..16 {
             match DirBuilder::new().mode(0o700).create(&path) {
@@ -203,14 +272,7 @@ impl Partial {
                     match lock_dir(&path)? {
                         Locked::Busy => return Err(busy(&path)),
                         // Its writer is dead.
-                        Locked::Ours(_lock) => {
-                            std::fs::remove_dir_all(&path).with_context(|| {
-                                format!(
-                                    "removing what is left of a failed dump: {}",
-                                    path.display()
-                                )
-                            })?
-                        }
+                        Locked::Ours(_lock) => remove_unfinished(&path)?,
                         Locked::Gone => {}
                     }
                     continue;

@@ -60,6 +60,79 @@ fn without_a_name_dump_picks_one_and_prints_it() {
 }
 
 #[test]
+fn a_dump_that_is_called_off_leaves_nothing() {
+    if !engine() {
+        return;
+    }
+    let dir = temp();
+    let i = dir.path().join("i");
+    let target = Sleeper::new();
+    for signal in [
+        Signal::SIGINT,
+        Signal::SIGTERM,
+        Signal::SIGHUP,
+        Signal::SIGQUIT,
+    ] {
+        let mut dump = mistctl()
+            .args(["dump", &target.pid(), "-o", path(&i)])
+            .spawn()
+            .unwrap();
+        wait_for("the image is begun", LIMIT, || {
+            Ok(dir.path().join("i.partial").exists().then_some(()))
+        })
+        .unwrap();
+        kill(Pid::from_raw(dump.id() as i32), signal).unwrap();
+        let status = wait_child(&mut dump, "the dump's end", LIMIT).unwrap();
+        assert_eq!(status.signal(), Some(signal as i32));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "{signal}");
+    }
+    // Who ignores a signal goes on doing so.
+    let mut dump = Command::new("sh")
+        .args(["-c", "trap '' HUP; exec \"$@\"", "sh"])
+        .arg(mistctl().get_program())
+        .args(["dump", &target.pid(), "-o", path(&i)])
+        .spawn()
+        .unwrap();
+    wait_for("the image is begun", LIMIT, || {
+        Ok(dir.path().join("i.partial").exists().then_some(()))
+    })
+    .unwrap();
+    kill(Pid::from_raw(dump.id() as i32), Signal::SIGHUP).unwrap();
+    let status = wait_child(&mut dump, "the dump's end", LIMIT).unwrap();
+    assert!(status.success(), "{status}");
+    run(&["verify", path(&i)]).ends_with(0);
+}
+
+#[test]
+fn a_store_is_rid_of_what_a_killed_dump_left_before_there_is_a_new_image() {
+    if !engine() {
+        return;
+    }
+    let dir = temp();
+    let left = dir.path().join("20250101T000000Z.partial");
+    fs::create_dir(&left).unwrap();
+    fs::write(left.join("pages"), "what fills the disk").unwrap();
+    run(&["dump", "999999999", "-o", path(dir.path()), "--keep", "2"]).ends_with(3);
+    // A process that cannot be saved: the kernel's own.
+    run(&["dump", "2", "-o", path(dir.path()), "--keep", "2"]).ends_with(5);
+    assert!(!left.exists());
+}
+
+#[test]
+fn an_image_may_be_named_as_a_directory() {
+    if !engine() {
+        return;
+    }
+    let dir = temp();
+    let i = dir.path().join("i");
+    let target = Sleeper::new();
+    let slash = format!("{}/", path(&i));
+    let ran = run(&["dump", &target.pid(), "-o", &slash]).ends_with(0);
+    assert_eq!(ran.out().trim_end(), path(&i));
+    run(&["verify", &slash]).ends_with(0);
+}
+
+#[test]
 fn dump_with_json_says_what_it_did_in_one_object() {
     if !engine() {
         return;
