@@ -27,6 +27,7 @@
 #include <sys/sem.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -39,6 +40,8 @@ static volatile int64_t *shown;
 static const char *name;
 static int fd, fd2, pair[2];
 static uint32_t word;
+static struct sockaddr_in to;
+static int64_t start;
 
 static int64_t now(clockid_t clock)
 {
@@ -225,6 +228,36 @@ static long call_event(void)
     return 0;
 }
 
+static void *beside(void *arg)
+{
+    char b[8];
+    struct timespec t = spec(start + 40000000);
+    clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &t, NULL);
+    recv((int)(intptr_t)arg, b, sizeof b, 0);
+    return NULL;
+}
+
+static void wait_beside(int sock)
+{
+    pthread_t thread;
+    pthread_create(&thread, NULL, beside, (void *)(intptr_t)sock);
+}
+
+// A listener that takes nobody any more, and one who is about to connect to it.
+static void set_up_tcp(void)
+{
+    socklen_t n = sizeof to;
+    int other;
+    fd2 = socket(AF_INET, SOCK_STREAM, 0);
+    to = (struct sockaddr_in){.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    if (bind(fd2, (void *)&to, sizeof to) < 0 || listen(fd2, 0) < 0 || getsockname(fd2, (void *)&to, &n) < 0)
+        fail("listen");
+    other = socket(AF_INET, SOCK_STREAM, 0);
+    if (connect(other, (void *)&to, sizeof to) < 0)
+        fail("connect");
+    pair[0] = socket(AF_INET, SOCK_STREAM, 0);
+}
+
 static void set_up(void)
 {
     struct sockaddr_un a = {.sun_family = AF_UNIX};
@@ -234,6 +267,13 @@ static void set_up(void)
     if (strstr(name, "rcvtimeo") || strstr(name, "sndtimeo")) {
         int option = strstr(name, "rcvtimeo") ? SO_RCVTIMEO : SO_SNDTIMEO;
         socketpair(AF_UNIX, SOCK_STREAM, 0, pair);
+        if (is("recv_high_rcvtimeo"))
+            pair[0] = fcntl(pair[0], F_DUPFD, 700);
+        if (is("connect_tcp_sndtimeo")) {
+            set_up_tcp();
+            setsockopt(pair[0], SOL_SOCKET, option, &tv, sizeof tv);
+            return;
+        }
         if (is("accept_rcvtimeo") || is("connect_sndtimeo")) {
             pair[0] = socket(AF_UNIX, SOCK_STREAM, 0);
             if (bind(pair[0], (void *)&a, sizeof a) < 0 || listen(pair[0], 0) < 0)
@@ -245,8 +285,17 @@ static void set_up(void)
             pair[0] = socket(AF_UNIX, SOCK_STREAM, 0);
         }
         setsockopt(pair[0], SOL_SOCKET, option, &tv, sizeof tv);
-        while (is("send_sndtimeo") && send(pair[0], full, sizeof full, MSG_DONTWAIT) > 0)
+        while ((is("send_sndtimeo") || is("writev_sndtimeo")) && send(pair[0], full, sizeof full, MSG_DONTWAIT) > 0)
             ;
+        // Others that wait too: for the same socket a little longer, or for one each.
+        if (is("recv_shared_rcvtimeo"))
+            wait_beside(pair[0]);
+        for (int i = 0; i < 40 && is("recv_many_rcvtimeo"); i++) {
+            int other[2];
+            socketpair(AF_UNIX, SOCK_STREAM, 0, other);
+            setsockopt(other[0], SOL_SOCKET, option, &tv, sizeof tv);
+            wait_beside(other[0]);
+        }
         return;
     }
     fd = eventfd(0, 0);
@@ -303,7 +352,17 @@ static long call(void)
         return syscall(SYS_rt_sigtimedwait, &s, NULL, &t, 8);
     if (is("semtimedop"))
         return syscall(SYS_semtimedop, fd2, &(struct sembuf){0, -1, 0}, 1, &t);
-    if (is("recv_rcvtimeo"))
+    struct iovec io = {buf, sizeof buf};
+    struct mmsghdr m = {.msg_hdr = {.msg_iov = &io, .msg_iovlen = 1}};
+    if (is("readv_rcvtimeo"))
+        return readv(pair[0], &io, 1);
+    if (is("writev_sndtimeo"))
+        return writev(pair[0], &io, 1);
+    if (is("recvmmsg_rcvtimeo"))
+        return recvmmsg(pair[0], &m, 1, 0, NULL);
+    if (is("connect_tcp_sndtimeo"))
+        return connect(pair[0], (void *)&to, sizeof to);
+    if (is("recv_rcvtimeo") || is("recv_high_rcvtimeo") || is("recv_shared_rcvtimeo") || is("recv_many_rcvtimeo"))
         return recv(pair[0], buf, sizeof buf, 0);
     if (is("recv_waitall_rcvtimeo"))
         return recv(pair[0], buf, sizeof buf, MSG_WAITALL);
@@ -342,6 +401,7 @@ int main(int argc, char **argv)
     if (file < 0 || shown == MAP_FAILED)
         fail(argv[2]);
     int by_event = strstr(name, "_event") != NULL;
+    start = atoll(argv[3]);
     if (by_event)
         set_up_event();
     else
@@ -353,18 +413,17 @@ int main(int argc, char **argv)
     sched_setscheduler(0, SCHED_FIFO, &first);
     pthread_create(&thread, NULL, tick, NULL);
     pthread_setschedparam(thread, SCHED_FIFO, &second);
-    int64_t begin = atoll(argv[3]);
-    struct timespec start = spec(begin);
+    struct timespec when = spec(start);
     int by_thread = by_event && !is("wait4_event") && !is("vfork_event");
     if (by_thread) {
-        pthread_create(&thread, NULL, event, &begin);
+        pthread_create(&thread, NULL, event, &start);
         pthread_setschedparam(thread, SCHED_FIFO, &first);
     }
-    clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &start, NULL);
+    clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &when, NULL);
     shown[2] = 0;
     shown[3] = WAIT_MS * 1000000ll;
     // What another thread does is due then, whenever we come to wait for it.
-    shown[0] = by_thread ? begin : now(CLOCK_MONOTONIC);
+    shown[0] = by_thread ? start : now(CLOCK_MONOTONIC);
     errno = 0;
     long r = by_event ? call_event() : call();
     int64_t ended = now(CLOCK_MONOTONIC);

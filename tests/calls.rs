@@ -24,7 +24,7 @@ impl Running {
             return Ok(None);
         }
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(source);
-        let program = common::build_c(&source, &[])?;
+        let program = common::build_c(&source, &["-pthread".into()])?;
         let dir = tempfile::tempdir()?;
         let child = Command::new(&program)
             .current_dir(dir.path())
@@ -144,4 +144,99 @@ fn a_signal_handler_above_a_broken_call_returns_to_it_when_restored() -> Result<
     p.run(restore, "second restore")?;
     ensure!(p.result()? == "EINTR\n", "{}", p.result()?);
     Ok(())
+}
+
+#[test]
+fn a_dump_made_in_another_time_namespace_does_not_make_a_call_last_longer() -> Result<()> {
+    let Some(p) = Running::start("tests/calls/recv.c")? else {
+        return Ok(());
+    };
+    p.sleeps_in(libc::SYS_recvfrom)?;
+    let uptime = std::fs::read_to_string("/proc/uptime")?;
+    let uptime: f64 = uptime.split('.').next().unwrap_or_default().parse()?;
+    // Clocks may not stand before zero.
+    let behind = format!("-{}", (uptime as i64 - 60).clamp(1, 10_000));
+    let mut dump = Command::new("unshare");
+    dump.args(["--time", "--monotonic", &behind]);
+    dump.args([env!("CARGO_BIN_EXE_mistctl"), "dump", "-o"]);
+    dump.arg(p.path("image")).arg(p.child.id().to_string());
+    p.run(dump, "dump with another clock")?;
+    p.has("result")?;
+    let text = p.result()?;
+    ensure!(text.starts_with("-1 1 "), "{text}");
+    Ok(())
+}
+
+#[test]
+fn a_connect_that_goes_on_says_the_same_when_its_time_is_up() -> Result<()> {
+    for restored in [false, true] {
+        let Some(mut p) = Running::start("tests/calls/connect.c")? else {
+            return Ok(());
+        };
+        p.sleeps_in(libc::SYS_connect)?;
+        p.dump("image", restored)?;
+        if restored {
+            let mut restore = common::mistctl();
+            restore.args(["restore", "-d"]).arg(p.path("image"));
+            p.run(restore, "restore")?;
+        }
+        p.has("result")?;
+        let text = p.result()?;
+        ensure!(text == "-1 Operation now in progress", "{text}");
+    }
+    Ok(())
+}
+
+#[test]
+fn each_of_two_calls_on_one_socket_ends_at_its_own_time() -> Result<()> {
+    for restored in [true, false] {
+        let Some(mut p) = Running::start("tests/calls/two.c")? else {
+            return Ok(());
+        };
+        p.dump("image", restored)?;
+        if restored {
+            let mut restore = common::mistctl();
+            restore.args(["restore", "-d"]).arg(p.path("image"));
+            p.run(restore, "restore")?;
+        }
+        p.has("result")?;
+        ensure!(p.result()? == "-1 1", "{}", p.result()?);
+        let pid = p.child.id() as i32;
+        let wakers = || -> Result<Option<()>> {
+            let none = wakers_of(pid)?.is_empty();
+            Ok(none.then_some(()))
+        };
+        if restored {
+            ensure!(wakers()?.is_none(), "nobody waits for the other call");
+        }
+        let it = nix::unistd::Pid::from_raw(pid);
+        nix::sys::signal::kill(it, nix::sys::signal::Signal::SIGKILL)?;
+        common::wait_for("the end of who waits", LIMIT, wakers)?;
+    }
+    Ok(())
+}
+
+/// Processes that are to end calls of this process's threads.
+fn wakers_of(pid: i32) -> Result<Vec<u32>> {
+    let mut found = Vec::new();
+    for waker in common::processes() {
+        let of = |name: &str| std::fs::read_to_string(format!("/proc/{waker}/{name}"));
+        if of("comm").unwrap_or_default().trim() != "mist-waker" {
+            continue;
+        }
+        let Ok(open) = std::fs::read_dir(format!("/proc/{waker}/fdinfo")) else {
+            continue;
+        };
+        for fd in open.flatten() {
+            let info = std::fs::read_to_string(fd.path()).unwrap_or_default();
+            let known = info.lines().find_map(|l| l.strip_prefix("Pid:"));
+            let known: Option<i32> = known.and_then(|v| v.trim().parse().ok());
+            let process = known.and_then(|tid| common::status_field(tid as u32, "Tgid"));
+            if known == Some(pid) || process.is_some_and(|p| p == pid.to_string()) {
+                found.push(waker);
+                break;
+            }
+        }
+    }
+    Ok(found)
 }

@@ -12,7 +12,8 @@ import time
 
 RELATIVE = (
     "poll ppoll select pselect epoll_wait epoll_pwait2 futex nanosleep clock_nanosleep sigtimedwait semtimedop "
-    "recv_rcvtimeo recv_waitall_rcvtimeo send_sndtimeo accept_rcvtimeo connect_sndtimeo"
+    "recv_rcvtimeo recv_waitall_rcvtimeo send_sndtimeo accept_rcvtimeo connect_sndtimeo connect_tcp_sndtimeo "
+    "readv_rcvtimeo writev_sndtimeo recvmmsg_rcvtimeo recv_high_rcvtimeo recv_shared_rcvtimeo recv_many_rcvtimeo"
 ).split()
 ABSOLUTE = "futex_bitset clock_nanosleep_abs mq_timedreceive".split()
 # Without a time-out: another thread or a child ends them, which sleeps as long.

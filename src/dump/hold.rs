@@ -17,7 +17,8 @@ use crate::kernel::batch::Held;
 use crate::kernel::mem::Mem;
 use crate::kernel::proc_file;
 use crate::kernel::sched::Urgent;
-use crate::kernel::tracee::{Stop, Tracee, monotonic_ns};
+use crate::kernel::time_ns::host_monotonic_ns;
+use crate::kernel::tracee::{Stop, Tracee};
 
 /// How long a thread may take to stop. They take some ten microseconds.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -197,15 +198,15 @@ impl HeldProcess {
         }
         let _postponed = Postponed::new();
         let mut first = Ok(());
-        let mut sockets = resume::renew(&mut self.threads, &self.mem, &mut self.tail);
+        let renewed = resume::renew(&mut self.threads, &self.mem, &mut self.tail);
         for h in &self.threads {
             let r = h.release(0);
             if first.is_ok() {
                 first = r;
             }
         }
-        let put_back = sockets.put_back();
-        first.and(put_back)
+        let finished = renewed.finish();
+        first.and(finished)
     }
 }
 
@@ -307,7 +308,7 @@ fn hold(
     tail: &mut Tail,
 ) -> Result<Option<Held>> {
     for _ in 0..TRIES {
-        let stopped_at = monotonic_ns();
+        let stopped_at = host_monotonic_ns();
         let stopped_by = match stop {
             Stop::Interrupt { signal } if signal != libc::SIGTRAP => Some(signal),
             _ => None,
@@ -321,6 +322,7 @@ fn hold(
             resume: Resume::Run,
             stopped_at,
             deadline: None,
+            tick: None,
             noted: None,
             sigmask,
             stopped_by,

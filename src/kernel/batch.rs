@@ -43,10 +43,12 @@ pub struct Held {
     pub program: Regs,
     /// What becomes of the call that the stop broke off.
     pub resume: Resume,
-    /// When it was seen to stand: CLOCK_MONOTONIC, nanoseconds.
+    /// When it was seen to stand: CLOCK_MONOTONIC of the host, nanoseconds.
     pub stopped_at: i64,
-    /// When that call is to time out: CLOCK_MONOTONIC, nanoseconds.
+    /// When that call is to time out: CLOCK_MONOTONIC of the host, nanoseconds.
     pub deadline: Option<i64>,
+    /// The number of the kernel's tick at that moment, where one of them is to end it.
+    pub tick: Option<i64>,
     /// The deadline that a trampoline carries for us.
     pub noted: Option<i64>,
     pub sigmask: u64,

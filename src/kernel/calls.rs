@@ -2,12 +2,13 @@
 
 use anyhow::Result;
 
-use super::arch::Regs;
-use super::arch::trampoline::{self, Probe, Trampoline};
+use super::arch::trampoline::{self, Trampoline};
+use super::arch::{ERESTART_RESTARTBLOCK, ERESTARTNOHAND, ERESTARTNOINTR, ERESTARTSYS, Regs};
 use super::mem::Mem;
 use crate::image::threads::Resume;
 
 const SYS_IO_PGETEVENTS: i64 = 333;
+const EINTR: i64 = libc::EINTR as i64;
 
 /// Where a call has the relative time-out it sleeps with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,28 +103,21 @@ pub fn socket_option(nr: u64) -> Option<i32> {
     }
 }
 
-/// How such a call can wait for its socket outside of it: whether the socket is to be ready for writing, and the call
-/// that then does the same without waiting. None where readiness is not what it waits for (connect) or not all (a
-/// vector of messages, all of a buffer). What is accepted has nothing of the kind.
-pub fn socket_wait(nr: u64, r: &Regs) -> Option<(bool, Option<Probe>)> {
-    const DONTWAIT: u64 = libc::MSG_DONTWAIT as u64;
-    let plain = || vec![(3, DONTWAIT), (4, 0), (5, 0)];
-    let flag = |i: usize| vec![(i, r.arg(i) | DONTWAIT)];
-    let all = |i: usize| r.arg(i) & libc::MSG_WAITALL as u64 != 0;
-    let (writes, probe) = match nr as i64 {
-        // Its first byte would begin the time-out anew.
-        libc::SYS_recvfrom if all(3) => return None,
-        libc::SYS_recvmsg if all(2) => return None,
-        libc::SYS_recvfrom => (false, Some((nr, flag(3)))),
-        libc::SYS_recvmsg => (false, Some((nr, flag(2)))),
-        libc::SYS_read => (false, Some((libc::SYS_recvfrom as u64, plain()))),
-        libc::SYS_accept | libc::SYS_accept4 => (false, None),
-        libc::SYS_sendto => (true, Some((nr, flag(3)))),
-        libc::SYS_sendmsg => (true, Some((nr, flag(2)))),
-        libc::SYS_write => (true, Some((libc::SYS_sendto as u64, plain()))),
-        _ => return None,
+/// What such a call returns when that time is up and it has transferred nothing.
+pub fn timed_out(nr: u64, domain: i32) -> i64 {
+    let error = match nr as i64 {
+        libc::SYS_connect if domain != libc::AF_UNIX => libc::EINPROGRESS,
+        _ => libc::EAGAIN,
     };
-    Some((writes, probe))
+    -i64::from(error)
+}
+
+/// Ended by a stop and by nothing else.
+pub fn is_broken(r: &Regs) -> bool {
+    matches!(
+        -(r.rax as i64),
+        EINTR | ERESTARTSYS | ERESTARTNOINTR | ERESTARTNOHAND | ERESTART_RESTARTBLOCK
+    )
 }
 
 /// What a call transfers, for the rest of it.
@@ -316,18 +310,6 @@ mod tests {
         assert_eq!(timeout(futex, &r), None);
         r.r10 = u64::MAX;
         assert_eq!(timeout(libc::SYS_epoll_wait as u64, &r), None);
-    }
-
-    #[test]
-    fn a_call_for_all_of_a_buffer_does_not_wait_for_its_first_byte_outside() {
-        let mut r = Regs::default();
-        for (nr, flags) in [(libc::SYS_recvfrom, 3), (libc::SYS_recvmsg, 2)] {
-            for (all, waits) in [(0, true), (libc::MSG_WAITALL as u64, false)] {
-                r.set(Regs::ARGS[flags], all);
-                assert_eq!(socket_wait(nr as u64, &r).is_some(), waits, "{nr} {all}");
-            }
-            r.set(Regs::ARGS[flags], 0);
-        }
     }
 
     #[test]

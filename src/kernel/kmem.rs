@@ -303,7 +303,10 @@ impl Pages {
             .get_mut(skip..skip + PAGE as usize)
             .context("no page in two")?;
         let at = page.as_ptr() as u64;
-        let (time, pid) = (super::tracee::monotonic_ns() as u64, std::process::id());
+        let (time, pid) = (
+            super::time_ns::host_monotonic_ns() as u64,
+            std::process::id(),
+        );
         for (i, word) in page.chunks_exact_mut(8).enumerate() {
             let mark = (time ^ u64::from(pid)).wrapping_mul(i as u64 * 2 + 0x9e37_79b9_7f4a_7c15);
             word.copy_from_slice(&mark.to_ne_bytes());

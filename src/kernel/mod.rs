@@ -35,4 +35,5 @@ pub mod tty;
 pub mod uffd;
 pub mod undertaker;
 pub mod vdso;
+pub mod waker;
 pub mod writeback;

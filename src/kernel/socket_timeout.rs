@@ -7,12 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use super::arch::Regs;
-use super::arch::trampoline::Wait;
 use super::guardian::{Guardian, Undo};
-use super::time_ns::Offsets;
 use super::timer_list::Ticks;
-use super::tracee::monotonic_ns;
 use super::{calls, pidfd, proc_file, sockopt};
 
 /// How long to wait for a thread to be back in its call. It does nothing else on the way there.
@@ -32,45 +28,24 @@ pub struct SocketTimeout {
 pub struct Shortened {
     /// By SO_COOKIE and option.
     sockets: BTreeMap<(u64, i32), Short>,
-    /// Threads that are to begin these calls.
-    waiting: Vec<(i32, u64)>,
+    waiting: Vec<Waiting>,
     guardian: Option<Guardian>,
+}
+
+/// A thread that is to begin its call.
+#[derive(Debug)]
+struct Waiting {
+    tid: i32,
+    nr: u64,
+    left_ns: i64,
+    socket: (u64, i32),
+    timed_out: i64,
 }
 
 #[derive(Debug)]
 struct Short {
     socket: SocketTimeout,
     now_ns: i64,
-}
-
-/// CLOCK_MONOTONIC as others see it. What is noted in a process for a later dump is in the host's own, whichever time
-/// namespace the writer and the reader are in.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Monotonic {
-    /// How far the program's is ahead of ours.
-    pub program_ns: i64,
-    /// How far ours is ahead of the host's.
-    pub ours_ns: i64,
-}
-
-impl Monotonic {
-    /// What we see, where no time namespace waits for our children.
-    pub fn ours() -> Self {
-        Self {
-            program_ns: 0,
-            ours_ns: i64::try_from(Offsets::of("self").monotonic).unwrap_or(0),
-        }
-    }
-
-    /// To be noted for a moment of our clock.
-    pub fn note(self, at: i64) -> i64 {
-        at.saturating_sub(self.ours_ns)
-    }
-
-    /// The moment that was noted, on our clock.
-    pub fn noted(self, note: i64) -> i64 {
-        note.saturating_add(self.ours_ns)
-    }
 }
 
 /// Whether that descriptor is a socket.
@@ -90,12 +65,6 @@ pub fn tick_ns() -> Option<i64> {
         .and_then(|b| b.try_into().ok())
         .map(i64::from_le_bytes)?;
     (us > 0).then_some(us * 1000)
-}
-
-/// times(2).
-fn clock_ticks() -> i64 {
-    // SAFETY: without a place for it nothing but the result is given.
-    unsafe { libc::times(std::ptr::null_mut()) }
 }
 
 impl SocketTimeout {
@@ -134,37 +103,11 @@ impl SocketTimeout {
             .saturating_add(word(8).saturating_mul(1000))
     }
 
-    /// A wait in `program`'s call `nr` that is precise where the socket's time-out is not, and ends in `left_ns`. The
-    /// process's clock and a note's are those that `clocks` tells. None for calls that cannot wait so.
-    pub fn wait(&self, nr: u64, program: &Regs, left_ns: i64, clocks: Monotonic) -> Option<Wait> {
-        const FD_MAX: u32 = 512;
-        /// times(2): USER_HZ of them are a second.
-        const CLOCK_TICK_NS: i64 = 10_000_000;
-        let fd = u32::try_from(program.arg(0) as i32)
-            .ok()
-            .filter(|fd| *fd < FD_MAX)?;
-        let (writes, probe) = calls::socket_wait(nr, program)?;
-        // Others may seem ready to be written to when they are not.
-        let stream = || {
-            let kind = sockopt::get(&self.socket, libc::SOL_SOCKET, libc::SO_TYPE, 4).ok();
-            kind.is_some_and(|k| k == libc::SOCK_STREAM.to_ne_bytes())
-        };
-        if writes && !stream() {
-            return None;
-        }
-        let left_ns = left_ns.max(0);
-        let end = monotonic_ns().saturating_add(left_ns);
-        // It may be behind by a tick of the kernel's.
-        let clock = clock_ticks() + left_ns / CLOCK_TICK_NS - 1;
-        Some(Wait {
-            fd,
-            writes,
-            left: calls::timespec(left_ns as u64),
-            end: calls::timespec(end.saturating_add(clocks.program_ns).max(0) as u64),
-            note: clocks.note(end),
-            clock,
-            probe,
-        })
+    /// What call `nr` returns when it has timed out, see [`calls::timed_out`].
+    pub fn timed_out(&self, nr: u64) -> i64 {
+        let domain = sockopt::get(&self.socket, libc::SOL_SOCKET, libc::SO_DOMAIN, 4).ok();
+        let domain = domain.and_then(|d| Some(i32::from_ne_bytes(d.try_into().ok()?)));
+        calls::timed_out(nr, domain.unwrap_or(libc::AF_UNSPEC))
     }
 
     fn set(&self, value: &[u8; 16]) -> Result<()> {
@@ -177,13 +120,21 @@ impl Shortened {
     /// Until [`Shortened::put_back`], calls on that socket time out after this; where several threads wait for it,
     /// after the longest of theirs. Thread `tid` is to begin its call `nr`. The guardian puts the time-out back if we
     /// die.
-    fn shorten(&mut self, s: SocketTimeout, tid: i32, nr: u64, left_ns: i64) -> Result<()> {
+    pub fn shorten(&mut self, s: SocketTimeout, tid: i32, nr: u64, left_ns: i64) -> Result<()> {
         let cookie = sockopt::get(&s.socket, libc::SOL_SOCKET, libc::SO_COOKIE, 8)
             .context("reading the cookie of a socket")?;
         let cookie = cookie.try_into().map_or(0, u64::from_ne_bytes);
         // 0 would be never.
         let left_ns = left_ns.max(1000);
-        let first = match self.sockets.entry((cookie, s.option)) {
+        let socket = (cookie, s.option);
+        self.waiting.push(Waiting {
+            tid,
+            nr,
+            left_ns,
+            socket,
+            timed_out: s.timed_out(nr),
+        });
+        let first = match self.sockets.entry(socket) {
             // What `s` has read is what it was shortened to.
             Entry::Occupied(known) => {
                 let known = known.into_mut();
@@ -191,7 +142,6 @@ impl Shortened {
                     known.socket.set(&calls::timeval(left_ns as u64))?;
                     known.now_ns = left_ns;
                 }
-                self.waiting.push((tid, nr));
                 return Ok(());
             }
             Entry::Vacant(first) => first,
@@ -209,39 +159,42 @@ impl Shortened {
             socket: s,
             now_ns: left_ns,
         });
-        self.waiting.push((tid, nr));
         Ok(())
     }
 
-    /// For calls that are to end at the first tick in or behind `left_ns`, and begin now.
-    pub fn to_next_tick(
+    /// For calls that are to end at the tick with this `number`, in `left_ns`, and not behind it.
+    pub fn to_tick(
         &mut self,
         s: SocketTimeout,
         tid: i32,
         nr: u64,
         left_ns: i64,
+        number: i64,
     ) -> Result<()> {
-        let tick = tick_ns();
-        let ticks = tick.and_then(|t| Ticks::read(t).ok());
-        let whole = |t: i64, ticks: Ticks| Ticks::wait(t, ticks.next(monotonic_ns(), left_ns));
-        let left_ns = match (tick, ticks) {
-            (Some(t), Some(ticks)) => whole(t, ticks),
-            _ => left_ns,
+        let Some(tick) = tick_ns() else {
+            return self.shorten(s, tid, nr, left_ns);
         };
-        self.shorten(s, tid, nr, left_ns)
+        let wait = Ticks::wait(tick, left_ns, number).unwrap_or_else(|| {
+            let to_next = left_ns % tick + 20_000;
+            std::thread::sleep(Duration::from_nanos(to_next as u64));
+            let left = left_ns - to_next;
+            Ticks::wait(tick, left, number).unwrap_or(left)
+        });
+        self.shorten(s, tid, nr, wait)
     }
 
-    /// For calls that are to end at the tick in `left_ns`, and not behind it.
-    pub fn to_tick(&mut self, s: SocketTimeout, tid: i32, nr: u64, left_ns: i64) -> Result<()> {
-        let left_ns = tick_ns().map_or(left_ns, |tick| Ticks::wait(tick, left_ns));
-        self.shorten(s, tid, nr, left_ns)
+    /// What a thread's call is to return when its time is up, where that of another on its socket is longer.
+    pub fn overtaken(&self, tid: i32) -> Option<i64> {
+        let w = self.waiting.iter().find(|w| w.tid == tid)?;
+        let longest = self.sockets.get(&w.socket)?.now_ns;
+        (longest > w.left_ns).then_some(w.timed_out)
     }
 
     /// Waits until the threads, which were let go, are in their calls, and gives the sockets their own time-outs.
     pub fn put_back(&mut self) -> Result<()> {
-        for (tid, nr) in self.waiting.drain(..) {
-            let path = format!("/proc/{tid}/syscall");
-            let want = format!("{nr} ");
+        for w in self.waiting.drain(..) {
+            let path = format!("/proc/{}/syscall", w.tid);
+            let want = format!("{} ", w.nr);
             let begun = Instant::now();
             while begun.elapsed() < PATIENCE {
                 match proc_file::text(&path) {

@@ -1,5 +1,7 @@
 //! Time namespaces (time_namespaces(7)): processes that go on seeing the clocks of another boot or host.
 
+use std::sync::atomic::{AtomicI64, Ordering};
+
 use anyhow::{Context, Result};
 use nix::sched::{CloneFlags, setns, unshare};
 
@@ -11,6 +13,10 @@ pub struct Offsets {
     pub monotonic: i128,
     pub boottime: i128,
 }
+
+/// How far our CLOCK_MONOTONIC is ahead of the host's, once that is known.
+static AHEAD: AtomicI64 = AtomicI64::new(UNKNOWN);
+const UNKNOWN: i64 = i64::MIN;
 
 const CLONE_NEWTIME: i32 = 0x80;
 const SECOND: i128 = 1_000_000_000;
@@ -49,6 +55,8 @@ impl Offsets {
     /// # Errors
     /// Needs CAP_SYS_ADMIN and CAP_SYS_TIME.
     pub fn for_children(self) -> Result<()> {
+        // What /proc says from now on is about them.
+        ahead();
         unshare(CloneFlags::from_bits_retain(CLONE_NEWTIME)).context("making a time namespace")?;
         let line = |clock: &str, ns: i128| {
             format!(
@@ -70,7 +78,32 @@ impl Offsets {
 pub fn join() -> Result<()> {
     let path = "/proc/self/ns/time_for_children";
     let file = std::fs::File::open(path).with_context(|| format!("opening {path}"))?;
-    setns(file, CloneFlags::from_bits_retain(CLONE_NEWTIME)).context("joining a time namespace")
+    setns(file, CloneFlags::from_bits_retain(CLONE_NEWTIME)).context("joining a time namespace")?;
+    moved();
+    Ok(())
+}
+
+/// We are in another time namespace than we were, or than our parent is.
+pub fn moved() {
+    AHEAD.store(UNKNOWN, Ordering::Relaxed);
+}
+
+fn ahead() -> i64 {
+    let known = AHEAD.load(Ordering::Relaxed);
+    if known != UNKNOWN {
+        return known;
+    }
+    let ahead = i64::try_from(Offsets::of("self").monotonic).unwrap_or(0);
+    AHEAD.store(ahead, Ordering::Relaxed);
+    ahead
+}
+
+/// CLOCK_MONOTONIC of the host, nanoseconds: what the kernel counts time-outs by, in whichever time namespace we are.
+pub fn host_monotonic_ns() -> i64 {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map_or(0, |t| {
+        let ours = t.tv_sec() * SECOND as i64 + t.tv_nsec();
+        ours.saturating_sub(ahead())
+    })
 }
 
 #[cfg(test)]

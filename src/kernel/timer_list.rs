@@ -62,15 +62,15 @@ impl Ticks {
     /// When a wait for `whole` nanoseconds that was begun at `since` ends: after whole ticks, and long ones with
     /// several at a time (calc_wheel_index).
     pub fn end(&self, since: i64, whole: i64) -> i64 {
-        const LEVELS: u32 = 8;
-        let begun = self.number + (since - self.at).div_euclid(self.tick);
+        let begun = self.number_at(since);
         let ticks = whole.max(0) / self.tick + i64::from(whole % self.tick > 0);
-        let level = (0..LEVELS)
-            .find(|n| ticks < 63 << (3 * n))
-            .unwrap_or(LEVELS);
-        let shift = 3 * level;
-        let end = (((begun + ticks) >> shift) + 1) << shift;
-        self.at(end)
+        self.at(ended_by(begun, ticks))
+    }
+
+    /// The number of the last tick up to a moment: CLOCK_MONOTONIC.
+    pub fn number_at(&self, at: i64) -> i64 {
+        let ticks = at.saturating_sub(self.at).div_euclid(self.tick);
+        self.number.saturating_add(ticks)
     }
 
     /// CLOCK_MONOTONIC at the tick with this number.
@@ -79,17 +79,43 @@ impl Ticks {
         self.at.saturating_add(ticks.saturating_mul(self.tick))
     }
 
-    /// How long it is from `now` to the first tick that is not before the one in `left` nanoseconds.
-    pub fn next(&self, now: i64, left: i64) -> i64 {
-        let over = (now.saturating_add(left) - self.at).rem_euclid(self.tick);
-        left + (self.tick - over) % self.tick
-    }
-
-    /// The time-out of a wait that begins now and is to end at the tick in `left` nanoseconds.
-    pub fn wait(tick: i64, left: i64) -> i64 {
+    /// The time-out of a wait that begins now, or a little later where that is possible, and is to end at the tick with
+    /// this `number`, which is in `left` nanoseconds. None when it has to begin behind the next tick, which is about to
+    /// come: the wait then ends a tick later for every one that it begins later.
+    pub fn wait(tick: i64, left: i64, number: i64) -> Option<i64> {
+        /// From here to the beginning of the wait.
+        const SOON: i64 = 300_000;
         let ticks = left.max(0) / tick + i64::from(left % tick > 0);
-        (ticks - 1).max(1) * tick
+        let most = (ticks - 1).max(1);
+        let level = level(most);
+        if level == 0 {
+            let late = ticks > 1 && (left - 1) % tick < SOON;
+            return (!late).then_some(most * tick);
+        }
+        // Many end it there, and one in their middle does so when it begins later. One that is longer by the rounding of
+        // the first wait would be rounded more coarsely than that.
+        let middle = most - (1 << (3 * level - 1));
+        let finer = (63 << (3 * (level - 1))) - 1;
+        let now = number - ticks;
+        let good = [middle, finer]
+            .into_iter()
+            .find(|n| ended_by(now, *n) == number);
+        Some(good.unwrap_or(most) * tick)
     }
+}
+
+/// How coarse the kernel counts a wait for so many ticks: by 8 to the power of this (calc_wheel_index).
+fn level(ticks: i64) -> u32 {
+    const LEVELS: u32 = 8;
+    (0..LEVELS)
+        .find(|n| ticks < 63 << (3 * n))
+        .unwrap_or(LEVELS)
+}
+
+/// The number of the tick that ends a wait for `ticks` which begins behind tick `begun`.
+fn ended_by(begun: i64, ticks: i64) -> i64 {
+    let shift = 3 * level(ticks);
+    (((begun + ticks) >> shift) + 1) << shift
 }
 
 #[cfg(test)]
@@ -111,10 +137,11 @@ mod tests {
         );
         // What is left of it ends then too.
         let later = 1_201_000_000;
-        let rest = Ticks::wait(4_000_000, end - later);
-        assert_eq!(ticks.end(later, rest), end);
-        assert_eq!(ticks.next(later, 10_500_000), 11_000_000);
-        assert_eq!(ticks.next(later, 11_000_000), 11_000_000);
+        let rest = Ticks::wait(4_000_000, end - later, ticks.number_at(end)).unwrap();
+        // Also when it begins some ticks later.
+        for late in [0, 4_000_000, 12_000_000] {
+            assert_eq!(ticks.end(later + late, rest), end);
+        }
         for (now, took) in [
             ("1001500000", 2_600_000),
             ("1003900000", 100_000),
@@ -126,6 +153,20 @@ mod tests {
     }
 
     proptest::proptest! {
+        #[test]
+        fn a_wait_ends_at_its_tick(number in 0..1i64 << 40, ticks in 1..1i64 << 24, since in 1..4_000_000i64) {
+            let tick = 4_000_000;
+            let ticks_to = |now: i64| Ticks { tick, at: 0, number: now };
+            // As a wait of the kernel's ends.
+            let end = ended_by(number, ticks);
+            let left = (end - number) * tick - since;
+            match Ticks::wait(tick, left, end) {
+                Some(rest) if end - number > 1 => proptest::prop_assert_eq!(ticks_to(number).end(since, rest), end * tick - number * tick),
+                Some(_) => {}
+                None => proptest::prop_assert!(tick - since <= 300_000),
+            }
+        }
+
         #[test]
         fn any_text_is_read(text in ".{0,300}") {
             let _ = Ticks::parse(&text, 4_000_000, 1000);

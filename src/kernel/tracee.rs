@@ -371,9 +371,3 @@ pub fn queue_signal(pid: i32, tid: i32, signal: i32) -> io::Result<()> {
         Ok(())
     }
 }
-
-/// CLOCK_MONOTONIC, nanoseconds.
-pub fn monotonic_ns() -> i64 {
-    nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
-        .map_or(0, |t| t.tv_sec() * 1_000_000_000 + t.tv_nsec())
-}

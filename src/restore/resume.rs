@@ -7,33 +7,47 @@
 //! of the vDSO, as in a dump.
 
 use std::cmp::Reverse;
+use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail};
 
 use crate::image::process::Process;
 use crate::image::threads::{Resume, Thread};
 use crate::kernel::arch::{
-    ERESTART_RESTARTBLOCK, ERESTARTNOHAND, ERESTARTNOINTR, ERESTARTSYS, Regs, trampoline,
+    ERESTART_RESTARTBLOCK, ERESTARTNOHAND, ERESTARTNOINTR, ERESTARTSYS, Regs,
+    trampoline::{self, Trampoline},
 };
 use crate::kernel::batch;
 use crate::kernel::calls::{self, Broken, Timeout};
 use crate::kernel::mem::Mem;
 use crate::kernel::remote::Remote;
-use crate::kernel::socket_timeout::{Monotonic, Shortened, SocketTimeout};
-use crate::kernel::tracee::{Stop, Tracee, monotonic_ns};
+use crate::kernel::socket_timeout::{Shortened, SocketTimeout};
+use crate::kernel::time_ns::host_monotonic_ns;
+use crate::kernel::tracee::{Stop, Tracee};
 use crate::kernel::vdso;
+use crate::kernel::waker::{self, Due};
+
+/// Bytes of the vDSO's dead end that stay for trampolines which calls share.
+const SPARE: usize = 64;
 
 /// What is to be done once the threads of all processes run.
 #[derive(Debug, Default)]
 pub struct Afterwards {
     sockets: Shortened,
+    due: Vec<Due>,
     pub warnings: Vec<String>,
 }
 
 impl Afterwards {
-    /// Gives sockets their own time-outs again.
+    /// Gives sockets their own time-outs again, and leaves behind who ends calls in time.
     pub fn finish(&mut self) -> Result<()> {
-        self.sockets.put_back()
+        self.sockets.put_back()?;
+        if let Err(e) = waker::start(&self.due) {
+            self.warnings.push(format!(
+                "calls that their socket's time-out ends may end late, by some hundredths of a second or more: {e:#}"
+            ));
+        }
+        Ok(())
     }
 }
 
@@ -44,7 +58,6 @@ pub fn set(
     threads: &[&Remote],
     p: &Process,
     vdso: (u64, u64),
-    clocks: Monotonic,
     after: &mut Afterwards,
 ) -> Result<()> {
     let bytes = mem.read_vec(vdso.0, vdso.1.saturating_sub(vdso.0) as usize)?;
@@ -55,7 +68,8 @@ pub fn set(
     let mut place = Place {
         start,
         lowest: kept.map_or(vdso.1, |i| start + i as u64),
-        clocks,
+        shared: BTreeMap::new(),
+        apart: Vec::new(),
     };
     let mut order: Vec<_> = threads.iter().zip(&p.threads).collect();
     order.sort_by_key(|(_, t)| loss(t));
@@ -67,6 +81,15 @@ pub fn set(
         }
         r.tracee.set_regs(&regs)?;
         r.tracee.set_sigmask(t.sigmask)?;
+    }
+    // With many threads the first of them was long ago.
+    let now = host_monotonic_ns();
+    for apart in place.apart {
+        let end = now.saturating_add(apart.left);
+        if apart.noted {
+            mem.write(apart.due.rip + trampoline::NOTE_AT, &end.to_le_bytes())?;
+        }
+        after.due.push(Due { end, ..apart.due });
     }
     Ok(())
 }
@@ -86,8 +109,16 @@ fn loss(t: &Thread) -> (u8, Reverse<i64>) {
 struct Place {
     start: u64,
     lowest: u64,
-    /// Those that are seen there.
-    clocks: Monotonic,
+    /// Trampolines without a note, by the call and where they lead.
+    shared: BTreeMap<(u64, u64), u64>,
+    apart: Vec<Apart>,
+}
+
+/// A call whose end is to be said: its trampoline has a note, or not.
+struct Apart {
+    due: Due,
+    left: i64,
+    noted: bool,
 }
 
 impl Place {
@@ -99,6 +130,29 @@ impl Place {
             self.lowest = at;
             at
         })
+    }
+
+    /// A trampoline for a call that goes on as it is, so that it can be told from those which the program makes after
+    /// it. As long as there is room for one each it has a note (true).
+    fn apart(&mut self, regs: &Regs, nr: u64, mem: &Mem) -> Result<Option<(Trampoline, bool)>> {
+        let emit = |at, note| trampoline::emit(at, regs, nr, &[], None, note, &[], &[]);
+        let len = |note| emit(0, note).bytes.len();
+        let room = self.lowest.saturating_sub(self.start + batch::ROOM) as usize;
+        let note = (room >= len(Some(0)) + SPARE).then_some(0);
+        let known = self.shared.get(&(nr, regs.rip)).copied();
+        let at = match known.filter(|_| note.is_none()) {
+            Some(at) => at,
+            None => match self.take(len(note)) {
+                Some(at) => at,
+                None => return Ok(None),
+            },
+        };
+        if note.is_none() {
+            self.shared.insert((nr, regs.rip), at);
+        }
+        let t = emit(at, note);
+        mem.write(at, &t.bytes)?;
+        Ok(Some((t, note.is_some())))
     }
 }
 
@@ -144,21 +198,18 @@ fn go_on(
                 let Ok(Some(s)) = socket else {
                     return Ok(regs);
                 };
-                if let Some(w) = s.wait(nr, &regs, left, place.clocks)
-                    && let Some(at) = place.take(trampoline::wait(0, &regs, &w).bytes.len())
-                {
-                    let t = trampoline::wait(at, &regs, &w);
-                    mem.write(at, &t.bytes)?;
-                    return Ok(t.regs);
-                }
-                after.sockets.to_next_tick(s, tracee.tid, nr, left)?;
-                // For a later dump.
-                let end = Some(place.clocks.note(monotonic_ns().saturating_add(left)));
-                let emit = |at| trampoline::emit(at, &regs, nr, &[], None, end, &[], &[]);
-                if let Some(at) = place.take(emit(0).bytes.len()) {
-                    let t = emit(at);
-                    mem.write(at, &t.bytes)?;
-                    return Ok(t.regs);
+                let result = s.timed_out(nr);
+                after.sockets.shorten(s, tracee.tid, nr, left)?;
+                if let Some((t, noted)) = place.apart(&regs, nr, mem)? {
+                    regs = t.regs;
+                    let due = Due {
+                        tid: tracee.tid,
+                        nr,
+                        rip: regs.rip,
+                        end: 0,
+                        result,
+                    };
+                    place.apart.push(Apart { due, left, noted });
                 }
                 return Ok(regs);
             }

@@ -25,7 +25,6 @@ use crate::image::process::{Creds, Process, State};
 use crate::image::store::Image;
 use crate::image::{DescriptionId, Manifest, Origin};
 use crate::kernel::remote::{AREA, Remote};
-use crate::kernel::socket_timeout::Monotonic;
 use crate::kernel::time_ns::{self, Offsets};
 use crate::kernel::undertaker::Undertaker;
 use crate::kernel::{body, caps};
@@ -106,7 +105,7 @@ fn restore(
         ..Report::default()
     };
     let mut ids = Ids::choose(processes, opts, guest.is_some(), &mut report)?;
-    let clocks = set_clocks(&manifest.origin, guest.is_some(), &mut report)?;
+    let same_clocks = set_clocks(&manifest.origin, guest.is_some(), &mut report)?;
     let mut replaced = match &mut guest {
         Some(guest) => guest.replaced()?,
         None => Replaced::default(),
@@ -125,7 +124,7 @@ fn restore(
     let surroundings = Surroundings {
         floor,
         detached: opts.detach,
-        same_clocks: clocks.same,
+        same_clocks,
         namespace: ids.namespace(),
     };
     let instead = std::mem::take(&mut replaced.descriptions);
@@ -228,8 +227,7 @@ fn restore(
     let mut after = resume::Afterwards::default();
     for r in &ready {
         let mem = r.leader.mem();
-        let (living, clocks) = (r.living(), clocks.monotonic);
-        resume::set(mem, &living, r.process, r.vdso, clocks, &mut after)?;
+        resume::set(mem, &r.living(), r.process, r.vdso, &mut after)?;
     }
     let mut undertaker = Some(undertaker);
     let mut parked = false;
@@ -417,16 +415,9 @@ fn release(r: &Ready, parked: bool, opts: &Options) -> Result<()> {
     Ok(())
 }
 
-/// What clocks the processes see.
-struct Clocks {
-    /// They go on from where they stood.
-    same: bool,
-    monotonic: Monotonic,
-}
-
 /// Lets the processes see their clocks go on from where they stood: deadlines in their memory count on it.
-/// `here`: we are one of them.
-fn set_clocks(origin: &Origin, here: bool, report: &mut Report) -> Result<Clocks> {
+/// False if they do not. `here`: we are one of them.
+fn set_clocks(origin: &Origin, here: bool, report: &mut Report) -> Result<bool> {
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let ours = Offsets::of("self");
     let wanted = if boot.trim() == origin.boot_id {
@@ -447,18 +438,8 @@ fn set_clocks(origin: &Origin, here: bool, report: &mut Report) -> Result<Clocks
             boottime: origin.boottime_ns - boottime,
         }
     };
-    let clocks = |same, programs: Offsets, ours: Offsets| {
-        let ns = |ahead: i128| i64::try_from(ahead).unwrap_or(0);
-        Clocks {
-            same,
-            monotonic: Monotonic {
-                program_ns: ns(programs.monotonic - ours.monotonic),
-                ours_ns: ns(ours.monotonic),
-            },
-        }
-    };
     if wanted == ours {
-        return Ok(clocks(true, wanted, ours));
+        return Ok(true);
     }
     let done = wanted
         .for_children()
@@ -468,10 +449,9 @@ fn set_clocks(origin: &Origin, here: bool, report: &mut Report) -> Result<Clocks
             "the program sees this host's clocks, not those it had (a deadline in its memory may be \
              far off): {e:#}"
         ));
-        return Ok(clocks(false, ours, ours));
+        return Ok(false);
     }
-    // Of those who join it we are one.
-    Ok(clocks(true, wanted, if here { wanted } else { ours }))
+    Ok(true)
 }
 
 /// Where our own descriptors go: above every number of the programs.

@@ -24,7 +24,6 @@ static void *waiter(void *which)
     while (!enough) {
         struct mmsghdr m = {{NULL, 0, &io, 1, NULL, 0, 0}, 0};
         int64_t begun = now_us();
-        // Of a vector of messages a restore cannot have the kernel wait but by the socket's time-out.
         long n = (intptr_t)which ? recvmmsg(sock, &m, 1, 0, NULL) : recv(sock, b, sizeof b, 0);
         int error = errno;
         int64_t took = now_us() - begun;

@@ -5,6 +5,7 @@
 // mist: cflags -pthread -lrt
 // mist: variants read_pipe read_eventfd read_inotify read_tty write_pipe write_tty send_unix send_tcp sendmsg_dgram
 // mist: variants recv_unix recv_waitall_unix recv_waitall_tcp recv_rcvtimeo_timeout recv_rcvtimeo_event send_sndtimeo_timeout
+// mist: variants recvmmsg_rcvtimeo_timeout connect_sndtimeo_event
 // mist: variants read_rcvtimeo_timeout read_rcvtimeo_event recv_rcvtimeo_interrupted send_sndtimeo_event
 // mist: variants accept_unix accept_tcp accept_rcvtimeo_timeout accept_rcvtimeo_event connect_unix connect_sndtimeo_timeout
 // mist: variants poll poll_event poll_timeout ppoll_event ppoll_timeout select select_event select_timeout
@@ -159,13 +160,15 @@ static long set_up(void)
     if (is("recv") || is("send_") || is("read_rcvtimeo")) {
         MUST(socketpair(AF_UNIX, SOCK_STREAM, 0, fd));
         struct timeval t = {ends("_timeout") ? rel.tv_sec : LONG_S, 0};
-        if (is("recv_rcvtimeo") || is("read"))
+        if (is("recv_rcvtimeo") || is("recvmmsg") || is("read"))
             MUST(setsockopt(fd[0], SOL_SOCKET, SO_RCVTIMEO, &t, sizeof t));
         if (is("send_sndtimeo")) {
             MUST(setsockopt(fd[0], SOL_SOCKET, SO_SNDTIMEO, &t, sizeof t));
             while (send(fd[0], out, 4096, MSG_DONTWAIT) > 0)
                 id++;
         }
+        if (is("recvmmsg"))
+            return SYS_recvmmsg;
         return is("read") ? SYS_read : is("recv") ? SYS_recvfrom : SYS_sendto;
     }
     if (is("sendmsg_dgram")) {
@@ -188,8 +191,8 @@ static long set_up(void)
         fd2 = MUST(socket(AF_UNIX, SOCK_STREAM, 0));
         MUST(connect_unix(fd2));
         fd[1] = MUST(socket(AF_UNIX, SOCK_STREAM, 0));
-        struct timeval t = {rel.tv_sec, 0};
-        if (ends("_timeout"))
+        struct timeval t = {ends("_timeout") ? rel.tv_sec : LONG_S, 0};
+        if (is("connect_sndtimeo"))
             MUST(setsockopt(fd[1], SOL_SOCKET, SO_SNDTIMEO, &t, sizeof t));
         return SYS_connect;
     }
@@ -271,6 +274,10 @@ static long call(void)
     }
     if (is("recv_waitall"))
         return recv(fd[0], in, 100000, MSG_WAITALL);
+    if (is("recvmmsg")) {
+        struct mmsghdr m = {{NULL, 0, &(struct iovec){in, sizeof in}, 1, NULL, 0, 0}, 0};
+        return recvmmsg(fd[0], &m, 1, 0, NULL);
+    }
     if (is("recv"))
         return recv(fd[0], in, sizeof in, 0);
     if (is("accept"))

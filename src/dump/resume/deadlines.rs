@@ -16,8 +16,8 @@ use crate::kernel::kmem::threads::{Look, Task, Threads};
 use crate::kernel::mem::Mem;
 use crate::kernel::proc_file;
 use crate::kernel::socket_timeout;
+use crate::kernel::time_ns::host_monotonic_ns;
 use crate::kernel::timer_list::Ticks;
-use crate::kernel::tracee::monotonic_ns;
 
 /// What threads were doing right before they were stopped.
 #[derive(Debug, Default)]
@@ -136,7 +136,7 @@ impl Watch {
             // By now it sleeps in another call.
             s.since = None;
         }
-        s.asked = monotonic_ns();
+        s.asked = host_monotonic_ns();
     }
 
     /// The call that a thread in restart_syscall goes on with.
@@ -157,17 +157,21 @@ impl Watch {
         })
     }
 
-    /// When the time-out of its socket, of `whole` nanoseconds, ends a thread's call `nr`.
+    /// The tick that ends a thread's call by the time-out of its socket: when it is, and its number.
+    pub fn tick(&self, tid: i32) -> Option<(i64, i64)> {
+        let ticks = self.ticks?;
+        let end = self.slept_until(tid, |l| Some(ticks.at(l.until_tick?)))?;
+        Some((end, ticks.number_at(end)))
+    }
+
+    /// When that is likely to be where nothing is known of it, for a call `nr` and a time-out of `whole` nanoseconds.
     pub fn socket_end(&self, tid: i32, nr: u64, whole: i64) -> Option<i64> {
-        let by_tick = |l: &Look| Some(self.ticks?.at(l.until_tick?));
-        self.slept_until(tid, by_tick).or_else(|| {
-            let s = self.last_sleep(tid, nr)?;
-            let since = s.since?;
-            let end = self
-                .ticks
-                .map_or(since.saturating_add(whole), |t| t.end(since, whole));
-            s.lies_ahead(end)
-        })
+        let s = self.last_sleep(tid, nr)?;
+        let since = s.since?;
+        let end = self
+            .ticks
+            .map_or(since.saturating_add(whole), |t| t.end(since, whole));
+        s.lies_ahead(end)
     }
 
     fn by_restart_block(&self, tid: i32, nr: u64, program: &Regs) -> Option<i64> {
@@ -301,7 +305,7 @@ fn offset_on(cpu: usize) -> Option<i64> {
         .filter_map(|_| {
             // Having slept we have just begun to run.
             std::thread::sleep(std::time::Duration::from_micros(1));
-            let now = monotonic_ns();
+            let now = host_monotonic_ns();
             Some(now - Sched::of("/proc/thread-self/sched")?.exec_start)
         })
         .min();

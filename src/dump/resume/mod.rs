@@ -18,17 +18,15 @@ use anyhow::Result;
 pub use deadlines::Watch;
 
 use crate::image::threads::Resume;
-use crate::kernel::arch::{
-    self, ERESTART_RESTARTBLOCK, ERESTARTNOHAND, ERESTARTNOINTR, ERESTARTSYS, NR_RESTART_SYSCALL,
-    Regs, trampoline,
-};
+use crate::kernel::arch::{self, ERESTARTNOHAND, NR_RESTART_SYSCALL, Regs, trampoline};
 use crate::kernel::batch::{self, Held};
 use crate::kernel::calls::{self, Broken};
 use crate::kernel::mem::Mem;
 use crate::kernel::proc_file;
-use crate::kernel::socket_timeout::{self, Monotonic, Shortened, SocketTimeout};
-use crate::kernel::tracee::monotonic_ns;
+use crate::kernel::socket_timeout::{self, Shortened, SocketTimeout};
+use crate::kernel::time_ns::host_monotonic_ns;
 use crate::kernel::vdso;
+use crate::kernel::waker::{self, Due};
 
 const EINTR: i64 = libc::EINTR as i64;
 
@@ -148,7 +146,7 @@ pub fn first_act(held: &mut Held, mem: &Mem, tail: &mut Tail) -> Result<bool> {
             seen.rip += 2;
             code = behind;
         }
-        let broken = seen.syscall().is_some() && is_broken(&seen);
+        let broken = seen.syscall().is_some() && calls::is_broken(&seen);
         let probe = Regs {
             rax: if broken { -EINTR as u64 } else { seen.rax },
             ..seen
@@ -195,7 +193,7 @@ pub fn first_act(held: &mut Held, mem: &Mem, tail: &mut Tail) -> Result<bool> {
             // With a time-out of its arguments or of its socket; [`settle`] finds out.
             held.resume = Resume::Timed { nr, left_ns: 0 };
         }
-    } else if is_broken(&seen) {
+    } else if calls::is_broken(&seen) {
         held.resume = Resume::Again { nr };
         if let Some((_, broken)) = calls::timeout(nr, &seen)
             && broken != Broken::Updated
@@ -220,14 +218,6 @@ pub fn first_act(held: &mut Held, mem: &Mem, tail: &mut Tail) -> Result<bool> {
         }
     }
     Ok(true)
-}
-
-/// Ended by the stop and by nothing else.
-fn is_broken(r: &Regs) -> bool {
-    matches!(
-        -(r.rax as i64),
-        EINTR | ERESTARTSYS | ERESTARTNOINTR | ERESTARTNOHAND | ERESTART_RESTARTBLOCK
-    )
 }
 
 /// Whether such a call would have waited to transfer all: a pipe, socket or terminal that blocks.
@@ -259,10 +249,6 @@ pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -
         }
         keep_frames(h, mem, tail);
     }
-    let clocks = match threads.iter().any(|h| h.noted.is_some()) {
-        true => Monotonic::ours(),
-        false => Monotonic::default(),
-    };
     for h in threads.iter_mut() {
         let tid = h.tracee.tid;
         if let Resume::Timed { nr, .. } = &mut h.resume
@@ -290,11 +276,17 @@ pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -
                 match socket {
                     Ok(Some(s)) if is_socket => {
                         let whole = s.whole_ns();
-                        let end = match h.noted {
-                            Some(end) if waits_outside(h, tail) => Some(clocks.noted(end)),
-                            noted => watch
-                                .socket_end(tid, nr, whole)
-                                .or(noted.map(|n| clocks.noted(n))),
+                        let known = watch.tick(tid);
+                        // In a restored process the tick may come later than the call is to end.
+                        h.tick = known
+                            .filter(|(end, _)| h.noted.is_none_or(|noted| *end <= noted))
+                            .map(|(_, number)| number);
+                        let end = match (known, h.noted) {
+                            (Some((end, _)), noted) if h.tick.is_some() || noted.is_none() => {
+                                Some(end)
+                            }
+                            (_, Some(noted)) => Some(noted),
+                            _ => watch.socket_end(tid, nr, whole),
                         };
                         h.deadline = end.or(Some(h.stopped_at.saturating_add(whole)));
                     }
@@ -303,10 +295,12 @@ pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -
             }
         }
     }
+    // For the others the time of those who were stopped first has gone on.
+    let stood = threads.iter().map(|h| h.stopped_at).max().unwrap_or(0);
     for h in threads.iter_mut() {
         if let Resume::Timed { nr, left_ns } = &mut h.resume {
             *left_ns = match (h.deadline, calls::timeout(*nr, &h.program)) {
-                (Some(d), _) => (d - h.stopped_at).max(0),
+                (Some(d), _) => (d - stood).max(0),
                 (None, Some((t, _))) => calls::argument(t, &h.program, mem).unwrap_or(0),
                 (None, None) => 0,
             };
@@ -438,8 +432,8 @@ fn place(h: &mut Held, left: i64, mem: &Mem, tail: &mut Tail, last: bool) -> Res
 
 /// Right before the release: time-outs get what is left of them now. Where the tail has no room for
 /// another trampoline, the call waits its whole time again.
-/// Sockets whose time-outs are to be put back once the threads run are returned.
-pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Shortened {
+/// What is to be done once the threads run is returned.
+pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Renewed {
     let mut sockets = Shortened::default();
     // Those first that would lose most without room.
     let mut order: Vec<&mut Held> = threads.iter_mut().collect();
@@ -448,7 +442,7 @@ pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Shortened {
         std::cmp::Reverse((partial, h.deadline))
     });
     for h in order {
-        let now = monotonic_ns();
+        let now = host_monotonic_ns();
         let left = h.deadline.map(|d| (d - now).max(0));
         match (&h.resume, left) {
             (Resume::Partial { .. }, _) if !tail.holds(h.regs.rip) => {
@@ -468,17 +462,14 @@ pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Shortened {
                     Some(_) => {
                         let _ = place(h, left, mem, tail, true);
                     }
-                    None if waits_outside(h, tail) => {
-                        retime(calls::Timeout::Timespec(4), h, left, mem, tail);
-                    }
                     None => {
                         let fd = h.program.arg(0) as i32;
                         if let Ok(Some(s)) = SocketTimeout::of(h.tracee.tid, nr, fd)
-                            && sockets.to_tick(s, h.tracee.tid, nr, left).is_ok()
+                            && shorten(&mut sockets, s, h, nr, left).is_ok()
                             && !tail.holds(h.regs.rip)
                             && let Some(d) = h.deadline
                         {
-                            note_deadline(h, Monotonic::ours().note(d), mem, tail);
+                            note_deadline(h, d, mem, tail);
                         }
                     }
                 }
@@ -486,14 +477,41 @@ pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Shortened {
             _ => {}
         }
     }
-    sockets
+    let due = threads.iter().filter_map(|h| {
+        Some(Due {
+            tid: h.tracee.tid,
+            nr: h.program.orig_rax,
+            rip: tail.holds(h.regs.rip).then_some(h.regs.rip)?,
+            end: h.deadline?,
+            result: sockets.overtaken(h.tracee.tid)?,
+        })
+    });
+    let due = due.collect();
+    Renewed { sockets, due }
 }
 
-/// Whether a thread waits for a socket as a restore had it wait ([`trampoline::wait`]).
-fn waits_outside(h: &Held, tail: &Tail) -> bool {
-    const SELECT: u64 = libc::SYS_pselect6 as u64;
-    // In the call, or right in front of it.
-    tail.holds(h.regs.rip) && SELECT == h.regs.syscall().unwrap_or(h.regs.rax)
+/// What is to be done once threads run that wait for sockets with a time-out.
+pub struct Renewed {
+    sockets: Shortened,
+    due: Vec<Due>,
+}
+
+impl Renewed {
+    /// Gives sockets their own time-outs again. Calls that these would end late are ended by somebody else.
+    pub fn finish(mut self) -> Result<()> {
+        let put_back = self.sockets.put_back();
+        // Without it they end late.
+        let _ = waker::start(&self.due);
+        put_back
+    }
+}
+
+/// The socket's time-out gets what is `left` of it for this thread's call.
+fn shorten(sockets: &mut Shortened, s: SocketTimeout, h: &Held, nr: u64, left: i64) -> Result<()> {
+    match h.tick {
+        Some(number) => sockets.to_tick(s, h.tracee.tid, nr, left, number),
+        None => sockets.shorten(s, h.tracee.tid, nr, left),
+    }
 }
 
 /// Lets a call whose time-out is its socket's go through a trampoline, which does nothing but tell a

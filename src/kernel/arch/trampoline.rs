@@ -10,8 +10,6 @@
 //! ```
 //!
 //! The code can be read back ([`run_out`]), so that a later stop finds the program behind it.
-//!
-//! A call on a socket that has a time-out goes another way: [`wait`].
 
 use super::{Asm, ERESTARTNOHAND, R, Regs};
 
@@ -63,6 +61,9 @@ pub fn emit(
         a.raw(&[0x48, 0x8d, 0x80]); // lea rax, [rax + done]
         a.raw(&done.to_le_bytes());
     }
+    if nr as i64 == libc::SYS_connect {
+        connected_again(&mut a);
+    }
     for (i, value) in args {
         if let Some(r) = Regs::ARGS.get(*i) {
             a.mov(*r, program.get(*r));
@@ -88,6 +89,14 @@ pub fn emit(
     }
 }
 
+/// A connect of TCP that goes on says when its time is up that it has been going on. The program has called it once.
+fn connected_again(a: &mut Asm) {
+    a.raw(&[0x48, 0x8d, 0x48, libc::EALREADY as u8]); // lea rcx, [rax + EALREADY]
+    a.raw(&[0xe3, 2]); // jrcxz to the mov
+    a.raw(&[0xeb, 7]); // jmp behind it
+    a.mov(R::Ax, -i64::from(libc::EINPROGRESS) as u64);
+}
+
 /// nop, which says for a reader what the program called.
 fn say_call(a: &mut Asm, program: &Regs) {
     a.raw(&[0x0f, 0x1f, 0x80]);
@@ -104,124 +113,8 @@ fn leave(a: &mut Asm, program: &Regs, data: usize) {
     }
 }
 
-/// A call that sleeps until its socket is ready, and no longer than to its end.
-#[derive(Debug, Clone)]
-pub struct Wait {
-    /// The socket, and whether it is to be ready for writing.
-    pub fd: u32,
-    pub writes: bool,
-    /// To the end.
-    pub left: [u8; 16],
-    /// The end as the process sees it: struct timespec of CLOCK_MONOTONIC.
-    pub end: [u8; 16],
-    /// For [`note`].
-    pub note: i64,
-    /// What times(2) says at the end at least.
-    pub clock: i64,
-    /// The call that does the same without waiting: its number, and arguments that are not the program's.
-    pub probe: Option<Probe>,
-}
-
-/// See [`Wait`].
-pub type Probe = (u64, Vec<(usize, u64)>);
-
-/// What a socket's own time-out counts by is coarse, and the coarser the longer it is (calc_wheel_index in
-/// kernel/time/timer.c): a part of one ends elsewhere than the whole would. select(2) sleeps by the precise clock:
-///
-/// ```text
-///     pselect6 of the socket | EINTR: out
-///     times | program's arguments | not yet the end: the program's call, out
-///     the call without waiting | not EAGAIN: out
-///     sleep to the end | EINTR: out | rax = -EAGAIN
-/// out: program's registers | jmp rcx | data (times, set)
-/// ```
-///
-/// It cannot write its sets, so it says EFAULT when the socket is ready as well as when time is up. By times(2) it is
-/// known which, but for the last twentieth of a second. A call whose data another thread has taken meanwhile waits
-/// its whole time again: it may end late, but not early.
-pub fn wait(at: u64, program: &Regs, w: &Wait) -> Trampoline {
-    let mut a = Asm::new();
-    let mut out = Vec::new();
-    let note = |a: &mut Asm| {
-        a.raw(&NOTE);
-        a.raw(&w.note.to_le_bytes());
-    };
-    // Without touching flags: lea rcx, [rax + plus]; jrcxz; jmp.
-    let mut only_if = |a: &mut Asm, plus: i32| {
-        a.raw(&[0x48, 0x8d, 0x48, plus as u8]);
-        let on = a.jump_if_rcx_zero();
-        out.push(a.jump_ahead());
-        a.land(on);
-    };
-    a.syscall_insn();
-    let mut regs = *program;
-    regs.rip = at + a.len() as u64;
-    regs.rax = -ERESTARTNOHAND as u64;
-    regs.orig_rax = libc::SYS_pselect6 as u64;
-    note(&mut a);
-    only_if(&mut a, libc::EFAULT);
-    a.syscall(libc::SYS_times, &[0]);
-    a.raw(&NOTE);
-    a.raw(&w.clock.wrapping_neg().to_le_bytes());
-    a.raw(&[0x48, 0x8d, 0x0c, 0x01]); // lea rcx, [rcx + rax]
-    a.raw(&[0x48, 0x0f, 0xc9]); // bswap rcx
-    a.raw(&[0x0f, 0xb6, 0xc9]); // movzx ecx, cl: 0 unless it was negative
-    for r in Regs::ARGS {
-        a.mov(r, program.get(r));
-    }
-    let near = a.jump_if_rcx_zero();
-    a.mov(R::Ax, program.orig_rax);
-    a.syscall_insn();
-    let called = a.jump_ahead();
-    a.land(near);
-    if let Some((nr, args)) = &w.probe {
-        for (i, value) in args {
-            if let Some(r) = Regs::ARGS.get(*i) {
-                a.mov(*r, *value);
-            }
-        }
-        a.mov(R::Ax, *nr);
-        a.syscall_insn();
-        note(&mut a);
-        only_if(&mut a, libc::EAGAIN);
-    }
-    a.raw(&[0x48, 0xba]); // mov rdx, the end
-    let end_goes_to = a.len();
-    a.raw(&[0; 8]);
-    a.mov(R::Di, libc::CLOCK_MONOTONIC as u64);
-    a.mov(R::Si, libc::TIMER_ABSTIME as u64);
-    a.mov(R::R10, 0);
-    a.mov(R::Ax, libc::SYS_clock_nanosleep as u64);
-    a.syscall_insn();
-    note(&mut a);
-    only_if(&mut a, 0);
-    a.mov(R::Ax, -i64::from(libc::EAGAIN) as u64);
-    for jump in out.into_iter().chain([called]) {
-        a.land_far(jump);
-    }
-    for r in Regs::ARGS {
-        a.mov(r, program.get(r));
-    }
-    say_call(&mut a, program);
-    let mut set = vec![0; (w.fd as usize / 64 + 1) * 8];
-    set[w.fd as usize / 8] = 1 << (w.fd % 8);
-    leave(&mut a, program, w.left.len() + w.end.len() + set.len());
-    let left_at = at + a.len() as u64;
-    let (end_at, set_at) = (left_at + 16, left_at + 32);
-    for data in [&w.left[..], &w.end, &set] {
-        a.raw(data);
-    }
-    let (reads, writes) = if w.writes { (0, set_at) } else { (set_at, 0) };
-    for (r, value) in Regs::ARGS
-        .iter()
-        .zip([u64::from(w.fd) + 1, reads, writes, 0, left_at, 0])
-    {
-        regs.set(*r, value);
-    }
-    let mut bytes = a.bytes().to_vec();
-    bytes[end_goes_to..end_goes_to + 8].copy_from_slice(&end_at.to_le_bytes());
-    Trampoline { bytes, regs }
-}
+/// Where behind its `syscall` a trampoline has its note.
+pub const NOTE_AT: u64 = NOTE.len() as u64;
 
 /// mov rcx, imm64: rcx is set again before anyone looks.
 const NOTE: [u8; 2] = [0x48, 0xb9];
@@ -281,15 +174,8 @@ fn follow(code: &[u8], at: &Regs) -> Option<(Regs, usize)> {
             }
             [0xe3, by, ..] => 2 + if regs.rcx == 0 { usize::from(by) } else { 0 },
             [0xeb, by, ..] => 2 + usize::from(by),
-            [0xe9, a, b, c, d, ..] => {
-                5usize.checked_add(u32::from_le_bytes([a, b, c, d]) as usize)?
-            }
             [0x48, 0x8d, 0x48, by, ..] => {
                 regs.rcx = regs.rax.wrapping_add_signed(i64::from(by as i8));
-                4
-            }
-            [0x48, 0x8d, 0x0c, 0x01, ..] => {
-                regs.rcx = regs.rcx.wrapping_add(regs.rax);
                 4
             }
             [0x48, 0x8d, 0x80, a, b, c, d, ..] => {
@@ -395,67 +281,16 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_leaves_when_it_is_broken_off_and_calls_otherwise() {
-        let w = Wait {
-            fd: 70,
-            writes: false,
-            left: [1; 16],
-            end: [2; 16],
-            note: 4711,
-            clock: 1 << 40,
-            probe: Some((45, vec![(3, 0x40)])),
-        };
+    fn a_connect_that_goes_on_says_what_the_first_would_have_said() {
         let p = Regs {
-            orig_rax: 0,
+            orig_rax: libc::SYS_connect as u64,
             ..program()
         };
-        let t = wait(0x3000, &p, &w);
-        assert!(t.bytes.len() <= MOST);
+        let t = emit(0x3000, &p, p.orig_rax, &[], None, Some(1), &[], &[]);
         assert_eq!(extent(&t.bytes[2..], &t.regs), Some(t.bytes.len() - 2));
-        assert_eq!((t.regs.rip, t.regs.orig_rax, t.regs.rdi), (0x3002, 270, 71));
-        let data = |at: u64, len: usize| &t.bytes[(at - 0x3000) as usize..][..len];
-        assert_eq!(data(t.regs.r8, 16), [1; 16]);
-        assert_eq!(
-            data(t.regs.rsi, 16),
-            [0, 0, 0, 0, 0, 0, 0, 0, 0x40, 0, 0, 0, 0, 0, 0, 0]
-        );
-        assert_eq!(note(&t.bytes[2..]), Some(4711));
-        let end = Regs {
-            rax: -4i64 as u64,
-            ..p
-        };
-        assert_eq!(behind(&t, 0x3000, -4), end);
-        // Over each of the calls.
-        let calls: Vec<usize> = (2..t.bytes.len() - 1)
-            .filter(|i| t.bytes[*i..].starts_with(&[0x0f, 0x05]))
-            .collect();
-        assert_eq!(calls.len(), 4);
-        let out_of = |call: usize, result: i64| {
-            let at = Regs {
-                rip: 0x3000 + call as u64 + 2,
-                rax: result as u64,
-                orig_rax: u64::MAX,
-                ..p
-            };
-            run_out(&t.bytes[call + 2..], &at).map(|r| r.rax as i64)
-        };
-        assert_eq!(behind_call(&t, -14), None);
-        assert_eq!(out_of(calls[0], (1 << 40) - 1), None);
-        assert_eq!(out_of(calls[1], 12), Some(12));
-        assert_eq!(out_of(calls[2], 12), Some(12));
-        assert_eq!(out_of(calls[2], -11), None);
-        assert_eq!(out_of(calls[3], -4), Some(-4));
-        assert_eq!(out_of(calls[3], 0), Some(-11));
-    }
-
-    fn behind_call(t: &Trampoline, rax: i64) -> Option<Regs> {
-        run_out(
-            &t.bytes[2..],
-            &Regs {
-                rax: rax as u64,
-                ..t.regs
-            },
-        )
+        for (says, said) in [(0, 0), (-4, -4), (-11, -11), (-114, -115), (-111, -111)] {
+            assert_eq!(behind(&t, 0x3000, says).rax as i64, said);
+        }
     }
 
     proptest::proptest! {

@@ -344,18 +344,6 @@ impl Asm {
         Jump(self.code.len())
     }
 
-    /// jrcxz (short): leaves the flags alone.
-    pub fn jump_if_rcx_zero(&mut self) -> Jump {
-        self.raw(&[0xe3, 0]);
-        Jump(self.code.len())
-    }
-
-    /// jmp (near). For [`Asm::land_far`].
-    pub fn jump_ahead(&mut self) -> Jump {
-        self.raw(&[0xe9, 0, 0, 0, 0]);
-        Jump(self.code.len())
-    }
-
     /// Like [`Asm::land`], for near jumps.
     pub fn land_far(&mut self, j: Jump) {
         let distance = (self.code.len() - j.0) as u32;

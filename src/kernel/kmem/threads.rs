@@ -414,7 +414,7 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::{Look, Threads};
-    use crate::kernel::tracee::monotonic_ns;
+    use crate::kernel::time_ns::host_monotonic_ns;
 
     /// Looks at a thread that does `sleep` until it is asleep with a timer.
     fn until(sleep: fn(), wanted: fn(&Look) -> Option<i64>) -> Option<(i64, i64)> {
@@ -431,7 +431,7 @@ mod tests {
             let look = threads.look(task).unwrap();
             if let Some(until) = wanted(&look) {
                 assert!(look.asleep);
-                break (until, monotonic_ns());
+                break (until, host_monotonic_ns());
             }
             assert!(
                 begun.elapsed() < Duration::from_secs(10),

@@ -163,7 +163,9 @@ fn plain(s: &Socket, t: &Tcp, r: &mut Restorer, i: usize) -> Result<OwnedFd> {
     if let Some(backlog) = t.backlog {
         // Options that accepted sockets inherit must be there before the first comes.
         options::apply(&fd, s, Phase::Late, &mut r.warnings);
-        socket::listen(&fd, backlog.max(t.pending.len() as u32)).context("listen")?;
+        // One more than its backlog may wait.
+        let room = (t.pending.len() as u32).saturating_sub(1);
+        socket::listen(&fd, backlog.max(room)).context("listen")?;
     } else if t.state == SYN_SENT {
         r.tcp.connecting.push(i);
     } else {

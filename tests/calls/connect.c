@@ -1,0 +1,30 @@
+// Connects to a TCP listener that takes nobody any more, with a time-out of a second and a half, and notes the outcome.
+#include <errno.h>
+#include <netinet/in.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+
+int main(void) {
+    struct sockaddr_in a = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    struct timeval whole = {1, 500000};
+    socklen_t n = sizeof a;
+    int listener = socket(AF_INET, SOCK_STREAM, 0), first = socket(AF_INET, SOCK_STREAM, 0),
+        second = socket(AF_INET, SOCK_STREAM, 0);
+    if (bind(listener, (void *)&a, n) || listen(listener, 0) || getsockname(listener, (void *)&a, &n) ||
+        connect(first, (void *)&a, n) || setsockopt(second, SOL_SOCKET, SO_SNDTIMEO, &whole, sizeof whole))
+        return 2;
+    FILE *f = fopen("ready", "w");
+    if (!f || fclose(f))
+        return 2;
+    int r = connect(second, (void *)&a, n);
+    int error = errno;
+    f = fopen("result.tmp", "w");
+    if (!f)
+        return 2;
+    fprintf(f, "%d %s", r, r < 0 ? strerror(error) : "");
+    if (fclose(f) || rename("result.tmp", "result"))
+        return 2;
+    return 0;
+}
