@@ -7,34 +7,31 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Context, Result};
-use procfs::process::{MMPermissions, MMapPath, MemoryMap, Process};
 
 use super::tables::Tables;
 use crate::error::Failure;
 use crate::image::memory::{Backing, SharedKind, Vma};
 use crate::kernel::arch::TASK_SIZE;
+use crate::kernel::maps::{self, Map, Name};
 
 /// Reads /proc/PID/maps; flags (which cost a walk over all page tables) are added by [`add_flags`].
 pub fn read(pid: i32, tables: &mut Tables) -> Result<Vec<Vma>> {
-    let maps = Process::new(pid)
-        .and_then(|p| p.maps())
-        .with_context(|| format!("reading mappings of process {pid}"))?;
+    let maps = maps::read(pid).with_context(|| format!("reading mappings of process {pid}"))?;
     let mut vmas = Vec::new();
     for m in &maps {
-        if m.address.0 < TASK_SIZE {
+        if m.start < TASK_SIZE {
             vmas.push(vma(pid, m, tables)?);
         }
     }
     Ok(vmas)
 }
 
-fn vma(pid: i32, m: &MemoryMap, tables: &mut Tables) -> Result<Vma> {
-    let shared = m.perms.contains(MMPermissions::SHARED);
+fn vma(pid: i32, m: &Map, tables: &mut Tables) -> Result<Vma> {
     let mut v = Vma {
-        start: m.address.0,
-        end: m.address.1,
-        prot: prot(m.perms),
-        shared,
+        start: m.start,
+        end: m.end,
+        prot: m.prot,
+        shared: m.shared,
         offset: m.offset,
         backing: Backing::Anonymous,
         flags: Vec::new(),
@@ -44,24 +41,29 @@ fn vma(pid: i32, m: &MemoryMap, tables: &mut Tables) -> Result<Vma> {
     let refuse = |what: &str, way_out: &str| {
         Failure::Refused.because(format!(
             "process {pid} maps {what} at {:#x}-{:#x}, which cannot be carried; {way_out}",
-            m.address.0, m.address.1
+            m.start, m.end
         ))
     };
-    match &m.pathname {
-        MMapPath::Heap | MMapPath::Stack | MMapPath::TStack(_) | MMapPath::Anonymous => {}
-        MMapPath::Vdso => v.backing = kernel("vdso"),
-        MMapPath::Vvar => v.backing = kernel("vvar"),
-        MMapPath::Other(n) if n == "vvar_vclock" => v.backing = kernel("vvar_vclock"),
-        MMapPath::Other(n) if n.starts_with("anon:") => {
-            v.name = Some(n["anon:".len()..].to_owned())
+    match m.name() {
+        Name::Nameless | Name::Special("heap" | "stack") => {}
+        Name::Special(n) if n.starts_with("stack:") => {}
+        Name::Special(n @ ("vdso" | "vvar" | "vvar_vclock")) => v.backing = kernel(n),
+        Name::Special(n) => {
+            if let Some(name) = n.strip_prefix("anon:") {
+                v.name = Some(name.to_owned());
+            } else if let Some(name) = n.strip_prefix("anon_shmem:") {
+                v.name = Some(name.to_owned());
+                v.backing = behind(pid, m, "/dev/zero (deleted)", tables)?;
+            } else {
+                return Err(refuse(n, "it is of a kind mistctl does not know"));
+            }
         }
-        MMapPath::Other(n) if n.starts_with("anon_shmem:") => {
-            v.name = Some(n["anon_shmem:".len()..].to_owned());
-            v.backing = behind(pid, m, "/dev/zero (deleted)", tables)?;
-        }
-        MMapPath::Vsys(_) => v.backing = sysv(pid, m, tables)?,
-        MMapPath::Path(p) => {
-            let path = p.to_string_lossy().into_owned();
+        Name::File(shown) => {
+            let path = String::from_utf8_lossy(shown);
+            if let Some(key) = sysv_key(&path) {
+                v.backing = sysv(pid, m, key, tables)?;
+                return Ok(v);
+            }
             if path.starts_with("anon_inode:") {
                 return Err(refuse(&path, "let the program close it first"));
             }
@@ -71,16 +73,10 @@ fn vma(pid: i32, m: &MemoryMap, tables: &mut Tables) -> Result<Vma> {
                     "let the program destroy it first",
                 ));
             }
-            if path == "/anon_hugepage (deleted)" && !shared {
+            if path == "/anon_hugepage (deleted)" && !m.shared {
                 return Ok(v);
             }
             v.backing = behind(pid, m, &path, tables)?;
-        }
-        other => {
-            return Err(refuse(
-                &format!("{other:?}"),
-                "it is of a kind mistctl does not know",
-            ));
         }
     }
     Ok(v)
@@ -92,13 +88,6 @@ fn kernel(which: &str) -> Backing {
     }
 }
 
-fn prot(p: MMPermissions) -> i32 {
-    let bit = |has, bit| if p.contains(has) { bit } else { 0 };
-    bit(MMPermissions::READ, libc::PROT_READ)
-        | bit(MMPermissions::WRITE, libc::PROT_WRITE)
-        | bit(MMPermissions::EXECUTE, libc::PROT_EXEC)
-}
-
 /// The mapped file itself, whatever its path names by now (proc(5), map_files).
 pub fn open_mapped(pid: i32, start: u64, end: u64) -> Result<File> {
     let path = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
@@ -107,25 +96,32 @@ pub fn open_mapped(pid: i32, start: u64, end: u64) -> Result<File> {
     })
 }
 
-fn behind(pid: i32, m: &MemoryMap, path: &str, tables: &mut Tables) -> Result<Backing> {
-    let (start, end) = m.address;
-    let shared = m.perms.contains(MMPermissions::SHARED);
+fn behind(pid: i32, m: &Map, path: &str, tables: &mut Tables) -> Result<Backing> {
+    let (start, end, shared) = (m.start, m.end, m.shared);
     // The common case costs one stat: the path still names the mapped inode.
-    if let Ok(meta) = std::fs::metadata(path)
-        && meta.ino() == m.inode
-        && same_device(meta.dev(), m.dev)
-    {
+    if let Some((path, meta)) = m.file() {
+        let name = path.to_str();
         if meta.file_type().is_file() {
+            if name.is_none() && shared {
+                return Err(Failure::Refused.because(format!(
+                    "process {pid} maps {} at {start:#x}-{end:#x} shared, and its name is not UTF-8; \
+                     rename it before the dump",
+                    path.display()
+                )));
+            }
+            // Of one that an image cannot name the content is carried, as of one that has no name any more.
+            let shown = path.to_string_lossy();
             return Ok(Backing::File {
-                file: tables.file(path, &meta, false),
+                file: tables.file(&shown, &meta, name.is_none()),
             });
         }
-        if path == "/dev/zero" && !shared {
+        if name == Some("/dev/zero") && !shared {
             return Ok(Backing::Anonymous);
         }
         return Err(Failure::Refused.because(format!(
-            "process {pid} maps the device {path} at {start:#x}-{end:#x}, which cannot be carried; \
-             let the program close it first"
+            "process {pid} maps the device {} at {start:#x}-{end:#x}, which cannot be carried; \
+             let the program close it first",
+            path.display()
         )));
     }
     let file = open_mapped(pid, start, end)?;
@@ -150,17 +146,14 @@ fn behind(pid: i32, m: &MemoryMap, path: &str, tables: &mut Tables) -> Result<Ba
     })
 }
 
-/// Some file systems show another device number in maps than in stat; the inode number decides then.
-fn same_device(stat: u64, maps: (i32, i32)) -> bool {
-    let (major, minor) = (nix::sys::stat::major(stat), nix::sys::stat::minor(stat));
-    (major, minor) == (maps.0 as u64, maps.1 as u64) || maps.0 == 0
+/// The key of a System V segment (ipc/shm.c).
+fn sysv_key(path: &str) -> Option<i32> {
+    let key = path.strip_prefix("/SYSV")?.strip_suffix(" (deleted)")?;
+    u32::from_str_radix(key, 16).ok().map(|key| key as i32)
 }
 
-fn sysv(pid: i32, m: &MemoryMap, tables: &mut Tables) -> Result<Backing> {
-    let MMapPath::Vsys(key) = m.pathname else {
-        return Ok(Backing::Anonymous);
-    };
-    let file = open_mapped(pid, m.address.0, m.address.1)?;
+fn sysv(pid: i32, m: &Map, key: i32, tables: &mut Tables) -> Result<Backing> {
+    let file = open_mapped(pid, m.start, m.end)?;
     let meta = file.metadata()?;
     // ipc/shm.c names the segment's inode after its shmid.
     let shmid = m.inode as i32;
@@ -208,16 +201,17 @@ impl Flags {
         let mut lines =
             BufReader::with_capacity(1 << 16, File::open(format!("/proc/{pid}/smaps"))?);
         let mut flags = Self::default();
-        let (mut line, mut at) = (String::new(), None);
+        let (mut line, mut at) = (Vec::new(), None);
         loop {
             line.clear();
-            match lines.read_line(&mut line) {
+            match lines.read_until(b'\n', &mut line) {
                 Ok(0) => return Ok(flags),
                 Ok(_) => {}
                 Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Ok(flags),
                 Err(e) => return Err(e),
             }
-            if let Some(codes) = line.strip_prefix("VmFlags:") {
+            if let Some(codes) = line.strip_prefix(b"VmFlags:") {
+                let codes = std::str::from_utf8(codes).unwrap_or_default();
                 flags.by_uffd |= codes.split_whitespace().any(|code| code == "um");
                 let kept = CODES
                     .iter()
@@ -240,8 +234,9 @@ impl Flags {
 }
 
 /// Where a mapping begins and ends, from the first line that /proc has of it.
-fn range(line: &str) -> Option<(u64, u64)> {
-    let (from, to) = line.split_whitespace().next()?.split_once('-')?;
+fn range(line: &[u8]) -> Option<(u64, u64)> {
+    let first = line.split(|b| *b == b' ').next()?;
+    let (from, to) = std::str::from_utf8(first).ok()?.split_once('-')?;
     let number = |text| u64::from_str_radix(text, 16).ok();
     Some((number(from)?, number(to)?))
 }
@@ -263,7 +258,7 @@ pub fn add_flags(vmas: &mut [Vma], of: i32, is_copy: bool) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use procfs::process::VmFlags;
+    use procfs::process::{Process, VmFlags};
 
     use super::*;
 

@@ -12,6 +12,7 @@ use super::Sink;
 use super::tables::Content;
 use crate::image::memory::{Backing, SharedMemory, SpaceId, Vma};
 use crate::kernel::arch::PAGE;
+use crate::kernel::maps;
 use crate::kernel::mem::Mem;
 use crate::kernel::pagemap::Pagemap;
 
@@ -150,10 +151,9 @@ pub fn copy_stopped(pid: i32, space: SpaceId, vmas: &[&Vma], sink: &dyn Sink) ->
 /// Anonymous mappings that hold something in `pid` and nothing in its copy (MADV_WIPEONFORK), that the
 /// copy has not at all (MADV_DONTFORK), or that a fork shares pages of at a price (huge TLB pages).
 pub fn not_copied(pid: i32, copy: i32, vmas: &[Vma]) -> Result<Vec<&Vma>> {
-    let there = procfs::process::Process::new(copy)
-        .and_then(|p| p.maps())
+    let there = maps::read(copy)
         .with_context(|| format!("reading mappings of the copy of process {pid}"))?;
-    let starts: std::collections::HashSet<u64> = there.iter().map(|m| m.address.0).collect();
+    let starts: std::collections::HashSet<u64> = there.iter().map(|m| m.start).collect();
     let (ours, theirs) = (Pagemap::open(pid)?, Pagemap::open(copy)?);
     let mut all = Vec::new();
     for v in vmas.iter().filter(|v| is_private(v)) {

@@ -6,7 +6,6 @@
 //! nothing behind: the last copy of the userfaultfd unregisters everything.
 
 use anyhow::{Context, Result};
-use procfs::process::{MMPermissions, MMapPath};
 
 use super::hold::HeldProcess;
 use super::memory::is_private;
@@ -14,6 +13,7 @@ use crate::error::Failure;
 use crate::image::Vma;
 use crate::image::memory::Backing;
 use crate::kernel::arch::{PAGE, TASK_SIZE};
+use crate::kernel::maps::{self, Name};
 use crate::kernel::mem::Mem;
 use crate::kernel::pagemap::{Behind, Pagemap, Tracked};
 use crate::kernel::uffd::{self, Uffd};
@@ -109,22 +109,18 @@ impl Tracker {
             return Ok(round);
         }
         let pagemap = Pagemap::open(self.via)?;
-        let maps = procfs::process::Process::new(self.via)
-            .and_then(|p| p.maps())
-            .map_err(|_| self.gone())?;
+        let maps = maps::read(self.via).map_err(|_| self.gone())?;
         let owed = union(&std::mem::take(&mut self.owed), &[]);
         for m in &maps {
-            let (start, end) = m.address;
-            let special = matches!(
-                m.pathname,
-                MMapPath::Vdso | MMapPath::Vvar | MMapPath::Vsyscall
-            ) || matches!(&m.pathname, MMapPath::Other(n) if n.starts_with("vvar"));
-            if special || start >= TASK_SIZE || m.perms.contains(MMPermissions::SHARED) {
+            let (start, end) = (m.start, m.end);
+            let special =
+                matches!(m.name(), Name::Special(n) if n == "vdso" || n.starts_with("vvar"));
+            if special || start >= TASK_SIZE || m.shared {
                 continue;
             }
             // Of a mapping that is gone nothing is owed.
             let owed = intersection(&[(start, end)], &owed);
-            if !m.perms.contains(MMPermissions::READ) {
+            if m.prot & libc::PROT_READ == 0 {
                 // Only who traces it may read it: in the last round.
                 self.owed.extend(owed);
                 continue;

@@ -14,6 +14,7 @@ pub mod kcmp;
 pub mod kmem;
 pub mod lend;
 pub mod maker;
+pub mod maps;
 pub mod mem;
 pub mod pagemap;
 pub mod pid_ns;

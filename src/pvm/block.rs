@@ -11,6 +11,8 @@ use goblin::elf::Elf;
 use pvm_abi::BLOCK_SYMBOL;
 use pvm_abi::block::{self, Block, Globals};
 
+use crate::kernel::maps::{self, Map};
+
 /// The block of one process.
 pub struct TaskBlock {
     pid: i32,
@@ -39,10 +41,8 @@ impl TaskBlock {
     /// # Errors
     /// When /proc cannot be read, or the shim is of another version than this mistctl.
     pub fn find(pid: i32) -> Result<Option<TaskBlock>> {
-        let maps_path = format!("/proc/{pid}/maps");
-        let maps =
-            fs::read_to_string(&maps_path).with_context(|| format!("cannot read {maps_path}"))?;
-        let Some((base, library)) = maps.lines().find_map(shim_mapping) else {
+        let maps = maps::read(pid).with_context(|| format!("cannot read /proc/{pid}/maps"))?;
+        let Some((base, library)) = maps.iter().find_map(shim_mapping) else {
             return Ok(None);
         };
         // The file may have been replaced on disk since; the process's own view of it has not.
@@ -307,13 +307,9 @@ fn marker(start: usize, slot: usize) -> Result<usize> {
 }
 
 /// The start of the first mapping of a file whose name is the shim's, and its path.
-fn shim_mapping(line: &str) -> Option<(u64, PathBuf)> {
-    let path = Path::new(line.get(line.find('/')?..)?);
-    if path.file_name()? != "libmistshim.so" {
-        return None;
-    }
-    let start = line.split('-').next()?;
-    Some((u64::from_str_radix(start, 16).ok()?, path.to_owned()))
+fn shim_mapping(map: &Map) -> Option<(u64, &Path)> {
+    let path = map.shown()?;
+    (path.file_name()? == "libmistshim.so").then_some((map.start, path))
 }
 
 /// Where in the loaded library the block is.

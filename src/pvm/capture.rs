@@ -21,6 +21,7 @@ use crate::pvm::block::TaskBlock;
 use crate::pvm::client::{Client, Pvmd};
 use crate::pvm::connection::{Connection, Daemons};
 use crate::pvm::contexts;
+use crate::pvm::local::uses_libpvm;
 use crate::pvm::mailbox;
 use crate::pvm::tid::Tid;
 use crate::pvm::wire::{FRAGMENT_HEADER, LONGEST_FRAGMENT, MESSAGE_HEADER, tc};
@@ -359,11 +360,6 @@ fn without_shim(connection: &Connection, block: Option<&TaskBlock>) -> Result<an
         "has libpvm linked in statically, where mist's shim cannot serve it, and would lose its connection to the pvmd: link it with -lpvm3 dynamically, and start it with `mistctl exec`"
     };
     Ok(Failure::Refused.because(format!("process {pid} is a PVM task that {how}")))
-}
-
-fn uses_libpvm(pid: i32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/maps"))
-        .is_ok_and(|maps| maps.contains("/libpvm3.so"))
 }
 
 /// Small things stand in the manifest, others in an object of their own.

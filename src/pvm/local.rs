@@ -10,7 +10,7 @@ use pvm_abi::block::{flag, state, wait};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Failure;
-use crate::kernel::pidfd;
+use crate::kernel::{maps, pidfd};
 use crate::pvm::block::TaskBlock;
 use crate::pvm::client::{Client, Pvmd};
 use crate::pvm::tid::Tid;
@@ -173,8 +173,7 @@ pub fn process(pid: i32, enrolled: bool) -> Result<Option<Process>> {
     };
     // What cannot be read (the process has just ended, or is no longer ours) leaves the shim unseen.
     let block = TaskBlock::find(pid).ok().flatten();
-    let libpvm = fs::read_to_string(format!("/proc/{pid}/maps"))
-        .is_ok_and(|maps| maps.contains("/libpvm3.so"));
+    let libpvm = uses_libpvm(pid);
     let Some(block) = block else {
         process.shim = if libpvm || !enrolled {
             Shim::No
@@ -311,6 +310,15 @@ fn started(stat: &str) -> Option<SystemTime> {
     let boot = text.lines().find_map(|line| line.strip_prefix("btime "))?;
     let boot: u64 = boot.trim().parse().ok()?;
     Some(SystemTime::UNIX_EPOCH + Duration::from_secs(boot.checked_add(ticks / per_second)?))
+}
+
+/// Whether a process has libpvm as a library.
+pub fn uses_libpvm(pid: i32) -> bool {
+    let is_libpvm = |m: &maps::Map| {
+        let name = m.shown().and_then(|p| p.file_name());
+        name.is_some_and(|n| n.to_string_lossy().starts_with("libpvm3.so"))
+    };
+    maps::read(pid).is_ok_and(|maps| maps.iter().any(is_libpvm))
 }
 
 #[cfg(test)]

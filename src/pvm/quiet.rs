@@ -13,6 +13,7 @@ use crate::dump::HeldProcess;
 use crate::error::Failure;
 use crate::kernel::arch::{ERESTARTNOHAND, Regs};
 use crate::kernel::batch::Held;
+use crate::kernel::maps;
 use crate::kernel::mem::Mem;
 use crate::pvm::asked::{self, Waits};
 use crate::pvm::block::{Freezable, TaskBlock};
@@ -112,12 +113,11 @@ fn caller(held: &HeldProcess, stack: u64) -> Result<Option<&Held>> {
     if let [only] = &held.threads[..] {
         return Ok(Some(only));
     }
-    let maps = procfs::process::Process::new(held.pid)
-        .and_then(|p| p.maps())
+    let maps = maps::read(held.pid)
         .with_context(|| format!("reading mappings of process {}", held.pid))?;
     let area = maps
         .iter()
-        .map(|m| m.address)
+        .map(|m| (m.start, m.end))
         .find(|(start, end)| *start <= stack && stack < *end);
     let Some((start, _)) = area else {
         return Ok(None);

@@ -3,7 +3,6 @@
 use std::os::fd::AsRawFd;
 
 use anyhow::{Context, Result, bail};
-use procfs::process::{MMapPath, Process as Proc};
 
 use super::Opened;
 use super::bulk::Bulk;
@@ -13,6 +12,7 @@ use crate::image::pages::PagesReader;
 use crate::image::process::Process;
 use crate::kernel::arch::{Asm, Call, PAGE, TASK_SIZE};
 use crate::kernel::caps;
+use crate::kernel::maps::{self, Name};
 use crate::kernel::mem::Mem;
 use crate::kernel::remote::{self, Arg, Remote};
 use crate::kernel::vdso;
@@ -22,10 +22,8 @@ const PARKING: u64 = 256 * 1024;
 
 /// A free range for the area and the parking place, in the program's address space and in ours.
 pub fn area(processes: &[Process]) -> Result<u64> {
-    let ours = Proc::myself()
-        .and_then(|p| p.maps())
-        .context("reading our own mappings")?;
-    let mut taken: Vec<(u64, u64)> = ours.iter().map(|m| m.address).collect();
+    let ours = maps::ours().context("reading our own mappings")?;
+    let mut taken: Vec<(u64, u64)> = ours.iter().map(|m| (m.start, m.end)).collect();
     taken.extend(
         processes
             .iter()
@@ -101,17 +99,15 @@ impl Group {
 }
 
 fn group_of_body(pid: i32) -> Result<Group> {
-    let maps = Proc::new(pid)
-        .and_then(|p| p.maps())
-        .context("reading the body's mappings")?;
+    let maps = maps::read(pid).context("reading the body's mappings")?;
     let named = maps.iter().filter_map(|m| {
-        let which = match &m.pathname {
-            MMapPath::Vdso => "vdso",
-            MMapPath::Vvar => "vvar",
-            MMapPath::Other(n) if n == "vvar_vclock" => "vvar_vclock",
+        let which = match m.name() {
+            Name::Special("vdso") => "vdso",
+            Name::Special("vvar") => "vvar",
+            Name::Special("vvar_vclock") => "vvar_vclock",
             _ => return None,
         };
-        Some((m.address.0, m.address.1, which))
+        Some((m.start, m.end, which))
     });
     Group::of(named).context("this kernel gives processes no vDSO")
 }

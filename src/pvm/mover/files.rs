@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use procfs::process::MMapPath;
 
 use super::link::Link;
 use super::protocol::Job;
 use crate::dump::Carried;
 use crate::dump::files::FdInfo;
 use crate::error::Failure;
+use crate::kernel::maps;
 use crate::pvm::agent::control::{Answer, Request};
 use crate::pvm::agent::look;
 
@@ -70,19 +70,9 @@ pub fn compare(job: &Job, table: &Path, link: &mut Link) -> Result<Carried> {
 
 /// Files by name that process `pid` maps, but the tid table, of which every host has its own.
 fn mapped_files(pid: i32, table: &Path) -> Result<BTreeSet<PathBuf>> {
-    let maps = procfs::process::Process::new(pid)
-        .and_then(|p| p.maps())
-        .with_context(|| format!("reading mappings of process {pid}"))?;
-    let mut found = BTreeSet::new();
-    for map in maps {
-        if let MMapPath::Path(path) = map.pathname
-            && path != table
-            && path.metadata().is_ok_and(|meta| meta.ino() == map.inode)
-        {
-            found.insert(path);
-        }
-    }
-    Ok(found)
+    let maps = maps::read(pid).with_context(|| format!("reading mappings of process {pid}"))?;
+    let files = maps.iter().filter_map(|map| Some(map.file()?.0));
+    Ok(files.filter(|path| path != table).collect())
 }
 
 /// Files by name that process `pid` has open, with whether it can write to them; and its directory. What has no name

@@ -1,27 +1,21 @@
 //! The mappings of the kernel.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 
 use super::memory::Memory;
 use super::{bad, one, sys};
+use crate::kernel::maps::{self, Name};
 
 /// Mappings of the kernel in this process: start, end, name.
 fn kernel_mappings() -> io::Result<Vec<(u64, u64, String)>> {
-    let maps = fs::read_to_string("/proc/self/maps")?;
-    let line = |l: &str| {
-        let mut words = l.split_whitespace();
-        let (start, end) = words.next()?.split_once('-')?;
-        let name = words.nth(4)?;
-        let wanted = ["[vvar]", "[vvar_vclock]", "[vdso]"].contains(&name);
-        let hex = |s: &str| u64::from_str_radix(s, 16).ok();
-        if wanted {
-            Some((hex(start)?, hex(end)?, name.to_owned()))
-        } else {
-            None
+    let kernels = |m: &maps::Map| match m.name() {
+        Name::Special(name @ ("vvar" | "vvar_vclock" | "vdso")) => {
+            Some((m.start, m.end, name.to_owned()))
         }
+        _ => None,
     };
-    Ok(maps.lines().filter_map(line).collect())
+    Ok(maps::ours()?.iter().filter_map(kernels).collect())
 }
 
 /// Moves [vvar], [vvar_vclock] and [vdso] elsewhere, together.
@@ -52,7 +46,7 @@ pub fn move_vdso() -> io::Result<()> {
 /// Bytes behind the ELF contents of [vdso] that nothing uses, and the size of the mapping.
 pub fn vdso_tail() -> io::Result<(u64, u64)> {
     let regions = kernel_mappings()?;
-    let Some((start, end, _)) = regions.iter().find(|r| r.2 == "[vdso]") else {
+    let Some((start, end, _)) = regions.iter().find(|r| r.2 == "vdso") else {
         return Err(bad("this process has no vDSO"));
     };
     let mut bytes = vec![0u8; (end - start) as usize];
