@@ -203,7 +203,7 @@ pub fn start<'a>(
     if got != area {
         batch.finish()?;
         bail!(
-            "process {}: no room for a scratch area: {}",
+            "process {}: no room for a scratch area: {} (see its limits, and raise them: prlimit --pid {0} --as=unlimited --data=unlimited)",
             t.tid,
             std::io::Error::from_raw_os_error(-(got as i64) as i32)
         );

@@ -1,6 +1,10 @@
 //! What threads of a process share: limits, directories, descriptors, marks.
 
 use std::collections::BTreeMap;
+use std::fs::DirBuilder;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
@@ -8,6 +12,45 @@ use super::files::Built;
 use crate::image::process::Process;
 use crate::image::{FileRef, Manifest};
 use crate::kernel::remote::{Arg, Remote};
+
+/// A directory that is removed again.
+struct Gone {
+    path: PathBuf,
+}
+
+impl Gone {
+    /// One in the place of `path`, or elsewhere where that cannot be made any more.
+    fn like(path: &Path) -> Result<Gone> {
+        match DirBuilder::new().mode(0o700).create(path) {
+            Ok(()) => Ok(Gone {
+                path: path.to_owned(),
+            }),
+            Err(_) => Ok(Gone {
+                path: nix::unistd::mkdtemp(&std::env::temp_dir().join("mist-XXXXXX"))
+                    .context("a directory in the place of a deleted one")?,
+            }),
+        }
+    }
+}
+
+impl Drop for Gone {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir(&self.path);
+    }
+}
+
+fn change_directory(body: &mut Remote, to: &Path) -> Result<()> {
+    let mut bytes = to.as_os_str().as_bytes().to_vec();
+    bytes.push(0);
+    body.must(
+        format!(
+            "changing directory to {} (make it, if it is gone)",
+            to.display()
+        ),
+        libc::SYS_chdir,
+        &[Arg::In(&bytes)],
+    )
+}
 
 /// Directories, umask, personality and the like; needs no memory of the program.
 pub fn surroundings(body: &mut Remote, p: &Process, m: &Manifest) -> Result<()> {
@@ -17,12 +60,14 @@ pub fn surroundings(body: &mut Remote, p: &Process, m: &Manifest) -> Result<()> 
             .with_context(|| format!("the image has no file {i}"))
     };
     let c = |s: &str| format!("{s}\0");
-    let cwd = c(&path(p.cwd)?.path);
-    body.must(
-        format!("changing directory to {}", cwd.trim_end_matches('\0')),
-        libc::SYS_chdir,
-        &[Arg::In(cwd.as_bytes())],
-    )?;
+    let cwd = path(p.cwd)?;
+    if cwd.deleted {
+        let gone = Gone::like(Path::new(&cwd.path))?;
+        change_directory(body, &gone.path)?;
+        body.flush()?;
+    } else {
+        change_directory(body, Path::new(&cwd.path))?;
+    }
     let root = c(&path(p.root)?.path);
     if root != "/\0" {
         body.must(
