@@ -100,9 +100,11 @@ fn ahead() -> i64 {
 
 /// CLOCK_MONOTONIC of the host, nanoseconds: what the kernel counts time-outs by, in whichever time namespace we are.
 pub fn host_monotonic_ns() -> i64 {
+    // First, for it may take a while: the moment is that of the return.
+    let ahead = ahead();
     nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map_or(0, |t| {
         let ours = t.tv_sec() * SECOND as i64 + t.tv_nsec();
-        ours.saturating_sub(ahead())
+        ours.saturating_sub(ahead)
     })
 }
 
