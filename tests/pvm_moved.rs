@@ -26,7 +26,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 type Test = fn(&Scene) -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 10] = [
+    let tests: [(&str, Test); 16] = [
         ("its_last_words_and_its_status_arrive", last_words),
         ("its_environment_says_where_it_is", environment),
         ("sizes_are_its_pvmds_or_its_own", sizes),
@@ -34,8 +34,18 @@ fn main() -> ExitCode {
         ("its_mailbox_entries_are_its_own", mailbox),
         ("what_cannot_go_is_listed_and_nothing_stopped", refused),
         ("one_that_is_ending_has_ended", ending),
+        ("a_child_of_the_last_moment_is_told_of", late_fork),
+        ("a_target_that_dies_behind_the_decision_leaves_it", |s| {
+            target_dies(s, false)
+        }),
+        ("it_does_so_when_the_mover_dies_too", |s| {
+            target_dies(s, true)
+        }),
+        ("its_contexts_are_its_own", contexts),
         ("what_it_asked_to_be_told_is_told", notices),
         ("what_it_collects_follows_it", collector),
+        ("what_others_print_meanwhile_is_whole", printed_meanwhile),
+        ("a_child_that_enrols_late_prints_to_it", late_child),
         (
             "what_it_said_before_comes_before_what_it_says_after",
             in_order,
@@ -201,6 +211,8 @@ fn refused(scene: &Scene) -> Result<()> {
         .exec("h1", "getent ahostsv4 h0 | awk '{print $1; exit}'")?;
     let opened = worker.ask(&format!("open {address}"));
     let numbers = opened.strip_prefix("0 ").context(opened.clone())?;
+    let entangled = worker.ask("entangle");
+    let (other, ends) = entangled.split_once(' ').context(entangled.clone())?;
     let child = worker.ask("child");
     let pid = worker.pid();
     let woken = || {
@@ -217,7 +229,9 @@ fn refused(scene: &Scene) -> Result<()> {
         "it is a namespace",
         "it is a pidfd of process",
         "of its TCP connection",
-        &format!("has children (process {child})"),
+        "it is the terminal of session",
+        "descriptor in flight (uts:[",
+        &format!("has children (process {other})"),
         "mistctl dump --tree --kill --away",
         "was not moved, and runs on",
     ] {
@@ -226,7 +240,9 @@ fn refused(scene: &Scene) -> Result<()> {
     let after = woken()?;
     ensure!(before == after, "it was stopped: {before}, then {after}");
     // It can, when that is gone.
-    ensure!(worker.ask(&format!("close {numbers}")) == "ok");
+    ensure!(worker.ask(&format!("close {numbers} {ends}")) == "ok");
+    scene.hosts.exec("h1", &format!("kill -9 {other}"))?;
+    ensure!(worker.ask("reap") == other);
     scene.hosts.exec("h1", &format!("kill -9 {child}"))?;
     let said = migrate(scene, v, "h0").unwrap_err().to_string();
     ensure!(
@@ -270,6 +286,103 @@ fn ending(scene: &Scene) -> Result<()> {
     ensure!(said["failure"] == "no_such_process", "{said}");
     let why = said["error"].as_str().unwrap_or_default();
     ensure!(why.contains("has ended before it was moved"), "{why}");
+    boss.leave();
+    Ok(())
+}
+
+/// It is born when the gates are closed already, and the task has been looked at.
+fn late_fork(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    // PvmMboxWaitForInfo and PvmMboxReadAndDelete: nothing stops it there.
+    worker.tell("getfork later 48");
+    let log = scene.path("move");
+    let command = format!(
+        "{} migrate t{v:x} h0 >{} 2>&1",
+        scene.mistctl.path(),
+        log.display()
+    );
+    let mut mover = scene.hosts.command("h0", &command).spawn()?;
+    wait_for("the gates to be closed", LIMIT, || closed(scene, "h1", v))?;
+    boss.ask("put later now 4");
+    let child = worker.answer();
+    let status = wait_child(&mut mover, "the move", LIMIT)?;
+    let said = fs::read_to_string(log)?;
+    ensure!(status.code() == Some(4), "{status}: {said}");
+    let why = format!("has got a child meanwhile (process {child})");
+    ensure!(said.contains(&why) && !said.contains("--tree"), "{said}");
+    scene.hosts.exec("h1", &format!("kill -9 {child}"))?;
+    worker.leave();
+    boss.leave();
+    Ok(())
+}
+
+/// All that was to become the task dies when it is decided that it goes, and the old incarnation stands still yet.
+fn target_dies(scene: &Scene, mover_too: bool) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    boss.ask("catchout");
+    let me = boss.enrol();
+    ensure!(present(scene, me)? == me);
+    ensure!(boss.ask("put mine text 0") == "0");
+    // What they print goes to another incarnation from then on: each is waited for in vain, a second long.
+    let mut children = Vec::new();
+    for n in 0..8 {
+        let (child, tid) = scene.worker(&mut boss, "h0", &format!("child{n}"))?;
+        // PvmMboxWaitForInfo and PvmMboxReadAndDelete
+        child.tell("get later 0 48");
+        children.push((child, tid));
+    }
+    let log = scene.path("move");
+    let command = format!(
+        "{} migrate t{me:x} h1 >{} 2>&1",
+        scene.mistctl.path(),
+        log.display()
+    );
+    let mut mover = scene.hosts.command("h0", &command).spawn()?;
+    wait_for("the decision", LIMIT, || {
+        in_state(scene, "h0", me, State::Decided)
+    })?;
+    // In brackets, so that the shell that says it does not match.
+    let kill = |host: &str, what: &str| {
+        scene
+            .hosts
+            .root(host, &format!("pkill -KILL -f -- '{what}'"))
+    };
+    kill("h1", "[ ]land --agent|[/]bin/actor ")?;
+    if mover_too {
+        kill("h0", "[ ]mover$")?;
+    }
+    let status = wait_child(&mut mover, "the move", LIMIT)?;
+    let said = fs::read_to_string(log)?;
+    ensure!(!status.success(), "{said}");
+    let why = match mover_too {
+        true => "the mover has died",
+        false => "was not moved, and runs on: what was to become the task ended, on h1",
+    };
+    ensure!(said.contains(why), "{said}");
+    // It goes on, by its old tid, and once.
+    ensure!(boss.ask("pstat 40fff") != "");
+    wait_for("its gate to open", LIMIT, || {
+        in_state(scene, "h0", me, State::Settled)
+    })?;
+    ensure!(present(scene, me)? == me);
+    if !mover_too {
+        ensure!(boss.ask("boxes mine") == format!("{me:x}"));
+    }
+    for _ in &children {
+        ensure!(boss.ask("put later now 4") == "0");
+    }
+    for (child, tid) in &mut children {
+        let got = child.answer();
+        ensure!(got.contains("text now"), "{got}");
+        ensure!(child.ask("print after") == "ok");
+        let line = format!("[t{tid:x}] after");
+        wait_for("what it prints", LIMIT, || {
+            boss.ask("probe 1 1");
+            Ok(boss.said.contains(&line).then_some(()))
+        })?;
+    }
+    children.into_iter().for_each(|(child, _)| child.leave());
     boss.leave();
     Ok(())
 }
@@ -322,6 +435,35 @@ impl Drop for Clogged {
         self.missing = None;
         let _ = self.writer.take().map(std::thread::JoinHandle::join);
     }
+}
+
+/// pvmd takes them back with the old incarnation; nobody else gets one that is still used.
+fn contexts(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    let context = worker.tid("newcontext");
+    for actor in [&mut boss, &mut worker] {
+        actor.ask(&format!("context {context}"));
+    }
+    // One message reaches it here, and one waits for it there.
+    for (n, host) in ["h0", "h1"].into_iter().enumerate() {
+        ensure!(boss.ask(&format!("send {v:x} 5 unread{n}")) == "0");
+        migrate(scene, v, host)?;
+        for _ in 0..3 {
+            let (other, own) = (boss.tid("newcontext"), worker.tid("newcontext"));
+            ensure!(other != context && own != context, "{context:x} twice");
+        }
+        ensure!(boss.ask(&format!("send {v:x} 5 later{n}")) == "0");
+        for text in ["unread", "later"] {
+            let got = worker.ask("recv -1 5");
+            ensure!(got.contains(&format!("text {text}{n}")), "{got}");
+        }
+    }
+    worker.ask("context 0");
+    ensure!(worker.ask("probe -1 5") == "no");
+    worker.leave();
+    boss.leave();
+    Ok(())
 }
 
 fn notices(scene: &Scene) -> Result<()> {
@@ -404,6 +546,80 @@ fn collector(scene: &Scene) -> Result<()> {
     Ok(())
 }
 
+/// A child that never calls PVM again prints all the time while its collector moves: before the stop, under it, between
+/// the decision and the end of the old incarnation, and afterwards.
+fn printed_meanwhile(scene: &Scene) -> Result<()> {
+    const LINES: usize = 6000;
+    let mut boss = scene.actor("h0", "boss")?;
+    boss.ask("catchout");
+    let me = boss.enrol();
+    let (mut near, _) = scene.worker(&mut boss, "h0", "near")?;
+    let (mut far, _) = scene.worker(&mut boss, "h1", "far")?;
+    for child in [&near, &far] {
+        child.tell(&format!("count {LINES} 400"));
+    }
+    for host in ["h1", "h0", "h1"] {
+        let said = migrate_said(scene, me, host)?;
+        ensure!(!said.contains("print"), "{said}");
+    }
+    for child in [&mut near, &mut far] {
+        ensure!(child.answer() == "ok");
+    }
+    near.leave();
+    far.leave();
+    ensure!(boss.ask("exit") == "0");
+    ensure!(
+        boss.said.len() == 2 * (LINES + 2),
+        "{} lines",
+        boss.said.len()
+    );
+    let mut of: std::collections::HashMap<&str, Vec<&str>> = Default::default();
+    for (child, line) in boss.said.iter().filter_map(|said| said.split_once(' ')) {
+        of.entry(child).or_default().push(line);
+    }
+    let numbers: Vec<String> = (0..LINES).map(|n| n.to_string()).collect();
+    let expected = || numbers.iter().map(String::as_str);
+    let expected: Vec<&str> = ["BEGIN"]
+        .into_iter()
+        .chain(expected())
+        .chain(["EOF"])
+        .collect();
+    for (child, lines) in of {
+        let wrong = lines
+            .iter()
+            .zip(&expected)
+            .find(|(got, wanted)| got != wanted);
+        ensure!(wrong.is_none(), "{child}: {wrong:?}");
+    }
+    Ok(())
+}
+
+/// It was spawned before its collector moved, and enrols when that is elsewhere.
+fn late_child(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    boss.ask("catchout");
+    let me = boss.enrol();
+    let (stage, args) = Stage::new(scene.dir.path(), "late");
+    let program = scene.path("bin/actor");
+    boss.ask(&format!("spawnat h1 {} {args}", program.display()));
+    let said = migrate_said(scene, me, "h1")?;
+    ensure!(said.contains("has not called PVM yet"), "{said}");
+    let mut late = stage.actor();
+    let l = late.enrol();
+    ensure!(late.ask("print one") == "ok");
+    late.leave();
+    ensure!(boss.ask("exit") == "0");
+    let line = format!("[t{l:x}] one");
+    ensure!(boss.said.contains(&line), "{:?}", boss.said);
+    Ok(())
+}
+
+/// What mistctl says of a move.
+fn migrate_said(scene: &Scene, v: u32, to: &str) -> Result<String> {
+    let command = format!("{} migrate t{v:x} {to} 2>&1", scene.mistctl.path());
+    scene.hosts.exec("h0", &command)
+}
+
 /// What its old host still had to send, slowly, comes before what it sends from its new one. It is stopped when its
 /// pvmd has not read anything of that.
 fn in_order(scene: &Scene) -> Result<()> {
@@ -482,6 +698,11 @@ fn slow_link(scene: &Scene) -> Result<()> {
 
 /// Whether a host's table says that a task is moving.
 fn closed(scene: &Scene, host: &str, v: u32) -> Result<Option<()>> {
+    in_state(scene, host, v, State::Moving)
+}
+
+/// Whether it says so of the task.
+fn in_state(scene: &Scene, host: &str, v: u32, state: State) -> Result<Option<()>> {
     let tmp = format!("/proc/{}/root/tmp", scene.hosts.pid(host)?);
     for entry in fs::read_dir(tmp)?.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
@@ -494,8 +715,8 @@ fn closed(scene: &Scene, host: &str, v: u32) -> Result<Option<()>> {
                 .write(true)
                 .open(entry.path())?,
         )?;
-        let moving = table.entry(v).is_some_and(|e| e.state == State::Moving);
-        return Ok(moving.then_some(()));
+        let is_so = table.entry(v).is_some_and(|e| e.state == state);
+        return Ok(is_so.then_some(()));
     }
     Ok(None)
 }

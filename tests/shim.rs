@@ -68,6 +68,7 @@ fn main() -> ExitCode {
         ("a gate holds sends while reading goes on", gates::gate),
         ("a gate holds multicasts", gates::gate_multicast),
         ("a gate inside a message handler", gates::gate_in_handler),
+        ("a gate leaves errno alone", gates::errno_at_a_gate),
         ("an expired gate is resolved by asking", gates::expired_gate),
         ("sends to a host can be held", gates::held_host),
         ("markers follow everything sent before", gates::markers),

@@ -355,6 +355,10 @@ pub fn enrolled() {
     real.var.publish(&BLOCK.globals);
     publish(v, r, state::ENROLLED);
     crate::notices::remember_sinks();
+    if moved().is_some() {
+        // Whoever collects its output may have moved since it was spawned.
+        crate::notices::table_changed(real, false);
+    }
 }
 
 fn publish(v: u32, r: u32, state: u32) {

@@ -5,7 +5,10 @@ use std::ffi::{CString, c_int};
 use std::sync::atomic::Ordering::SeqCst;
 
 use pvm_abi::block::flag;
-use pvm_abi::{CTX_TC, CTX_TM, NOOP_MAGIC, NOOP_MARKER, TID_PVMD, WAIT_ID_IGNORE, is_task};
+use pvm_abi::{
+    CTX_TC, CTX_TM, NOOP_LATE, NOOP_MAGIC, NOOP_MARKER, TID_HOST, TID_PVMD, WAIT_ID_IGNORE,
+    WAIT_ID_LATE, is_task,
+};
 
 use crate::border::{deliver, send_own};
 use crate::inside::{BLOCK, moved, r_of, v_of, with};
@@ -62,6 +65,8 @@ pub struct Notices {
     /// Whose beginning of output has been shown: V, and bits for the two messages that say so.
     begun: Vec<(u32, u8)>,
     held: Vec<*mut Pmsg>,
+    /// This task's last incarnation, as long as there may be output that has reached it and is still to come here.
+    late: u32,
 }
 
 impl Notices {
@@ -73,6 +78,7 @@ impl Notices {
             outputs: Vec::new(),
             begun: Vec::new(),
             held: Vec::new(),
+            late: 0,
         }
     }
 
@@ -169,10 +175,18 @@ pub unsafe fn take_over(real: &Real, up: *mut Pmsg) -> bool {
     // libpvm itself tells of routes, and of this task's own exit.
     // SAFETY: as above.
     let own = unsafe { (*up).flag } & MM_PACK != 0;
-    if src & TID_PVMD == 0 && !own {
+    if (ctx, tag) == (CTX_TC, TC_NOOP) {
+        // SAFETY: as above.
+        unsafe { note_late(real, up) };
+    }
+    let late = wid == WAIT_ID_LATE && is_task(src);
+    if src & TID_PVMD == 0 && !own && !late {
         return false;
     }
-    let verdict = if ctx == CTX_TM && wid == WAIT_ID_IGNORE {
+    let verdict = if late {
+        // SAFETY: as above.
+        unsafe { arrived_late(up, ctx, tag) }
+    } else if ctx == CTX_TM && wid == WAIT_ID_IGNORE {
         Verdict::Drop
     } else if ctx == CTX_TM {
         Verdict::Pass
@@ -181,7 +195,12 @@ pub unsafe fn take_over(real: &Real, up: *mut Pmsg) -> bool {
         unsafe {
             match notice(up, own, ctx, tag) {
                 Some(verdict) => verdict,
-                None if !own && with(|local| local.notices.collects(ctx, tag)) => output(up),
+                None if !own && with(|local| local.notices.collects(ctx, tag)) => {
+                    match with(|local| local.notices.late) {
+                        0 => output(up),
+                        _ => Verdict::Hold,
+                    }
+                }
                 None => Verdict::Pass,
             }
         }
@@ -201,6 +220,49 @@ pub unsafe fn take_over(real: &Real, up: *mut Pmsg) -> bool {
         unsafe { umbuf_free(up) };
     }
     true
+}
+
+/// What stands in the connection of a task that has moved: from here on some of what is printed comes by another way,
+/// and until the notice of the old incarnation's end.
+///
+/// # Safety
+/// As for [`take_over`].
+unsafe fn note_late(real: &Real, up: *mut Pmsg) {
+    // SAFETY: the layout fits.
+    let (src, word) = unsafe { ((*up).src as u32, |at| get_int(up, at)) };
+    let late = with(|local| local.notices.late);
+    if (word(0), word(1)) == (Some(NOOP_MAGIC), Some(NOOP_LATE)) {
+        let r1 = word(2).unwrap_or(0);
+        with(|local| local.notices.late = r1);
+    } else if late != 0 && src & TID_PVMD != 0 && word(0) == Some(late) {
+        with(|local| local.notices.late = 0);
+        release(real);
+    }
+}
+
+/// What a pvmd had sent to the old incarnation, and somebody has passed on.
+///
+/// # Safety
+/// As for [`take_over`].
+unsafe fn arrived_late(up: *mut Pmsg, ctx: c_int, tag: c_int) -> Verdict {
+    // SAFETY: the layout fits.
+    unsafe {
+        let about = get_int(up, 0).unwrap_or(0);
+        (*up).src = (TID_PVMD | about & TID_HOST) as c_int;
+        (*up).wid = 0;
+    }
+    let (collects, told) = with(|local| {
+        let notices = &local.notices;
+        let same = |asked: &Asked| (asked.ctx, asked.tag) == (ctx, tag);
+        (notices.collects(ctx, tag), notices.asked.iter().any(same))
+    });
+    match (collects, told) {
+        // SAFETY: as above.
+        (true, _) => unsafe { output(up) },
+        // It has been asked for again.
+        (false, true) => Verdict::Drop,
+        (false, false) => Verdict::Pass,
+    }
 }
 
 /// Where a task stands that a notice is about.

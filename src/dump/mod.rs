@@ -102,6 +102,13 @@ pub struct Options {
     pub pvmd: Option<u64>,
 }
 
+impl Options {
+    /// It makes no image: a task moves, and nobody is there who could be told to take others along.
+    fn moves(&self) -> bool {
+        self.image.as_os_str().is_empty()
+    }
+}
+
 /// Which files that a process maps privately go into its image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Carried {

@@ -79,8 +79,13 @@ impl Session {
     ) -> Result<Self> {
         let pids = process::tree(opts.pid, opts.tree);
         let mut flags = Flags::default();
+        if opts.moves()
+            && let Some(child) = process::tree(opts.pid, true).get(1)
+        {
+            return Err(stays_behind(opts.pid, Some(*child)));
+        }
         for pid in &pids {
-            let found = process::check(*pid, &pids, opts.tree)?;
+            let found = process::check(*pid, &pids, opts.tree || opts.moves())?;
             if *pid == opts.pid {
                 flags = found;
             }
@@ -164,6 +169,9 @@ impl Session {
             // Born after it was looked at first.
             let (pid, comm) = (s.process.pid, &s.process.comm);
             let child = process::tree(pid, true).get(1).copied();
+            if self.opts.moves() {
+                return Err(stays_behind(pid, child));
+            }
             return Err(process::has_children(pid, comm, child));
         }
         self.report.bytes_memory +=
@@ -526,4 +534,12 @@ fn details(
     }
     memory::add_guards(pid, &mut process.vmas)?;
     carry::files(pid, process, tables, carried, sink)
+}
+
+/// The error for a process that moves and was found to have a child when it had been looked at.
+fn stays_behind(pid: i32, child: Option<i32>) -> anyhow::Error {
+    let child = child.map(|c| format!(" (process {c})")).unwrap_or_default();
+    Failure::Busy.because(format!(
+        "process {pid} has got a child meanwhile{child}, which does not move with it; try again when that has ended"
+    ))
 }

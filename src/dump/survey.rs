@@ -15,7 +15,8 @@ use crate::kernel::pidfd;
 use crate::net::{self, SocketDumper};
 
 /// Why process `pid` cannot be carried as it is now: all reasons that can be seen from outside, each with a way out,
-/// but not its children. `pvmd`: inode of its connection to its pvmd. What comes about later is found under the stop.
+/// but not its children. `pvmd`: inode of its connection to its pvmd. What comes about later is found under the stop, and
+/// what is in flight behind other descriptors in flight.
 ///
 /// # Errors
 /// When it cannot be looked at; when it has ended.
@@ -40,6 +41,9 @@ pub fn refusals(pid: i32, pvmd: Option<u64>) -> Result<Vec<String>> {
     let thread = pidfd::open_thread(via)?;
     let files = FileDumper::new(&[pid], Order::default());
     found.extend(files.refusals(pid, via, thread.as_fd(), &mut sockets)?);
+    for own in sockets.in_flight() {
+        found.extend(files.refusal(own, &mut sockets));
+    }
     found.extend(sockets.refusals());
     found.retain(|e| Failure::of(e) == Failure::Refused);
     Ok(found.iter().map(|e| format!("{e:#}")).collect())

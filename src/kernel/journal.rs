@@ -99,7 +99,7 @@ impl Journal {
             return Ok(None);
         }
         let event = Event::parse(record)?;
-        // A fault is asked for again by filling all: the next record may take its place.
+        // Whoever goes on has those who wait tell him again: the next record may take its place.
         if !matches!(event, Event::Fault(_)) {
             self.next += 1;
         }
@@ -195,6 +195,32 @@ mod tests {
     use super::*;
     use crate::kernel::arch::PAGE;
     use crate::kernel::uffd::EVENTS;
+
+    #[test]
+    fn who_waits_for_a_page_is_told_of_again_when_woken() {
+        let uffd = Uffd::ours().expect("userfaultfd");
+        if uffd.api(0).is_err() {
+            eprintln!("SKIPPED: a userfaultfd needs a privilege here");
+            return;
+        }
+        let page = memmap2::MmapMut::map_anon(PAGE as usize).expect("memory");
+        let at = page.as_ptr() as u64;
+        uffd.register_missing(at, PAGE).expect("register");
+        let waits = std::thread::spawn(move || page.first().copied());
+        let told = || loop {
+            match uffd.event().expect("read") {
+                Some(Event::Fault(addr)) => return addr,
+                other => assert!(other.is_none(), "{other:?}"),
+            }
+            std::thread::yield_now();
+        };
+        assert_eq!(told(), at);
+        // Who has read that dies; whoever goes on fills nothing before he wakes those who wait.
+        uffd.wake(at, PAGE).expect("wake");
+        assert_eq!(told(), at);
+        uffd.zero(at, PAGE).expect("a page");
+        assert_eq!(waits.join().expect("a thread that waits"), Some(0));
+    }
 
     #[test]
     fn what_was_told_stands_there_in_order() {

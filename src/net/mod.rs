@@ -226,6 +226,18 @@ impl SocketDumper {
         all.filter(|e| Failure::of(e) == Failure::Refused).collect()
     }
 
+    /// Descriptors that stand in front of the queues of unix sockets of a process that runs; nothing is consumed, nor
+    /// does the process see it.
+    #[must_use]
+    pub fn in_flight(&self) -> Vec<OwnedFd> {
+        let unix = |met: &&Met| met.family == libc::AF_UNIX && !self.is_pvmd(met);
+        self.met
+            .iter()
+            .filter(unix)
+            .flat_map(unix::in_flight)
+            .collect()
+    }
+
     /// Reads options, names, peers and queues of all sockets added. `describe` is called for each
     /// descriptor found in flight; it may add sockets.
     ///

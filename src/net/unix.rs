@@ -6,7 +6,7 @@ mod pieces;
 mod restore;
 
 pub use dump::peek_bytes;
-pub(crate) use dump::{peek_messages, read, read_queue};
+pub(crate) use dump::{in_flight, peek_messages, read, read_queue};
 pub(crate) use restore::{Plan, build, fill};
 
 /// Longest sun_path (unix(7)).

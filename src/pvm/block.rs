@@ -13,6 +13,12 @@ use pvm_abi::block::{self, Block, Globals};
 
 use crate::kernel::maps::{self, Map};
 
+/// What libpvm's `struct Pvmtracer` begins with: three ints of traces, three of output.
+const TRACER: usize = 24;
+
+/// Where something of a task's goes: tid, context, tag.
+pub type Goes = (u32, u32, i32);
+
 /// The block of one process.
 pub struct TaskBlock {
     pid: i32,
@@ -161,6 +167,50 @@ impl TaskBlock {
         (0..size_of::<Globals>() / 8)
             .map(|at| self.word64(start + 8 * at))
             .collect()
+    }
+
+    /// Where libpvm thinks that its output and its traces go: tid, context and tag of each.
+    ///
+    /// # Errors
+    /// When the process's memory cannot be read.
+    pub fn sinks(&self) -> Result<(Goes, Goes)> {
+        let mut bytes = [0; TRACER];
+        let at = self.tracer()?;
+        self.memory
+            .read_exact_at(&mut bytes, at)
+            .map_err(|error| self.lost(error))?;
+        let mut ints = bytes
+            .chunks_exact(4)
+            .map(|c| u32::from_ne_bytes(c.try_into().unwrap_or_default()));
+        let mut next = || ints.next().unwrap_or(0);
+        let trace = (next(), next(), next() as i32);
+        Ok(((next(), next(), next() as i32), trace))
+    }
+
+    /// Tells libpvm the tids there, as it would note them itself; a task at a quiet point only.
+    ///
+    /// # Errors
+    /// When the process's memory cannot be written.
+    pub fn set_sinks(&self, output: Option<u32>, trace: Option<u32>) -> Result<()> {
+        let at = self.tracer()?;
+        for (tid, offset) in [(trace, 0), (output, TRACER as u64 / 2)] {
+            if let Some(tid) = tid {
+                self.memory
+                    .write_all_at(&tid.to_ne_bytes(), at + offset)
+                    .map_err(|error| self.lost(error))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Address of libpvm's `pvmtrc`.
+    fn tracer(&self) -> Result<u64> {
+        // Its place among the globals (pvm_abi::block::Globals).
+        const PVMTRC: usize = 13;
+        match self.globals()?.get(PVMTRC) {
+            Some(at) if *at != 0 => Ok(*at),
+            _ => bail!("libpvm of process {} has no variable pvmtrc", self.pid),
+        }
     }
 
     /// Whether the task may be frozen as far as libpvm is concerned; the reason when it may not. A task

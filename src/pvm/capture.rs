@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use pvm_abi::block::{flag, state};
-use pvm_abi::{CTX_TC, NOOP_MAGIC};
+use pvm_abi::{CTX_TC, NOOP_LATE, NOOP_MAGIC};
 
 use crate::dump::{self, Session, Sink};
 use crate::error::Failure;
@@ -32,16 +32,17 @@ const INLINE: usize = 16 << 10;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// First and only fragment of a message (pvmproto.h: FFSOM, FFEOM).
 const WHOLE: u8 = 3;
-/// First fragment of one.
+/// First fragment of one, and its last.
 const FIRST: u8 = 1;
-/// What libpvm's `struct Pvmtracer` begins with: six ints.
-const TRACER: usize = 24;
+const LAST: u8 = 2;
 
 /// What an image has to say of a task, and what it leaves behind.
 pub struct Captured {
     pub task: PvmTask,
     /// It has entries in the mailbox, persistent ones or others.
     pub has_entries: bool,
+    /// How many of the bytes in its connection are in the image, or left out on purpose.
+    pub seen: usize,
 }
 
 /// A task under the shim, still running.
@@ -138,17 +139,20 @@ impl Task {
             && rest & !(u32::from(WHOLE) << 24) == 0)
     }
 
-    /// What has not been read, in whole fragments: of one that is still coming the rest is waited for.
-    fn unread(&self, guardian: &Arc<Guardian>, client: &mut Client) -> Result<Vec<u8>> {
+    /// What has not been read, in whole fragments: of one that is still coming the rest is waited for, and of pvmds'
+    /// messages, which may come at any time. How many bytes it was with mist's markers, and what is left without.
+    fn unread(&self, guardian: &Arc<Guardian>, client: &mut Client) -> Result<(usize, Vec<u8>)> {
         let until = Instant::now() + PATIENCE;
         let mut raised = None;
         loop {
             let unread = self.connection.unread(guardian)?;
             let whole = fragments_of(&unread)
                 .with_context(|| format!("what task {} has not read", self.v))?;
-            if whole.iter().map(|f| f.bytes.len()).sum::<usize>() == unread.len() {
-                return without_markers(&unread, self.r)
-                    .with_context(|| format!("what task {} has not read", self.v));
+            let bytes: usize = whole.iter().map(|f| f.bytes.len()).sum();
+            if bytes == unread.len() && are_whole(&whole) {
+                let kept = without_markers(&unread, self.r)
+                    .with_context(|| format!("what task {} has not read", self.v))?;
+                return Ok((bytes, kept));
             }
             if Instant::now() > until {
                 return Err(Failure::Busy.because(format!(
@@ -184,8 +188,8 @@ impl Task {
                 .map(|f| f.description)
                 .with_context(|| format!("task {} has no descriptor {fd} any more", self.v))
         };
-        let unread = self.unread(session.guardian(), client)?;
-        let (output_to, trace_to) = self.sinks(mem)?;
+        let (seen, unread) = self.unread(session.guardian(), client)?;
+        let (output_to, trace_to) = self.block.sinks()?;
         let (program, host) = self.name_and_host(client)?;
         let pipes = self.connection.pipes()?;
         let (mailbox, has_entries) = self.mailbox(client)?;
@@ -210,7 +214,11 @@ impl Task {
             block: self.block.address(),
             table: (self.block.table()?, self.block.table_len()?),
         };
-        Ok(Captured { task, has_entries })
+        Ok(Captured {
+            task,
+            has_entries,
+            seen,
+        })
     }
 
     /// The name it was spawned under; empty for one that was started by hand.
@@ -219,22 +227,6 @@ impl Task {
     /// When its pvmd does not know it any more.
     pub fn program(&self, client: &mut Client) -> Result<String> {
         self.name_and_host(client).map(|(program, _)| program)
-    }
-
-    #[expect(clippy::type_complexity, reason = "as the image has it")]
-    fn sinks(&self, mem: &Mem) -> Result<((u32, u32, i32), (u32, u32, i32))> {
-        let globals = self.block.globals()?;
-        // Its place among the globals (pvm_abi::block::Globals).
-        const PVMTRC: usize = 13;
-        let at = globals.get(PVMTRC).copied().unwrap_or(0);
-        ensure!(at != 0, "libpvm of task {} has no variable pvmtrc", self.v);
-        let bytes = mem.read_vec(at, TRACER)?;
-        let mut ints = bytes
-            .chunks_exact(4)
-            .map(|c| u32::from_ne_bytes(c.try_into().unwrap_or_default()));
-        let mut next = || ints.next().unwrap_or(0);
-        let trace = (next(), next(), next() as i32);
-        Ok(((next(), next(), next() as i32), trace))
     }
 
     /// Context ids it has at hand: its present one, those of messages it has not read, and of its sinks.
@@ -478,10 +470,24 @@ pub fn fragments(unread: &[u8], r: Tid) -> Result<Vec<Fragment<'_>>> {
     Ok(all)
 }
 
+/// Whether no pvmd's message is there in part.
+fn are_whole(fragments: &[Fragment<'_>]) -> bool {
+    let mut open: Vec<Tid> = Vec::new();
+    for fragment in fragments.iter().filter(|f| f.src.is_pvmd()) {
+        open.retain(|src| *src != fragment.src);
+        if fragment.flags & LAST == 0 {
+            open.push(fragment.src);
+        }
+    }
+    open.is_empty()
+}
+
 fn without_markers(unread: &[u8], r: Tid) -> Result<Vec<u8>> {
     let mut kept = Vec::with_capacity(unread.len());
     for fragment in fragments(unread, r)? {
-        if fragment.noop().is_none() {
+        let word = fragment.noop().and_then(|noop| noop.first_chunk());
+        // Who has moved before may not have come to that yet.
+        if word.is_none_or(|kind| u32::from_be_bytes(*kind) == NOOP_LATE) {
             kept.extend_from_slice(fragment.bytes);
         }
     }

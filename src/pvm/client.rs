@@ -300,6 +300,21 @@ impl Client {
         self.post(to, tag, ctx, 0, body.into_bytes(), until)
     }
 
+    /// Sends somebody else's message on, with a wait id that says so.
+    ///
+    /// # Errors
+    /// As for [`Client::send`].
+    pub fn pass_on(&mut self, to: Tid, message: Message, wait: i32) -> Result<()> {
+        let until = Instant::now() + self.patience;
+        let message = Message {
+            src: self.tid,
+            dst: to,
+            wait: wait as u32,
+            ..message
+        };
+        self.write(to, &message.encode(self.fragment), until)
+    }
+
     /// Sends a TC_NOOP, which every libpvm discards unseen: behind everything sent to that task before. Its body
     /// begins with the words that say it is one of mist's, and `kind`.
     ///

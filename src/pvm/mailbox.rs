@@ -75,7 +75,8 @@ impl Client {
     }
 
     /// Takes an entry of its owner and puts it back as another's; false if it was not there any more. Both requests
-    /// leave at once: whatever becomes of us, the second follows the first.
+    /// leave at once: whatever becomes of us, the second follows the first. A pvmd takes one request of a task at a time,
+    /// so who asks it right then does not find the entry; nothing it offers puts both into one.
     ///
     /// # Errors
     /// When the pvmd refuses, with its reason.

@@ -109,7 +109,7 @@ fn use_up(client: &mut Client, hosts: &[Host], v: Tid) -> Result<bool> {
     let Some(host) = hosts.iter().find(|h| h.tid.host() == v.host()) else {
         return Ok(false);
     };
-    let used = tids::use_up(client, host, v.slot())
+    let used = tids::use_up(client, host, v.slot(), tids::MOST)
         .with_context(|| format!("making sure that nobody gets the tid {v}"))?;
     Ok(used.len() > 1)
 }

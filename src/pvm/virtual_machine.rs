@@ -56,6 +56,17 @@ pub enum Stream {
     Trace,
 }
 
+impl Stream {
+    /// What pvmd calls the tid it goes to; its context and its tag follow (TM_SETOPT).
+    #[must_use]
+    pub fn option(&self) -> i32 {
+        match self {
+            Stream::Output => 1,
+            Stream::Trace => 4,
+        }
+    }
+}
+
 /// What can be asked for with [`Client::notify`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Notify {
@@ -122,6 +133,16 @@ impl Client {
             .ask(tm::PSTAT, Body::new().uint(tid.0))
             .with_context(|| format!("cannot ask whether {tid} lives"))?;
         said_of_life(tid, &answer)
+    }
+
+    /// Whether it is sure that no process is this task any more, nor will be: its own pvmd says so. What is said of tasks
+    /// of a host that has left the virtual machine proves nothing.
+    ///
+    /// # Errors
+    /// As for [`Client::lives`].
+    pub fn has_ended(&mut self, tid: Tid) -> Result<bool> {
+        let there = |host: &Host| host.tid.host() == tid.host();
+        Ok(!self.lives(tid)? && self.hosts()?.iter().any(there))
     }
 
     /// Begins to ask whether a task lives; the answer bears this wait id, and [`said_of_life`] reads it.
@@ -195,10 +216,7 @@ impl Client {
     /// # Errors
     /// When the pvmd does not answer.
     pub fn set_sink(&mut self, what: Stream, to: Sink) -> Result<()> {
-        let first = match what {
-            Stream::Output => 1,
-            Stream::Trace => 4,
-        };
+        let first = what.option();
         let values = [
             format!("{:x}", to.tid),
             format!("{:x}", to.ctx),

@@ -345,6 +345,12 @@ pub fn fill(image: Arc<Image>, known: Known, line: Line) -> Result<u64> {
         // Without an undertaker, too.
         let _ = line.keep_open(source);
     }
+    for space in &known.0 {
+        for (at, extent) in &space.left {
+            // Who waited has been told of once, to somebody else: he looks again, is told of again, and comes first.
+            let _ = space.uffd.wake(*at, extent.len);
+        }
+    }
     let (_, heard) = mpsc::channel();
     Server {
         image,

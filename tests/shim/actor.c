@@ -3,6 +3,7 @@
  * actor [FIFO-IN FIFO-OUT]; without them it reads stdin and writes stdout.
  * Tids are written in hex.
  */
+#define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -368,6 +369,46 @@ static int run(int argc, char **argv)
 		n = open("/proc/self/ns/net", O_RDONLY);
 		i = syscall(SYS_pidfd_open, getppid(), 0);
 		say("%d %d %d %d", connect(cc, (void *)&to, sizeof to), cc, n, i);
+	} else if (!strcmp(c, "entangle")) {
+		/* a terminal of somebody else's session, and a descriptor that nobody has read yet: what to close, whom to end */
+		char control[CMSG_SPACE(sizeof(int))] = "", byte = 0;
+		struct iovec bytes = {&byte, 1};
+		struct msghdr message = {.msg_iov = &bytes, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
+		struct cmsghdr *rights = CMSG_FIRSTHDR(&message);
+		int pair[2], master = posix_openpt(O_RDWR | O_NOCTTY);
+		grantpt(master);
+		unlockpt(master);
+		int ready[2];
+		if (pipe(ready))
+			return 0;
+		n = fork();
+		if (!n) {
+			setsid();
+			cc = open(ptsname(master), O_RDWR);
+			close(master);
+			cc = write(ready[1], "", 1);
+			for (;;)
+				pause();
+		}
+		cc = read(ready[0], &byte, 1);
+		close(ready[0]);
+		close(ready[1]);
+		socketpair(AF_UNIX, SOCK_STREAM, 0, pair);
+		i = open("/proc/self/ns/uts", O_RDONLY);
+		rights->cmsg_level = SOL_SOCKET;
+		rights->cmsg_type = SCM_RIGHTS;
+		rights->cmsg_len = CMSG_LEN(sizeof(int));
+		memcpy(CMSG_DATA(rights), &i, sizeof i);
+		sendmsg(pair[0], &message, 0);
+		close(i);
+		say("%d %d %d %d", n, master, pair[0], pair[1]);
+	} else if (!strcmp(c, "getfork")) {
+		/* as soon as that entry is in the mailbox, a child */
+		pvm_recvinfo(ARG(1), 0, NUM(2));
+		n = fork();
+		while (!n)
+			pause();
+		say("%d", n);
 	} else if (!strcmp(c, "hold"))
 		say("%d", open(ARG(1), O_RDWR));
 	else if (!strcmp(c, "close")) {
@@ -394,6 +435,12 @@ static int run(int argc, char **argv)
 		pvm_setrbuf(0);
 		cc = pvm_getopt(PvmRoute);
 		say("%d", errno);
+	} else if (!strcmp(c, "errnosend")) {
+		pack("text");
+		errno = 123;
+		cc = pvm_send(TID(1), NUM(2));
+		n = errno;
+		say("%d %d", cc, n);
 	} else if (!strcmp(c, "setenv"))
 		say("%d", setenv(ARG(1), ARG(2), 1));
 	else if (!strcmp(c, "sizes"))
@@ -426,6 +473,14 @@ static int run(int argc, char **argv)
 	else if (!strcmp(c, "print")) {
 		printf("%s\n", ARG(1));
 		fflush(stdout);
+		say("ok");
+	} else if (!strcmp(c, "count")) {
+		/* count N MICROSECONDS: so many lines, one at a time, without a word to PVM */
+		for (i = 0; i < NUM(1); i++) {
+			printf("%d\n", i);
+			fflush(stdout);
+			usleep(NUM(2));
+		}
 		say("ok");
 	} else if (!strcmp(c, "exit"))
 		say("%d", pvm_exit());

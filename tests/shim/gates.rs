@@ -185,3 +185,30 @@ pub fn markers(kit: &Path) {
         "{said}"
     );
 }
+
+/// Whoever waits at a gate reads on: what that leaves in errno is not the program's.
+pub fn errno_at_a_gate(kit: &Path) {
+    let vm = Vm::start(kit);
+    let (mut task, mut sender, mut other) = (vm.actor(), vm.actor(), vm.actor());
+    let (v, s, _) = (task.enrol(), sender.enrol(), other.enrol());
+    let r2 = v + 1000;
+    let before = sender.ask(&format!("errnosend {v:x} 5"));
+    assert!(before.starts_with("0 "), "{before}");
+    vm.table().close_gate(v, r2, 60_000).unwrap();
+    sender.tell(&format!("errnosend {v:x} 6"));
+    until_waits(&sender.block(), wait::GATE);
+    // It reads this, and then finds nothing more to read.
+    for _ in 0..20 {
+        assert_eq!(other.ask(&format!("send {s:x} 7 text")), "0");
+    }
+    // Whoever got there has read all of that.
+    other.ask(&format!("pstat {s:x}"));
+    until("it to have read", || {
+        let found = mistctl::pvm::capture::Task::find(sender.pid())
+            .unwrap()
+            .unwrap();
+        found.connection.waiting().unwrap() == 0
+    });
+    vm.table().open_gate(v, v).unwrap();
+    assert_eq!(sender.answer(), before);
+}

@@ -38,6 +38,14 @@ pub const NOOP_MAGIC: u32 = 0x4d49_5354;
 /// half), V and R of the task that sent it, each a 4-byte big-endian integer.
 pub const NOOP_MARKER: u32 = 1;
 
+/// Second word of one in the connection of a task that has moved, behind what it had not read in its old place; then
+/// follows R of its old incarnation. What tasks print from here on waits until the notice of that one's end: before
+/// it comes what has reached the old incarnation meanwhile ([`WAIT_ID_LATE`]).
+pub const NOOP_LATE: u32 = 2;
+
+/// Wait id of a message of some pvmd's to the old incarnation of a task, which a task of mist's passes on.
+pub const WAIT_ID_LATE: i32 = 0x4c41_5445;
+
 /// Wait id of requests to a pvmd whose answer nobody waits for: the shim drops an answer that
 /// carries it. mistctl may write such a request into the connection of a paused task.
 pub const WAIT_ID_IGNORE: i32 = 0x4d49_5354;

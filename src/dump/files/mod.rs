@@ -208,7 +208,7 @@ impl FileDumper {
         sockets: &mut dyn Sockets,
     ) -> Result<Vec<anyhow::Error>> {
         let mut tables = Tables::new(1);
-        let mut found = Vec::new();
+        let (mut found, mut terminals) = (Vec::new(), Vec::new());
         for fd in numbers(tid)? {
             // What is closed meanwhile does not matter.
             let Some(facts) = gather(pid, tid, pidfd, &[fd])
@@ -228,14 +228,36 @@ impl FileDumper {
                 meta: &facts.meta,
                 info: &facts.info,
             };
-            if terminal(&seen).is_none()
-                && let Err(e) = self.kind(&seen, &mut tables, sockets)
-                && Failure::of(&e) == Failure::Refused
-            {
-                found.push(e);
+            match terminal(&seen) {
+                Some((_, Some(side))) => terminals.push((side, place.clone(), facts.own)),
+                Some((_, None)) => {}
+                None => found.extend(self.kind(&seen, &mut tables, sockets).err()),
             }
         }
+        found.extend(ptys::refusals(&terminals, &self.pids));
+        found.retain(|e| Failure::of(e) == Failure::Refused);
         Ok(found)
+    }
+
+    /// Why a descriptor in flight cannot be carried.
+    pub fn refusal(&self, own: OwnedFd, sockets: &mut dyn Sockets) -> Option<anyhow::Error> {
+        let fd = own.as_raw_fd();
+        let facts = Facts::read(0, fd, own, "self").ok()?;
+        let place = Place {
+            pid: 0,
+            fd,
+            link: facts.link.to_string_lossy().into_owned(),
+        };
+        let seen = Seen {
+            place: &place,
+            own: &facts.own,
+            meta: &facts.meta,
+            info: &facts.info,
+        };
+        match terminal(&seen) {
+            Some(_) => None,
+            None => self.kind(&seen, &mut Tables::new(1), sockets).err(),
+        }
     }
 
     /// Index of the description behind a descriptor of this process, for descriptors in flight (SCM_RIGHTS)

@@ -1,6 +1,6 @@
 //! Terminals. A pseudo terminal whose master is in the dump is carried; any other leads outside.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::IsTerminal;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -88,13 +88,7 @@ impl FileDumper {
             let open = &self.open[master];
             let pty = pair(&open.own, index).with_context(|| open.place.to_string())?;
             if slave.is_none() && pty.session != 0 && !self.pids.contains(&pty.session) {
-                return Err(open.place.refuse(
-                    &format!(
-                        "it is the terminal of session {}, which is outside the dump",
-                        pty.session
-                    ),
-                    "dump that too (--tree), or end it",
-                ));
+                return Err(of_others(&open.place, pty.session));
             }
             let mut waiting = if slave.is_some() || pty.hung_up {
                 waiting(&open.own, &pty, &open.place, tables)
@@ -124,6 +118,30 @@ impl FileDumper {
         }
         Ok(())
     }
+}
+
+/// Why terminals of a process that runs cannot be carried; each with its side and place. Nothing is read from them.
+pub(super) fn refusals(
+    terminals: &[(Side, Place, File)],
+    pids: &BTreeSet<i32>,
+) -> Vec<anyhow::Error> {
+    let has_slave = |index: u32| {
+        let mut sides = terminals.iter().map(|(side, ..)| side);
+        sides.any(|side| side.index == index && !side.master)
+    };
+    let one = |(side, place, own): &(Side, Place, File)| {
+        let session = tty::session(own.as_fd()).unwrap_or(0);
+        let outside = side.master && !has_slave(side.index) && session != 0;
+        (outside && !pids.contains(&session)).then(|| of_others(place, session))
+    };
+    terminals.iter().filter_map(one).collect()
+}
+
+fn of_others(place: &Place, session: i32) -> anyhow::Error {
+    place.refuse(
+        &format!("it is the terminal of session {session}, which is outside the dump"),
+        "dump that too (--tree), or end it",
+    )
 }
 
 /// What stands in a pair; what cannot be had is left behind with a warning.

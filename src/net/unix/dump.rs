@@ -54,6 +54,19 @@ pub(crate) fn read_queue(
     Ok(queue)
 }
 
+/// Descriptors in front of its queue.
+pub(crate) fn in_flight(met: &Met) -> Vec<OwnedFd> {
+    // Where the program peeks by position, so would we.
+    let peeks = sockopt::get_int(&met.fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF);
+    if peeks.is_ok_and(|offset| offset >= 0) {
+        return Vec::new();
+    }
+    match socket::receive(&met.fd, &mut [0; 1], libc::MSG_PEEK) {
+        Ok(received) => received.fds,
+        Err(_) => Vec::new(),
+    }
+}
+
 type Peeked = Vec<(Vec<u8>, Received)>;
 
 /// What is in the queue of a socket. `inside` sees senders by the ids that they have in its pid namespace, dead ones

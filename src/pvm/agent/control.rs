@@ -11,7 +11,7 @@ use crate::pvm::local::Seen;
 /// Tag of control messages: "MIST".
 pub const TAG: i32 = 0x4d49_5354;
 /// Version of what is in them. Agents of another version refuse.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// Longest message that is taken.
 pub const LONGEST: usize = 4 << 20;
 
@@ -89,6 +89,9 @@ pub enum Request {
     Settle(Outcome),
     /// What has become of this move of a task of your host?
     Fate { v: u32, next: u32 },
+    /// What tasks of your host print goes to incarnation `r` of their collector `v` from here on; answer when your pvmd
+    /// knows.
+    Redirect { v: u32, r: u32 },
     /// Send marker `number` to the incarnation `r`, behind all that came before on its way there.
     Marker { r: u32, number: u32 },
     /// Which of these files are missing on your host, or different?
@@ -192,6 +195,17 @@ pub struct Landing {
 #[serde(tag = "answer", rename_all = "snake_case")]
 pub enum Answer {
     Done,
+    /// Those whose output goes to the new incarnation now: to the old one pvmd has told that it is at its end. And which
+    /// it was not done for, and why.
+    Redirected {
+        tids: Vec<u32>,
+        left: Vec<String>,
+    },
+    /// The gate is closed, and nobody is behind it.
+    Closed {
+        /// Tasks of this host print, or tell of themselves, to who moves.
+        collects: bool,
+    },
     /// The process of the agent.
     Hello {
         pid: i32,

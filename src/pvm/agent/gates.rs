@@ -24,6 +24,8 @@ pub struct Closing {
     v: u32,
     until: Instant,
     drain: Drain,
+    /// Tasks of this host print to who moves.
+    collects: bool,
 }
 
 /// Both incarnations of a task whose gate's lease has ended are asked after.
@@ -77,6 +79,7 @@ impl Agent {
         let r = Tid(self.table.r_of(v));
         self.last_drain += 1;
         let drain = Drain::begin(Tid(v), r, self.own, self.last_drain)?;
+        let collects = drain.sinks().any(|tid| self.table.v_of(tid) == v);
         // Less than the lease: who waits longer opens the gate again anyway.
         let limit = Duration::from_millis(lease_ms / 2);
         self.closing.push(Closing {
@@ -84,6 +87,7 @@ impl Agent {
             v,
             until: Instant::now() + limit,
             drain,
+            collects,
         });
         self.look_at_drains()
     }
@@ -92,7 +96,10 @@ impl Agent {
     pub(super) fn look_at_drains(&mut self) -> Result<()> {
         for mut closing in std::mem::take(&mut self.closing) {
             match closing.drain.look() {
-                Ok(true) => self.answer(closing.ticket, Ok(Answer::Done))?,
+                Ok(true) => {
+                    let collects = closing.collects;
+                    self.answer(closing.ticket, Ok(Answer::Closed { collects }))?;
+                }
                 Ok(false) if Instant::now() < closing.until => self.closing.push(closing),
                 Ok(false) => {
                     let why = anyhow!(
@@ -125,6 +132,11 @@ impl Agent {
         self.closed_for.remove(&v);
         if let Some(entry) = closed {
             self.left_standing(Tid(entry.next), entry.next == r)?;
+            if entry.next == r {
+                // Of those whose collector has moved some may have been on their way themselves when that was told. Who
+                // cannot be told now does it himself.
+                let _ = self.redirect(v, r, Duration::ZERO);
+            }
         }
         self.nudge()
     }

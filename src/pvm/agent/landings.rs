@@ -132,7 +132,10 @@ impl Landings {
 
     /// Whatever it is at: it exits, unless it runs.
     pub fn abandon(&mut self, id: &str, r: Tid) {
-        let same = |(known, lander): &(&String, &Lander)| *known == id || lander.r == r;
+        // Either may be unknown to who asks: a move has no incarnation at first, and no name when its agent has ended.
+        let same = |(known, lander): &(&String, &Lander)| {
+            !id.is_empty() && *known == id || r.is_task() && lander.r == r
+        };
         let Some(id) = self.landers.iter().find(same).map(|(id, _)| id.clone()) else {
             return;
         };

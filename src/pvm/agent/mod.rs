@@ -11,6 +11,7 @@ mod landings;
 pub mod lines;
 mod moves;
 mod names;
+mod output;
 mod settle;
 
 pub use call::{Caller, ensure};
@@ -51,6 +52,8 @@ use moves::Moves;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How often a task that is drained is looked at.
 const LOOK: Duration = Duration::from_millis(1);
+/// The pvmd's flag of a task that is connected to it.
+const CONNECTED: i32 = 4;
 /// Tag of pvmd's notices of landers and agents that have ended.
 const ENDED: i32 = TAG + 1;
 /// Tag of its notices of hosts that were added.
@@ -392,6 +395,10 @@ impl Agent {
             Request::OpenGate { v, r } => {
                 self.open_gate(v, r)?;
                 Ok(Some(Answer::Done))
+            }
+            Request::Redirect { v, r } => {
+                let (tids, left) = self.redirect(v, r, output::PATIENCE)?;
+                Ok(Some(Answer::Redirected { tids, left }))
             }
             Request::Marker { r, number } => {
                 self.client

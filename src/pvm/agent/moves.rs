@@ -208,7 +208,9 @@ impl Agent {
                 Some(done) => {
                     self.left_over(&done)?;
                     // Whatever the mover has met then.
-                    if self.tasks()?.iter().all(|task| task.tid.0 != done.job.r1) {
+                    if failed.failure != Failure::NoSuchProcess.name()
+                        && self.tasks()?.iter().all(|task| task.tid.0 != done.job.r1)
+                    {
                         let v = Tid(done.job.v);
                         let why = format!("task {v} has left before it was moved: {}", failed.why);
                         failed = Failed::of(&Failure::NoSuchProcess.because(why));
@@ -233,7 +235,8 @@ impl Agent {
         let moved = self.fate(v, next) == Some(true);
         let why = match moved {
             true => format!(
-                "the mover has died when task {} had left: it goes on, on {}",
+                "the mover has died when it was decided that task {} goes to {}: `mistctl ps` shows it there, or here if \
+                 what it was to become there has ended",
                 Tid(v),
                 gone.job.to.name
             ),

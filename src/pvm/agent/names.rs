@@ -38,7 +38,8 @@ pub fn make_room(client: &mut Client, host: &Host) -> Result<()> {
             bail!("the agent {} answers {answer:?}", entry.owner);
         };
         if let Some(last) = names(&entries, host.tid).max() {
-            tids::use_up(client, host, last.slot())?;
+            // However long it takes: without an agent nothing can be done on any host.
+            tids::use_up(client, host, last.slot(), tids::ALL)?;
         }
     }
     Ok(())
@@ -69,7 +70,7 @@ pub fn own_names(
     for task in client.tasks(host.tid)? {
         let has_one = incarnations.iter().any(|(r, _)| *r == task.tid.0);
         if names.contains(&task.tid) && !has_one {
-            let own = tids::use_up(client, &host, 0)?;
+            let own = tids::use_up(client, &host, 0, tids::MOST)?;
             given.extend(own.last().map(|name| (task.tid.0, name.0)));
         }
     }

@@ -9,6 +9,7 @@ use super::call::{Caller, on_host, present};
 use super::control::{Answer, Outcome, Request};
 use crate::kernel::pidfd;
 use crate::pvm::client::Client;
+use crate::pvm::local;
 use crate::pvm::tid::Tid;
 
 /// How long an agent may take.
@@ -60,6 +61,13 @@ pub fn settle(client: &mut Client, outcome: &Outcome) -> Result<()> {
 /// # Errors
 /// When that cannot be done; it can be tried again.
 pub fn conclude(client: &mut Client, outcome: &Outcome) -> Result<()> {
+    if outcome.moved && goes_on(client, outcome)? {
+        let outcome = Outcome {
+            moved: false,
+            ..outcome.clone()
+        };
+        return settle(client, &outcome);
+    }
     if outcome.moved {
         let (from, next) = (Tid(outcome.from), Tid(outcome.next));
         hand_over_mailbox(client, from, next)?;
@@ -84,6 +92,27 @@ pub fn conclude(client: &mut Client, outcome: &Outcome) -> Result<()> {
         }
     }
     settle(client, outcome)
+}
+
+/// Whether a task that was decided to go on elsewhere goes on where it was, and has it do so: what it was to become has
+/// ended, which is for ever. Whoever finds that out comes to the same, whatever the table says.
+fn goes_on(client: &mut Client, outcome: &Outcome) -> Result<bool> {
+    let (from, next) = (Tid(outcome.from), Tid(outcome.next));
+    // A pvmd that cannot tell has not said that.
+    if !client.has_ended(next).unwrap_or(false) {
+        return Ok(false);
+    }
+    let tasks = client.tasks(from.host())?;
+    let Some(task) = tasks.iter().find(|task| task.tid == from) else {
+        return Ok(false);
+    };
+    if local::stands(task.pid)
+        && let Ok(process) = pidfd::open(task.pid)
+        && client.lives(from)?
+    {
+        let _ = pidfd::send_signal(process.as_fd(), libc::SIGCONT);
+    }
+    Ok(true)
 }
 
 /// Entries of the mailbox that are one incarnation's become another's, which lives, too: most would vanish with the

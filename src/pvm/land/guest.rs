@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::socket::{MsgFlags, send};
-use pvm_abi::{CTX_TM, place};
+use pvm_abi::{CTX_TC, CTX_TM, NOOP_LATE, NOOP_MAGIC, place};
 
 use super::Agent;
 use super::arrival::Arrived;
@@ -27,7 +27,7 @@ use crate::kernel::remote::Remote;
 use crate::pvm::client::{Client, Pvmd};
 use crate::pvm::stream::{self, Stream};
 use crate::pvm::tid::Tid;
-use crate::pvm::wire::{LONGEST_FRAGMENT, Message, XDR, tm};
+use crate::pvm::wire::{Body, LONGEST_FRAGMENT, Message, XDR, tc, tm};
 use crate::restore::{self, Guest, Replaced};
 
 /// The new incarnation: this process, enrolled.
@@ -92,6 +92,9 @@ impl<'a> Task<'a> {
         );
         let connection = client.into_connection()?;
         unread.extend(connection.read);
+        if let Commit::WhenEnded { r1, .. } = commit {
+            unread.extend(late_begins(r1, Tid(r)));
+        }
         Ok(Self {
             table: pvmd.table_path()?,
             pvmd,
@@ -202,6 +205,10 @@ impl Guest for Task<'_> {
 
     fn may_run(&mut self, warnings: &[String]) -> Result<()> {
         let (connection, far) = self.ends.as_ref().context("no connection")?;
+        let narrow = match self.commit {
+            Commit::WhenEnded { .. } => Some(far.widen()?),
+            Commit::WhenTold => None,
+        };
         far.put(&self.unread)
             .context("what the task had not read")?;
         if let Some(asked) = &self.task.asked {
@@ -221,6 +228,9 @@ impl Guest for Task<'_> {
         self.waiting()?
             .until(&self.commit, agent.as_deref_mut(), None)?;
         self.agent = agent;
+        if let (Some(old), Some((_, far))) = (narrow, &self.ends) {
+            far.narrow(old);
+        }
         if self.commit == Commit::WhenTold {
             // What was written behind the moment of the dump is written again.
             restore::files::cut_back(&self.image.manifest)
@@ -250,6 +260,21 @@ impl Guest for Task<'_> {
             None => Ok(()),
         }
     }
+}
+
+/// From here on others' output may come in two ways (see [`NOOP_LATE`]).
+fn late_begins(r1: u32, r: Tid) -> Vec<u8> {
+    let body = Body::new().uint(NOOP_MAGIC).uint(NOOP_LATE).uint(r1);
+    let message = Message {
+        src: r,
+        dst: r,
+        tag: tc::NOOP,
+        ctx: CTX_TC as u32,
+        wait: 0,
+        encoding: XDR,
+        body: body.into_bytes(),
+    };
+    message.encode(LONGEST_FRAGMENT)
 }
 
 /// Makes fragments that were for another incarnation this one's, as if pvmd had sent them here.

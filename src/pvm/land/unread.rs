@@ -12,6 +12,9 @@ use crate::pvm::connection::Daemons;
 /// Most bytes that a socket's buffer is raised for.
 pub const MOST: usize = 256 << 20;
 
+/// What it is raised to while the task is parked.
+const WIDE: i32 = 64 << 20;
+
 /// The pvmd's end of the connection.
 pub struct FarEnd(OwnedFd);
 
@@ -26,6 +29,26 @@ impl FarEnd {
             .connection(pid)?
             .map(|c| Self(c.into_pvmd_end()))
             .context("no process is found that has the pvmd's end of the connection")
+    }
+
+    /// Lets pvmd write as much as may come before the task reads, until [`FarEnd::narrow`] is given what this returns.
+    /// Others go on printing for the task meanwhile, and what tells that it may run must not be behind a full buffer.
+    ///
+    /// # Errors
+    /// When the buffer cannot be asked for, or be set.
+    pub fn widen(&self) -> Result<i32> {
+        const LEVEL: i32 = libc::SOL_SOCKET;
+        // The kernel tells twice what it was given.
+        let old = sockopt::get_int(&self.0, LEVEL, libc::SO_SNDBUF).context("SO_SNDBUF")? / 2;
+        if sockopt::set_int(&self.0, LEVEL, libc::SO_SNDBUFFORCE, WIDE).is_err() {
+            sockopt::set_int(&self.0, LEVEL, libc::SO_SNDBUF, WIDE).context("SO_SNDBUF")?;
+        }
+        Ok(old)
+    }
+
+    /// As it was; what is in it stays, and pvmd waits until there is room again.
+    pub fn narrow(&self, old: i32) {
+        let _ = sockopt::set_int(&self.0, libc::SOL_SOCKET, libc::SO_SNDBUF, old);
     }
 
     /// Sends bytes through it.

@@ -48,16 +48,25 @@ impl Link {
     ///
     /// # Errors
     /// The first of any of them, when all have answered.
-    pub fn ask_all(&mut self, to: &[Peer], request: &Request, limit: Duration) -> Result<()> {
+    pub fn ask_all(
+        &mut self,
+        to: &[Peer],
+        request: &Request,
+        limit: Duration,
+    ) -> Result<Vec<Answer>> {
         let ids: Vec<u64> = to
             .iter()
             .map(|agent| self.begin(agent, request.clone()))
             .collect::<Result<_>>()?;
-        let mut first = Ok(());
+        let mut all = Ok(Vec::new());
         for (agent, id) in to.iter().zip(ids) {
-            first = first.and(self.end(agent, id, limit).map(drop));
+            match (self.end(agent, id, limit), &mut all) {
+                (Ok(answer), Ok(all)) => all.push(answer),
+                (Err(e), Ok(_)) => all = Err(e),
+                (_, Err(_)) => {}
+            }
         }
-        first
+        all
     }
 
     /// Asks the agent to decide that the task goes; returns when that is so. It may take as long as it takes: what has

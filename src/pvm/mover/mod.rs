@@ -18,6 +18,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use crate::dump::{After, Carried, Options, Session, Tracker};
 use crate::error::Failure;
 use crate::image::Compress;
+use crate::image::pvm::MailboxEntry;
 use crate::kernel::batch::Snapshot;
 use crate::pvm::agent;
 use crate::pvm::agent::control::{Answer, Failed, Landing, Moved, Outcome, Peer, Request};
@@ -26,11 +27,13 @@ use crate::pvm::client::Client;
 use crate::pvm::connection::Raised;
 use crate::pvm::flush;
 use crate::pvm::quiet;
-use crate::pvm::shimabi::NOOP_MARKER;
+use crate::pvm::shimabi::block::flag;
+use crate::pvm::shimabi::{CTX_TC, CTX_TM, NOOP_MARKER, WAIT_ID_LATE};
 use crate::pvm::stream::{ImageSender, Key, Stream};
 use crate::pvm::table;
 use crate::pvm::tid::Tid;
 use crate::pvm::virtual_machine::Host;
+use crate::pvm::wire::{Assembler, tc};
 use link::Link;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -84,6 +87,12 @@ struct Mover<'j> {
     landed: bool,
     /// It has entries in the mailbox, which are to go with it.
     has_entries: bool,
+    /// Those that vanish with an incarnation.
+    mailbox: Vec<MailboxEntry>,
+    /// What others print comes to it.
+    collects: bool,
+    /// How much of what had reached it went with it.
+    seen: usize,
     moved: Moved,
 }
 
@@ -118,6 +127,9 @@ impl<'j> Mover<'j> {
             closed: false,
             landed: false,
             has_entries: false,
+            mailbox: Vec::new(),
+            collects: false,
+            seen: 0,
             moved: Moved {
                 v: job.v,
                 from: job.r1,
@@ -184,7 +196,7 @@ impl<'j> Mover<'j> {
         }
         self.commit(link)?;
         // Decided. What fails from here on is not undone: the agent and the lander see to it.
-        self.finish(link, session, stopped);
+        self.finish(link, session, stopped)?;
         let totals = sender.totals();
         (self.moved.bytes, self.moved.bytes_wire) = (totals.raw, totals.wire);
         self.moved.to = self.r2;
@@ -292,7 +304,11 @@ impl<'j> Mover<'j> {
             next: self.r2,
             lease_ms: GATE_LEASE,
         };
-        link.ask_all(&self.agents, &close, PATIENCE)
+        let answers = link.ask_all(&self.agents, &close, PATIENCE)?;
+        let collects = |answer: &Answer| matches!(answer, Answer::Closed { collects: true });
+        let for_others = self.task.block.flags()? & flag::COLLECTOR != 0;
+        self.collects = for_others || answers.iter().any(collects);
+        Ok(())
     }
 
     /// Sends what there is while the task runs, until what is left is little, or does not become less.
@@ -363,7 +379,8 @@ impl<'j> Mover<'j> {
         }
         session.look(sender)?;
         let captured = self.task.capture(session, &mut self.client, sender)?;
-        self.has_entries = captured.has_entries;
+        (self.has_entries, self.seen) = (captured.has_entries, captured.seen);
+        self.mailbox.clone_from(&captured.task.mailbox);
         session.set_pvm(captured.task);
         session.hang_up(self.task.connection.task_end()?);
         let (runs, _) = session.changes(tracker, sender)?;
@@ -392,15 +409,32 @@ impl<'j> Mover<'j> {
     }
 
     /// Behind the decision.
-    fn finish(&mut self, link: &mut Link, mut session: Session, stopped: Instant) {
+    ///
+    /// # Errors
+    /// When what the task was to become has ended: it is as it was, and is let go on when `session` is dropped.
+    fn finish(&mut self, link: &mut Link, mut session: Session, stopped: Instant) -> Result<()> {
+        let late = match self.collects {
+            true => self.pass_on(link, &session),
+            false => Ok(()),
+        };
         let mut warn = |what: &str, e: anyhow::Error| {
             self.moved.warnings.push(format!("{what}: {e:#}"));
         };
+        if let Err(e) = late {
+            warn("what others print, which it collects", e);
+        }
         let (r1, r2) = (Tid(self.job.r1), Tid(self.r2));
         if self.has_entries
             && let Err(e) = agent::hand_over_mailbox(&mut self.client, r1, r2)
         {
             warn("the task's entries of the mailbox", e);
+        }
+        // A pvmd that cannot tell has not said that.
+        if self.client.has_ended(r2).unwrap_or(false) {
+            self.take_back(link);
+            let go_on = kill(Pid::from_raw(self.job.pid), Signal::SIGCONT);
+            go_on.context("letting the task go on")?;
+            bail!("what was to become the task ended, on {}", self.job.to.name);
         }
         let heirs = session.heirs();
         if let Err(e) = session.end(After::Kill) {
@@ -420,6 +454,77 @@ impl<'j> Mover<'j> {
                 "opening the gates, which will open later by themselves: {e:#}"
             ));
         }
+        Ok(())
+    }
+
+    /// What has gone to the new incarnation already is the old one's again, as far as it is not lost with it.
+    fn take_back(&mut self, link: &mut Link) {
+        let (r1, r2) = (Tid(self.job.r1), Tid(self.r2));
+        if self.collects {
+            let redirect = Request::Redirect {
+                v: self.job.v,
+                r: r1.0,
+            };
+            let _ = link.ask_all(&self.agents, &redirect, PATIENCE);
+        }
+        if self.has_entries {
+            let _ = agent::hand_over_mailbox(&mut self.client, r2, r1);
+        }
+        // Entries that vanished with it.
+        for e in std::mem::take(&mut self.mailbox) {
+            let (class, message) = (&e.class, &e.message.0);
+            let there = self.client.mailbox_get(class, e.index);
+            if there.is_ok_and(|there| there.is_none()) {
+                let _ = (self.client).mailbox_put(r1, class, e.index, e.flags, message);
+            }
+        }
+    }
+
+    /// Of what others print nothing may come here any more when the task ends, and what has come since it was looked at
+    /// goes after it.
+    fn pass_on(&mut self, link: &mut Link, session: &Session) -> Result<()> {
+        let (r1, r2) = (Tid(self.job.r1), Tid(self.r2));
+        let redirect = Request::Redirect {
+            v: self.job.v,
+            r: r2.0,
+        };
+        let (mut ended, mut kept) = (Vec::new(), Vec::new());
+        for answer in link.ask_all(&self.agents, &redirect, PATIENCE)? {
+            if let Answer::Redirected { tids, left } = answer {
+                ended.extend(tids);
+                kept.extend(left);
+            }
+        }
+        // No other marker that came to this incarnation had its own number.
+        let marker = Request::Marker {
+            r: r1.0,
+            number: r1.0,
+        };
+        link.ask_all(&self.agents, &marker, PATIENCE)?;
+        let agents: Vec<Tid> = self.agents.iter().map(|a| Tid(a.tid)).collect();
+        let marked = (NOOP_MARKER, r1.0);
+        let _raised = flush::arrived(&self.task, session.guardian(), marked, &agents, PATIENCE)?;
+        let there = self.task.connection.unread(session.guardian())?;
+        let late = there.get(self.seen..).unwrap_or_default();
+        let mut assembler = Assembler::new(late.len());
+        assembler.push(late);
+        while let Some(message) = assembler.message()? {
+            let noop = (message.ctx, message.tag) == (CTX_TC as u32, tc::NOOP);
+            // It is none: pvmd says so to whoever it was told not to send to any more.
+            let mut says = message.reader();
+            if says.uint().is_ok_and(|tid| ended.contains(&tid)) && says.int().ok() == Some(0) {
+                continue;
+            }
+            if message.src.is_pvmd() && message.ctx != CTX_TM as u32 && !noop {
+                self.client.pass_on(r2, message, WAIT_ID_LATE)?;
+            }
+        }
+        // The end of this incarnation is told behind it: the answer shows that pvmd has read it.
+        self.client.lives(r1)?;
+        if !kept.is_empty() {
+            bail!("may be lost until they next call PVM: {}", kept.join("; "));
+        }
+        Ok(())
     }
 
     /// Tells all agents what came of it.
@@ -433,7 +538,7 @@ impl<'j> Mover<'j> {
         };
         let told = Request::Settle(outcome.clone());
         match link.ask_all(&self.agents, &told, PATIENCE) {
-            Ok(()) => Ok(()),
+            Ok(_) => Ok(()),
             // Our agent has ended, or another.
             Err(_) => agent::settle(&mut self.client, &outcome),
         }
