@@ -31,8 +31,9 @@ impl Bytes {
     /// When it cannot be read.
     pub fn of(path: &str) -> io::Result<Self> {
         let mut file = File::open(path)?;
+        // Shared it may not be mapped, for whoever does that may get the right to write.
         // SAFETY: the kernel's file is read-only memory, for as long as it runs.
-        if let Ok(mapped) = unsafe { MmapOptions::new().populate().map(&file) } {
+        if let Ok(mapped) = unsafe { MmapOptions::new().populate().map_copy_read_only(&file) } {
             return Ok(Self::Mapped(mapped));
         }
         let mut bytes = Vec::new();
