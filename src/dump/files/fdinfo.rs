@@ -2,8 +2,11 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::fd::OwnedFd;
 
 use anyhow::{Context, Result, bail};
+use nix::fcntl::{self, OFlag};
+use nix::sys::stat::Mode;
 
 use crate::image::files::{Lock, LockClass};
 
@@ -18,13 +21,32 @@ pub struct FdInfo {
     text: String,
 }
 
-impl FdInfo {
-    /// Reads /proc/`dir`/fdinfo/`fd`; `dir` is a pid or "self".
-    pub fn read(dir: &str, fd: i32) -> Result<Self> {
-        let path = format!("/proc/{dir}/fdinfo/{fd}");
+/// The directory /proc/PID/fdinfo: the way to it takes longer than one of its files.
+pub struct Infos {
+    path: String,
+    dir: OwnedFd,
+}
+
+impl Infos {
+    /// `dir` is a pid or "self".
+    pub fn of(dir: &str) -> Result<Self> {
+        let path = format!("/proc/{dir}/fdinfo");
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let dir = fcntl::open(path.as_str(), flags, Mode::empty()).with_context(|| path.clone())?;
+        Ok(Self { path, dir })
+    }
+
+    pub fn read(&self, fd: i32) -> Result<FdInfo> {
         let read = || -> std::io::Result<String> {
             // The processes stand still meanwhile: no call is made that is not needed.
-            let mut file = File::open(&path)?;
+            let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+            let name = fd.to_string();
+            let mut file = File::from(fcntl::openat(
+                &self.dir,
+                name.as_str(),
+                flags,
+                Mode::empty(),
+            )?);
             let mut bytes = vec![0; 1024];
             let mut n = file.read(&mut bytes)?;
             if n > bytes.len() / 2 {
@@ -34,8 +56,15 @@ impl FdInfo {
             bytes.truncate(n);
             String::from_utf8(bytes).map_err(std::io::Error::other)
         };
-        let text = read().with_context(|| path.clone())?;
-        Self::parse(text).with_context(|| path)
+        let path = || format!("{}/{fd}", self.path);
+        FdInfo::parse(read().with_context(path)?).with_context(path)
+    }
+}
+
+impl FdInfo {
+    /// Reads /proc/`dir`/fdinfo/`fd`; `dir` is a pid or "self".
+    pub fn read(dir: &str, fd: i32) -> Result<Self> {
+        Infos::of(dir)?.read(fd)
     }
 
     pub fn parse(text: String) -> Result<Self> {

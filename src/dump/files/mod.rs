@@ -27,6 +27,7 @@ use crate::image::files::{Description, DescriptionId, External, Fd, Kind, Lock, 
 use crate::kernel::proc_file;
 use crate::kernel::{fds, kcmp, pidfd};
 pub use fdinfo::FdInfo;
+use fdinfo::Infos;
 pub use order::Order;
 
 /// The sockets' side of a dump.
@@ -269,7 +270,7 @@ impl FileDumper {
         sockets: &mut dyn Sockets,
     ) -> Result<DescriptionId> {
         let fd = own.as_raw_fd();
-        let facts = Facts::read(0, fd, own, "self")?;
+        let facts = Facts::read(0, fd, own, &Shown::by("self")?)?;
         self.describe(0, facts, tables, sockets)
     }
 
@@ -473,16 +474,20 @@ fn user_dev(sdev: u64) -> u64 {
 }
 
 impl Facts {
-    /// Of descriptor `fd` of process `pid`, duplicated as `own`; /proc/`shown` shows it.
-    fn read(pid: i32, fd: i32, own: OwnedFd, shown: &str) -> Result<Self> {
+    /// Of descriptor `fd` of process `pid`, duplicated as `own`.
+    fn read(pid: i32, fd: i32, own: OwnedFd, shown: &Shown) -> Result<Self> {
         let context = |what: &str| format!("process {pid}: fd {fd}: {what}");
-        let info = FdInfo::read(shown, fd)
+        let info = shown
+            .infos
+            .read(fd)
             .with_context(|| format!("process {pid}: fd {fd}"))
             .or_failure(Failure::Refused)?;
         let own = File::from(own);
         let meta = own.metadata().with_context(|| context("fstat"))?;
-        let link = std::fs::read_link(format!("/proc/self/fd/{}", own.as_raw_fd()))
-            .with_context(|| context("readlink"))?;
+        let number = own.as_raw_fd().to_string();
+        let link = nix::fcntl::readlinkat(&shown.ours, number.as_str())
+            .with_context(|| context("readlink"))?
+            .into();
         Ok(Self {
             fd,
             own,
@@ -493,13 +498,36 @@ impl Facts {
     }
 }
 
+/// Where descriptors are shown: the way to it takes longer than one of them.
+struct Shown {
+    /// Those of the process.
+    infos: Infos,
+    /// Our own: /proc/self/fd.
+    ours: OwnedFd,
+}
+
+impl Shown {
+    /// `dir` is a pid or "self".
+    fn by(dir: &str) -> Result<Self> {
+        use nix::fcntl::OFlag;
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let ours = nix::fcntl::open("/proc/self/fd", flags, nix::sys::stat::Mode::empty());
+        Ok(Self {
+            infos: Infos::of(dir)?,
+            ours: ours.context("/proc/self/fd")?,
+        })
+    }
+}
+
 /// So many descriptors are duplicated before it is known which mean the same.
 const AT_ONCE: usize = 256;
 
 /// Reads the descriptors with these numbers, of a process that stands still. In one thread: with two, the kernel would
 /// wait for all processors each time that our own table grows.
 fn gather(pid: i32, tid: i32, pidfd: BorrowedFd<'_>, numbers: &[i32]) -> Result<Vec<Facts>> {
-    let shown = tid.to_string();
+    let shown = Shown::by(&tid.to_string())
+        .with_context(|| format!("process {pid}: descriptors"))
+        .or_failure(Failure::Refused)?;
     let one = |&fd: &i32| {
         let own = pidfd::get_fd(pidfd, fd)
             .with_context(|| format!("process {pid}: fd {fd}: pidfd_getfd"))?;
