@@ -1,6 +1,6 @@
 //! Runs the self-checking programs of `tests/programs/`: each alone, dumped and left running,
-//! killed and restored, twice so, restored lazily, and dumped in rounds. The protocol is in
-//! `tests/programs/mist.h`.
+//! killed and restored, twice so, restored lazily, dumped in rounds, and some restored from what was dumped
+//! while they ran on. The protocol is in `tests/programs/mist.h`.
 //!
 //! Each (program, variant, way) is a test, so `cargo test --test programs eventfd` and
 //! `cargo test --test programs ::lazy` work. Each runs in namespaces of its own, where the
@@ -115,6 +115,7 @@ fn tests() -> Result<(Vec<Trial>, Skipped)> {
                 let other = match mode {
                     Mode::Taken => !spec.tree,
                     Mode::Rounds => spec.tree || spec.without.iter().any(|(w, _)| w == "no-kill"),
+                    Mode::Copied => !spec.copied,
                     _ => false,
                 };
                 if none || other {

@@ -1,5 +1,6 @@
 //! What is looked at, and asked for, while the processes stand.
 
+use std::collections::HashSet;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -29,12 +30,22 @@ pub struct Subject {
     pub copy: Option<Snapshot>,
     /// Shares its memory.
     pub heir: Option<Snapshot>,
+    /// Where the mappings begin that were copied from the process itself, as the copy has them not, or not for sure.
+    pub copied: HashSet<u64>,
+    /// Its mappings have their flags.
+    pub has_flags: bool,
 }
 
 impl Subject {
     /// Whether it has answered that it has children.
     pub fn has_children(&self) -> bool {
         self.queries.has_children
+    }
+
+    /// Whose /proc shows its memory: its copy's, else its own; None for a zombie.
+    pub fn shown_by(&self, held: Option<&HeldProcess>) -> Option<i32> {
+        let copy = self.copy.as_ref().map(Snapshot::pid);
+        copy.or_else(|| held.map(HeldProcess::via))
     }
 }
 
@@ -43,7 +54,6 @@ pub type Holds = Vec<Option<HeldProcess>>;
 
 /// What [`look`] found besides the processes.
 pub struct Looked {
-    pub origin: Origin,
     pub descriptions: Vec<Description>,
     pub sockets: Vec<Socket>,
     /// Of a dump that kills: holds TCP connections until then.
@@ -62,7 +72,6 @@ pub fn look(
     inside: bool,
 ) -> Result<(Vec<Subject>, Looked)> {
     let first = holds.iter().flatten().next().map(HeldProcess::via);
-    let origin = origin(first.unwrap_or(0))?;
     let mut files = FileDumper::new(pids, order);
     let net = net::Options {
         tcp_established: opts.tcp_established,
@@ -98,6 +107,8 @@ pub fn look(
             queries,
             copy: None,
             heir: None,
+            copied: HashSet::new(),
+            has_flags: false,
         });
     }
     let socket_list = sockets.finish(&mut |sockets, fd| files.adopt(fd, tables, sockets))?;
@@ -108,7 +119,6 @@ pub fn look(
         p.locks = dumped.locks.remove(&p.pid).unwrap_or_default();
     }
     let looked = Looked {
-        origin,
         descriptions: dumped.descriptions,
         sockets: socket_list,
         connections: (opts.after == After::Kill).then_some(sockets),
@@ -143,8 +153,10 @@ pub fn ask(
             let p = &mut s.process;
             let missing = memory::not_copied(via, copy.pid(), &p.vmas)?;
             report.bytes_memory += memory::copy_stopped(via, p.space, &missing, sink)?;
-            if threads::status(held.pid, via)?.vmlck.unwrap_or(0) > 0 {
+            s.copied = missing.iter().map(|v| v.start).collect();
+            if s.queries.locked {
                 maps::add_flags(&mut p.vmas, via, false)?;
+                s.has_flags = true;
             }
         } else if wanted == Twin::Copy {
             report.warnings.push(format!(
@@ -188,7 +200,7 @@ fn ask_one<'a>(
     let area = hole(&p.vmas, batch::AREA)
         .with_context(|| format!("process {pid} has no room for {} bytes", batch::AREA))?;
     let twin = match wanted {
-        Twin::Copy if is_init(pid) => Twin::None,
+        Twin::Copy if s.queries.is_init => Twin::None,
         wanted => wanted,
     };
     let (batch, cloned) = batch::start(held.leader(), &held.mem, tail, area, twin, &|data| {
@@ -205,11 +217,6 @@ fn ask_one<'a>(
     Ok((batch, cloned))
 }
 
-/// The init of a pid namespace would become the parent of its own copy.
-fn is_init(pid: i32) -> bool {
-    threads::status(pid, pid).is_ok_and(|s| s.nspid.is_some_and(|ids| ids.last() == Some(&1)))
-}
-
 /// A hole of `len` bytes in an address space, away from where stacks and heaps grow.
 fn hole(vmas: &[crate::image::Vma], len: u64) -> Option<u64> {
     const MARGIN: u64 = 16 * PAGE;
@@ -223,17 +230,10 @@ fn hole(vmas: &[crate::image::Vma], len: u64) -> Option<u64> {
     (at + len < TASK_SIZE).then_some(at)
 }
 
-fn origin(tid: i32) -> Result<Origin> {
+/// Where the dump is made; [`date`] adds when.
+pub fn origin() -> Result<Origin> {
     let uts = nix::sys::utsname::uname().context("uname")?;
     let text = |s: &std::ffi::OsStr| s.to_string_lossy().into_owned();
-    let clock = |id| -> Result<i128> {
-        let t = nix::time::clock_gettime(id).context("clock_gettime")?;
-        Ok(i128::from(t.tv_sec()) * 1_000_000_000 + i128::from(t.tv_nsec()))
-    };
-    let realtime = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    let (ours, theirs) = (Offsets::of("self"), Offsets::of(&tid.to_string()));
     Ok(Origin {
         mistctl: env!("CARGO_PKG_VERSION").to_owned(),
         hostname: text(uts.nodename()),
@@ -243,11 +243,29 @@ fn origin(tid: i32) -> Result<Origin> {
             .unwrap_or_default()
             .trim()
             .to_owned(),
-        realtime_ns: realtime.as_nanos() as i128,
-        monotonic_ns: clock(nix::time::ClockId::CLOCK_MONOTONIC)? - ours.monotonic
-            + theirs.monotonic,
-        boottime_ns: clock(nix::time::ClockId::CLOCK_BOOTTIME)? - ours.boottime + theirs.boottime,
-        time_offsets_ns: (theirs.monotonic, theirs.boottime),
+        realtime_ns: 0,
+        monotonic_ns: 0,
+        boottime_ns: 0,
+        time_offsets_ns: (0, 0),
         xfeatures: arch::xfeatures(),
     })
+}
+
+/// `tid` is a thread of the processes, whose clocks may differ from ours.
+pub fn date(origin: &mut Origin, tid: i32) -> Result<()> {
+    let clock = |id| -> Result<i128> {
+        let t = nix::time::clock_gettime(id).context("clock_gettime")?;
+        Ok(i128::from(t.tv_sec()) * 1_000_000_000 + i128::from(t.tv_nsec()))
+    };
+    let realtime = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    let (ours, theirs) = (Offsets::of("self"), Offsets::of(&tid.to_string()));
+    origin.realtime_ns = realtime.as_nanos() as i128;
+    origin.monotonic_ns =
+        clock(nix::time::ClockId::CLOCK_MONOTONIC)? - ours.monotonic + theirs.monotonic;
+    origin.boottime_ns =
+        clock(nix::time::ClockId::CLOCK_BOOTTIME)? - ours.boottime + theirs.boottime;
+    origin.time_offsets_ns = (theirs.monotonic, theirs.boottime);
+    Ok(())
 }

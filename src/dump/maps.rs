@@ -1,7 +1,7 @@
 //! Mappings of a process and what is behind them.
 
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, BufRead, BufReader};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
@@ -13,6 +13,7 @@ use crate::error::Failure;
 use crate::image::memory::{Backing, SharedKind, Vma};
 use crate::kernel::arch::TASK_SIZE;
 use crate::kernel::maps::{self, Map, Name};
+use crate::kernel::mem::HUGE;
 
 /// Reads /proc/PID/maps; flags (which cost a walk over all page tables) are added by [`add_flags`].
 pub fn read(pid: i32, tables: &mut Tables) -> Result<Vec<Vma>> {
@@ -53,7 +54,7 @@ fn vma(pid: i32, m: &Map, tables: &mut Tables) -> Result<Vma> {
                 v.name = Some(name.to_owned());
             } else if let Some(name) = n.strip_prefix("anon_shmem:") {
                 v.name = Some(name.to_owned());
-                v.backing = behind(pid, m, "/dev/zero (deleted)", tables)?;
+                v.backing = behind(pid, m, "/dev/zero (deleted)", tables)?.0;
             } else {
                 return Err(refuse(n, "it is of a kind mistctl does not know"));
             }
@@ -73,10 +74,14 @@ fn vma(pid: i32, m: &Map, tables: &mut Tables) -> Result<Vma> {
                     "let the program destroy it first",
                 ));
             }
-            if path == "/anon_hugepage (deleted)" && !m.shared {
-                return Ok(v);
+            let mut huge = path == "/anon_hugepage (deleted)";
+            if !huge || m.shared {
+                (v.backing, huge) = behind(pid, m, &path, tables)?;
             }
-            v.backing = behind(pid, m, &path, tables)?;
+            if huge && !m.shared {
+                // Known long before the other flags, and needed then.
+                v.flags.push("ht".to_owned());
+            }
         }
     }
     Ok(v)
@@ -96,7 +101,10 @@ pub fn open_mapped(pid: i32, start: u64, end: u64) -> Result<File> {
     })
 }
 
-fn behind(pid: i32, m: &Map, path: &str, tables: &mut Tables) -> Result<Backing> {
+/// What is behind a mapping of `path`, and whether that gives huge TLB pages.
+fn behind(pid: i32, m: &Map, path: &str, tables: &mut Tables) -> Result<(Backing, bool)> {
+    // What hugetlbfs tells of its files. Elsewhere such a size is rare, and taken for that until the flags are read.
+    let huge = |meta: &Metadata| meta.blksize() >= HUGE;
     let (start, end, shared) = (m.start, m.end, m.shared);
     // The common case costs one stat: the path still names the mapped inode.
     if let Some((path, meta)) = m.file() {
@@ -111,12 +119,11 @@ fn behind(pid: i32, m: &Map, path: &str, tables: &mut Tables) -> Result<Backing>
             }
             // Of one that an image cannot name the content is carried, as of one that has no name any more.
             let shown = path.to_string_lossy();
-            return Ok(Backing::File {
-                file: tables.file(&shown, &meta, name.is_none()),
-            });
+            let file = tables.file(&shown, &meta, name.is_none());
+            return Ok((Backing::File { file }, huge(&meta)));
         }
         if name == Some("/dev/zero") && !shared {
-            return Ok(Backing::Anonymous);
+            return Ok((Backing::Anonymous, false));
         }
         return Err(Failure::Refused.because(format!(
             "process {pid} maps the device {} at {start:#x}-{end:#x}, which cannot be carried; \
@@ -134,16 +141,15 @@ fn behind(pid: i32, m: &Map, path: &str, tables: &mut Tables) -> Result<Backing>
         if new {
             tables.content(memory, file);
         }
-        return Ok(Backing::Shared { memory });
+        return Ok((Backing::Shared { memory }, false));
     }
     if meta.nlink() == 0 && shared || bare.starts_with("/memfd:") {
         let memory = tables.shared_file(file.as_fd(), path)?;
-        return Ok(Backing::Shared { memory });
+        return Ok((Backing::Shared { memory }, huge(&meta)));
     }
     // A file without this name any more, mapped privately: the image carries it like any library.
-    Ok(Backing::File {
-        file: tables.file(bare, &meta, true),
-    })
+    let file = tables.file(bare, &meta, true);
+    Ok((Backing::File { file }, huge(&meta)))
 }
 
 /// The key of a System V segment (ipc/shm.c).
@@ -197,9 +203,9 @@ impl Flags {
     /// # Errors
     /// Those of the file; of a process that ends meanwhile there are none.
     pub fn read(pid: i32) -> io::Result<Self> {
-        // Large enough for one mapping: each read ends where a mapping does.
-        let mut lines =
-            BufReader::with_capacity(1 << 16, File::open(format!("/proc/{pid}/smaps"))?);
+        // What does not fit behind the mappings that the kernel has in its 4 KiB it throws away, and walks over again
+        // for the next read: it must have as much as is asked for before that.
+        let mut lines = BufReader::with_capacity(2048, File::open(format!("/proc/{pid}/smaps"))?);
         let mut flags = Self::default();
         let (mut line, mut at) = (Vec::new(), None);
         loop {

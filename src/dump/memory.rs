@@ -1,9 +1,10 @@
 //! Memory into the image: which pages, read from where, by two threads.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, anyhow};
 use indicatif::ProgressBar;
@@ -14,7 +15,7 @@ use crate::image::memory::{Backing, SharedMemory, SpaceId, Vma};
 use crate::kernel::arch::PAGE;
 use crate::kernel::maps;
 use crate::kernel::mem::Mem;
-use crate::kernel::pagemap::Pagemap;
+use crate::kernel::pagemap::{Behind, Pagemap};
 
 /// Bytes that a thread takes at a time, beginning at a multiple of it: what one page of page tables maps, and so
 /// what one lock covers.
@@ -53,12 +54,36 @@ impl Piece {
     }
 }
 
-/// A process to read from, and the mappings to read.
-pub struct Source<'a> {
+/// A process to read from, and what of it.
+pub struct Source {
     /// The process, or its copy.
-    pub pid: i32,
-    pub space: SpaceId,
-    pub vmas: Vec<&'a Vma>,
+    pid: i32,
+    space: SpaceId,
+    ranges: Vec<Range>,
+}
+
+/// A mapping to read.
+#[derive(Clone, Copy)]
+struct Range {
+    start: u64,
+    end: u64,
+    behind: Behind,
+}
+
+impl Source {
+    /// Of these mappings those that have pages in the process's own part of the image.
+    pub fn new<'a>(pid: i32, space: SpaceId, vmas: impl Iterator<Item = &'a Vma>) -> Self {
+        let range = |v: &Vma| Range {
+            start: v.start,
+            end: v.end,
+            behind: match v.backing {
+                Backing::Anonymous => Behind::Nothing,
+                _ => Behind::File,
+            },
+        };
+        let ranges = vmas.filter(|v| is_private(v)).map(range).collect();
+        Self { pid, space, ranges }
+    }
 }
 
 /// True when a mapping's pages are in the process's own part of the image.
@@ -66,86 +91,132 @@ pub fn is_private(v: &Vma) -> bool {
     !v.shared && !v.is_kernel()
 }
 
-/// Copies the private pages of all sources. Returns the bytes looked at.
-pub fn copy(sources: &[Source], sink: &dyn Sink, bar: &ProgressBar) -> Result<u64> {
-    if sources.iter().all(|s| s.vmas.is_empty()) {
+/// Copies the private pages of all sources, and calls `meanwhile` in this thread. Returns the bytes looked at.
+pub fn copy(
+    sources: Vec<Source>,
+    sink: &dyn Sink,
+    bar: &ProgressBar,
+    meanwhile: &mut dyn FnMut() -> Result<()>,
+) -> Result<u64> {
+    if sources.iter().all(|s| s.ranges.is_empty()) {
         // Mostly so while a process stands: no threads for nothing.
+        meanwhile()?;
         return Ok(0);
     }
-    let (send, receive) = mpsc::sync_channel::<Piece>(64);
-    let receive = Mutex::new(receive);
+    let pieces = Mutex::new(Pieces::new(sources));
     let (total, failed) = (AtomicU64::new(0), AtomicBool::new(false));
+    let panicked = || anyhow!("a copying thread panicked");
     std::thread::scope(|scope| {
         let work = || -> Result<()> {
             let mut buffer = vec![0u8; STEP as usize];
-            let mut result = Ok(());
-            loop {
-                let next = receive
-                    .lock()
-                    .map_err(|_| anyhow!("a copying thread panicked"))?
-                    .recv();
-                let Ok(piece) = next else { return result };
-                // After an error pieces are only taken, so that nobody waits for ever to give one.
-                if failed.load(Ordering::Relaxed) {
-                    continue;
-                }
-                result = piece.copy(sink, &mut buffer, &mut |n| {
-                    total.fetch_add(n, Ordering::Relaxed);
-                    bar.inc(n);
+            while !failed.load(Ordering::Relaxed) {
+                let next = pieces.lock().map_err(|_| panicked())?.next();
+                let copied = next.and_then(|piece| {
+                    let Some(piece) = piece else { return Ok(false) };
+                    piece.copy(sink, &mut buffer, &mut |n| {
+                        total.fetch_add(n, Ordering::Relaxed);
+                        bar.inc(n);
+                    })?;
+                    Ok(true)
                 });
-                if result.is_err() {
-                    failed.store(true, Ordering::Relaxed);
+                match copied {
+                    Ok(true) => {}
+                    Ok(false) => break,
+                    Err(e) => {
+                        failed.store(true, Ordering::Relaxed);
+                        return Err(e);
+                    }
                 }
             }
+            Ok(())
         };
         let workers: Vec<_> = (0..WORKERS).map(|_| scope.spawn(work)).collect();
-        let sent = scan(sources, &send);
-        drop(send);
-        let mut result = Ok(());
-        for w in workers {
-            let r = w
-                .join()
-                .unwrap_or_else(|_| Err(anyhow!("a copying thread panicked")));
-            result = result.and(r);
+        let mut result = meanwhile();
+        if result.is_err() {
+            failed.store(true, Ordering::Relaxed);
         }
-        result.and(sent)
+        for w in workers {
+            result = result.and(w.join().unwrap_or_else(|_| Err(panicked())));
+        }
+        result
     })?;
     Ok(total.into_inner())
 }
 
-/// Gives pages to the workers.
-fn scan(sources: &[Source], send: &mpsc::SyncSender<Piece>) -> Result<()> {
-    for s in sources {
-        let pagemap = Pagemap::open(s.pid)?;
-        let mem = Arc::new(Mem::open(s.pid)?);
-        for v in s.vmas.iter().filter(|v| is_private(v)) {
-            pagemap.private(v.start, v.end, &mut |start, end| {
-                for at in (start - start % PIECE..end).step_by(PIECE as usize) {
-                    let piece = Piece {
-                        space: s.space,
-                        start: at.max(start),
-                        end: (at + PIECE).min(end),
-                        over: v.backing != Backing::Anonymous,
-                        mem: Arc::clone(&mem),
-                    };
-                    send.send(piece)
-                        .map_err(|_| anyhow!("the copying threads have ended"))?;
-                }
-                Ok(())
-            })?;
+/// What is to be copied, found as it is asked for.
+struct Pieces {
+    sources: std::vec::IntoIter<Source>,
+    open: Option<Opened>,
+    found: VecDeque<Piece>,
+}
+
+/// A source, and how far it has been looked at.
+struct Opened {
+    space: SpaceId,
+    pagemap: Pagemap,
+    mem: Arc<Mem>,
+    ranges: std::vec::IntoIter<Range>,
+    now: Option<Range>,
+}
+
+impl Pieces {
+    fn new(sources: Vec<Source>) -> Self {
+        Self {
+            sources: sources.into_iter(),
+            open: None,
+            found: VecDeque::new(),
         }
     }
-    Ok(())
+
+    fn next(&mut self) -> Result<Option<Piece>> {
+        while self.found.is_empty() {
+            let Some(open) = &mut self.open else {
+                let Some(s) = self.sources.next() else {
+                    return Ok(None);
+                };
+                self.open = Some(Opened {
+                    space: s.space,
+                    pagemap: Pagemap::open(s.pid)?,
+                    mem: Arc::new(Mem::open(s.pid)?),
+                    ranges: s.ranges.into_iter(),
+                    now: None,
+                });
+                continue;
+            };
+            let Some(range) = open.now.take().or_else(|| open.ranges.next()) else {
+                self.open = None;
+                continue;
+            };
+            let Range { start, end, behind } = range;
+            let (found, space, mem) = (&mut self.found, open.space, &open.mem);
+            let seen = open
+                .pagemap
+                .some_private(start, end, behind, &mut |from, to| {
+                    for at in (from - from % PIECE..to).step_by(PIECE as usize) {
+                        found.push_back(Piece {
+                            space,
+                            start: at.max(from),
+                            end: (at + PIECE).min(to),
+                            over: behind == Behind::File,
+                            mem: Arc::clone(mem),
+                        });
+                    }
+                })?;
+            if seen < end {
+                open.now = Some(Range {
+                    start: seen,
+                    ..range
+                });
+            }
+        }
+        Ok(self.found.pop_front())
+    }
 }
 
 /// Copies mappings whose content a clone does not have. The process stands still meanwhile.
 pub fn copy_stopped(pid: i32, space: SpaceId, vmas: &[&Vma], sink: &dyn Sink) -> Result<u64> {
-    let source = Source {
-        pid,
-        space,
-        vmas: vmas.to_vec(),
-    };
-    copy(&[source], sink, &ProgressBar::hidden())
+    let source = Source::new(pid, space, vmas.iter().copied());
+    copy(vec![source], sink, &ProgressBar::hidden(), &mut || Ok(()))
 }
 
 /// Anonymous mappings that hold something in `pid` and nothing in its copy (MADV_WIPEONFORK), that the

@@ -4,7 +4,7 @@ use crate::kernel::proc_file;
 use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Context, Result};
-use procfs::process::{Process as Proc, Stat};
+use procfs::process::{Process as Proc, Stat, Status};
 
 use super::maps::Flags;
 use super::tables::Tables;
@@ -198,8 +198,11 @@ pub fn read(
         };
         return Ok((p, queries::Queries::default()));
     };
+    let is_init = |s: &Status| s.nspid.as_ref().is_some_and(|ids| ids.last() == Some(&1));
+    let mut leader_is_init = false;
     if via != pid {
         let status = leader.status().with_context(ctx)?;
+        leader_is_init = is_init(&status);
         p.ended_leader = Some(EndedLeader {
             status: stat.exit_code.unwrap_or(0),
             creds: threads::creds(&status),
@@ -223,6 +226,8 @@ pub fn read(
     p.root = link(via, "root", tables)?;
     let queries = queries::Queries {
         timers: p.posix_timers.iter().map(|t| t.id).collect(),
+        is_init: leader_is_init || is_init(&status),
+        locked: status.vmlck.unwrap_or(0) > 0,
         ..queries::Queries::default()
     };
     Ok((p, queries))

@@ -31,6 +31,10 @@ pub struct Queries {
     pub timers: Vec<i32>,
     /// It has children, dead or alive, or traces somebody; known once it has answered.
     pub has_children: bool,
+    /// The init of a pid namespace: it would become the parent of its own copy.
+    pub is_init: bool,
+    /// Some of its memory is locked.
+    pub locked: bool,
 }
 
 /// Places of answers in the results, in the order of [`Queries::calls`].

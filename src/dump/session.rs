@@ -21,9 +21,8 @@ use super::{
 };
 use crate::error::Failure;
 use crate::image::memory::Backing;
-use crate::image::process::Process;
 use crate::image::pvm::PvmTask;
-use crate::image::{ChangedFlags, FORMAT_NAME, FORMAT_VERSION, Fd, Manifest, SpaceId, Vma};
+use crate::image::{ChangedFlags, FORMAT_NAME, FORMAT_VERSION, Fd, Manifest, Origin, SpaceId, Vma};
 use crate::kernel::batch::{Snapshot, Twin};
 use crate::kernel::guardian::Guardian;
 use crate::kernel::sched::Urgent;
@@ -45,6 +44,8 @@ pub struct Session {
     opts: Options,
     /// Of their descriptors, before they stood.
     order: Order,
+    /// But for the time.
+    origin: Origin,
     /// The processes have a pid namespace of their own.
     inside: bool,
     guardian: Arc<Guardian>,
@@ -66,7 +67,14 @@ impl Session {
     /// # Errors
     /// Classified (see [`Failure`]); all processes run on.
     pub fn stop(opts: &Options) -> Result<Self> {
-        Self::stop_with(opts, &mut HeldProcess::stop)
+        let mut urgent = None;
+        let mut session = Self::stop_with(opts, &mut |pid| {
+            // As long as it stands, without a gap in which others could come first.
+            urgent = Some(Urgent::new());
+            HeldProcess::stop(pid)
+        })?;
+        session.urgent = urgent;
+        Ok(session)
     }
 
     /// The same, where `stop_first` stops the process that was asked for: at a moment of its own choice.
@@ -93,6 +101,7 @@ impl Session {
         // Nobody changes his own.
         let inside = namespace::is_inside(process::living_thread(opts.pid));
         let order = Order::look(&pids);
+        let origin = look::origin()?;
         let guardian = Guardian::start().context("starting the guardian process")?;
         let (pids, holds, stopped) = stop_all(opts, stop_first)?;
         Ok(Self {
@@ -107,6 +116,7 @@ impl Session {
             pids,
             opts: opts.clone(),
             order,
+            origin,
             inside,
             guardian: Arc::new(guardian),
             stopped,
@@ -146,6 +156,8 @@ impl Session {
     /// # Errors
     /// Classified; what cannot be carried is named.
     pub fn look(&mut self, sink: &dyn Sink) -> Result<()> {
+        let first = self.holds.iter().flatten().next();
+        look::date(&mut self.origin, first.map_or(0, HeldProcess::via))?;
         let (mut subjects, mut looked) = look::look(
             &self.opts,
             &self.pids,
@@ -234,7 +246,9 @@ impl Session {
             bar,
         )?;
         self.report.bytes_memory += copied;
-        self.subjects.iter_mut().for_each(|s| drop(s.copy.take()));
+        // Nobody has to wait until they have given their memory back.
+        let copies = self.subjects.iter_mut().filter_map(|s| s.copy.take());
+        copies.for_each(Snapshot::abandon);
         Ok(())
     }
 
@@ -351,7 +365,7 @@ impl Session {
         Ok(Manifest {
             format: FORMAT_NAME.to_owned(),
             version: FORMAT_VERSION,
-            origin: looked.origin.clone(),
+            origin: self.origin.clone(),
             processes: subjects.into_iter().map(|s| s.process).collect(),
             descriptions: std::mem::take(&mut looked.descriptions),
             sockets: std::mem::take(&mut looked.sockets),
@@ -486,54 +500,42 @@ fn copy_memory(
     sink: &dyn Sink,
     bar: &ProgressBar,
 ) -> Result<u64> {
-    let mut populated = 0;
-    for (s, hold) in subjects.iter_mut().zip(holds) {
-        let (pid, is_copy) = match (&s.copy, hold) {
-            (Some(c), _) => (c.pid(), true),
-            (None, Some(h)) => (h.via(), false),
-            (None, None) => continue,
+    let (mut populated, mut sources) = (0, Vec::new());
+    for (s, hold) in subjects.iter().zip(holds) {
+        let Some(pid) = s.shown_by(hold.as_ref()) else {
+            continue;
         };
-        details(&mut s.process, pid, is_copy, tables, carried, sink)?;
         let status = procfs::process::Process::new(pid).and_then(|p| p.status());
         populated += status.map_or(0, |s| s.rssanon.unwrap_or(0) + s.vmswap.unwrap_or(0)) * 1024;
+        let left = |v: &&Vma| !s.copied.contains(&v.start);
+        let vmas = s.process.vmas.iter().filter(left);
+        sources.push(memory::Source::new(pid, s.process.space, vmas));
     }
     bar.set_length(populated);
-    let sources: Vec<memory::Source> = subjects
-        .iter()
-        .zip(holds)
-        .filter_map(|(s, hold)| {
-            let pid = match (&s.copy, hold) {
-                (Some(c), _) => c.pid(),
-                (None, Some(h)) => h.via(),
-                (None, None) => return None,
-            };
-            let there = |v: &&crate::image::Vma| s.copy.is_none() || !v.has("dc") && !v.has("ht");
-            let vmas = s.process.vmas.iter().filter(there).collect();
-            Some(memory::Source {
-                pid,
-                space: s.process.space,
-                vmas,
-            })
+    // The rest, too, is worth a processor's time.
+    memory::copy(sources, sink, bar, &mut || {
+        let mut all = subjects.iter_mut().zip(holds);
+        all.try_for_each(|(s, hold)| match s.shown_by(hold.as_ref()) {
+            Some(pid) => details(s, pid, tables, carried, sink),
+            None => Ok(()),
         })
-        .collect();
-    memory::copy(&sources, sink, bar)
+    })
 }
 
 /// What is known of mappings only from a walk over the page tables of `pid`, which is the process or its copy; and
 /// the files that the image carries.
 fn details(
-    process: &mut Process,
+    s: &mut Subject,
     pid: i32,
-    is_copy: bool,
     tables: &mut Tables,
     carried: Carried,
     sink: &dyn Sink,
 ) -> Result<()> {
-    if process.vmas.iter().all(|v| v.flags.is_empty()) {
-        maps::add_flags(&mut process.vmas, pid, is_copy)?;
+    if !s.has_flags {
+        maps::add_flags(&mut s.process.vmas, pid, s.copy.is_some())?;
     }
-    memory::add_guards(pid, &mut process.vmas)?;
-    carry::files(pid, process, tables, carried, sink)
+    memory::add_guards(pid, &mut s.process.vmas)?;
+    carry::files(pid, &s.process, tables, carried, sink)
 }
 
 /// The error for a process that moves and was found to have a child when it had been looked at.

@@ -97,14 +97,25 @@ impl Pagemap {
     }
 
     /// Pages in `start..end` that belong to the process alone (anonymous, or modified copies of file
-    /// pages) and are not the zero page, as runs given to `each`.
-    pub fn private(
+    /// pages) and are not the zero page, as runs given to `each`. Some of them: returns how far it has looked.
+    pub fn some_private(
         &self,
         start: u64,
         end: u64,
-        each: &mut dyn FnMut(u64, u64) -> Result<()>,
-    ) -> Result<()> {
-        self.scan(start, end, self.own(Behind::File), each)
+        behind: Behind,
+        each: &mut dyn FnMut(u64, u64),
+    ) -> Result<u64> {
+        let mut regions = [Region::default(); 512];
+        let (n, walk_end) = self
+            .scan_once(start, end, self.own(behind), &mut regions, BATCH)
+            .with_context(|| {
+                format!("scanning pages {start:#x}-{end:#x} of process {}", self.pid)
+            })?;
+        for r in regions.iter().take(n) {
+            each(r.start, r.end);
+        }
+        // A scan that comes no further has nothing to tell.
+        Ok(if walk_end <= start { end } else { walk_end })
     }
 
     /// The pages that [`Pagemap::private`] would give, all or only those written to since the last call with

@@ -1,5 +1,6 @@
 // Private anonymous memory: content, holes, zero pages, and that it still behaves like
 // anonymous memory afterwards (zeros after MADV_DONTNEED, mremap, mprotect, fork).
+// mist: copied
 #include "mist.h"
 #define PAGE 4096ul
 #define PAGES 2048ul

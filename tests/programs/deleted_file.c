@@ -1,5 +1,6 @@
 // Deleted files: open, mapped shared and private, open twice through one description and
 // through two; and a deleted directory as the current one is left out on purpose.
+// mist: copied
 #include "mist.h"
 #define PAGE 4096ul
 

@@ -1,5 +1,6 @@
 // Mappings of files: private ones with pages of their own, shared ones that write through,
 // executable ones, and a mapping that reaches past the end of its file.
+// mist: copied
 #include "mist.h"
 #include <setjmp.h>
 #define PAGE 4096ul

@@ -1,4 +1,5 @@
 // Huge pages: transparent ones, and (where there are any) those of hugetlbfs, private and shared.
+// mist: copied
 #include "mist.h"
 #define HUGE (2ul << 20)
 

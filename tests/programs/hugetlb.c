@@ -1,6 +1,7 @@
 // Pages of hugetlbfs: in a memfd, shared without a file, in a System V segment, private, and a private view of a memfd.
 // They are taken from what the system may hand out beyond its pool, which this raises (vm.nr_overcommit_hugepages).
 // mist: variants memfd anonymous sysv private view
+// mist: copied
 #include "mist.h"
 #include <sys/ipc.h>
 #include <sys/shm.h>

@@ -1,6 +1,7 @@
 // The first thread has ended, the others go on: /proc/PID shows a zombie that leads living
 // threads.
 // mist: cflags -pthread
+// mist: copied
 #include "mist.h"
 #include <pthread.h>
 

@@ -1,4 +1,5 @@
 // memfds: content, holes, size, seals, position; mapped twice, and one that only a mapping holds.
+// mist: copied
 #include "mist.h"
 #define PAGE 4096ul
 

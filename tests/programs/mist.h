@@ -17,6 +17,7 @@
 //   // mist: user                     run the program as uid and gid 65534
 //   // mist: setsid                   the program leads a session of its own
 //   // mist: stopped                  the program is group-stopped while it waits
+//   // mist: copied                   restore it, too, from what was dumped while it ran on
 //   // mist: dumps N                  dump it N times while it goes on, not three times
 //   // mist: removed NAME...          files here that are gone before the restore
 //   // mist: replaced NAME...         files here that are others before the restore

@@ -1,4 +1,5 @@
 // A terabyte reserved, a few pages of it used: neither slow nor big, and still usable.
+// mist: copied
 #include "mist.h"
 #define TB (1ul << 40)
 

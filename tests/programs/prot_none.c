@@ -1,4 +1,5 @@
 // PROT_NONE pages with content, and MADV_GUARD pages: the content comes back, the fault too.
+// mist: copied
 #include "mist.h"
 #include <setjmp.h>
 #define PAGE 4096ul

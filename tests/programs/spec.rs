@@ -23,10 +23,13 @@ pub enum Mode {
     Taken,
     /// Its memory copied in rounds while it runs, the rest dumped; killed, restored. Single processes only.
     Rounds,
+    /// Dumped while it goes on, killed later, restored: its memory is that of its copy. Where that is asked for:
+    /// nothing outside of the program may remember it.
+    Copied,
 }
 
 impl Mode {
-    pub const ALL: [Mode; 7] = [
+    pub const ALL: [Mode; 8] = [
         Self::Alone,
         Self::GoOn,
         Self::Kill,
@@ -34,6 +37,7 @@ impl Mode {
         Self::Lazy,
         Self::Taken,
         Self::Rounds,
+        Self::Copied,
     ];
 
     pub fn name(self) -> &'static str {
@@ -45,6 +49,7 @@ impl Mode {
             Self::Lazy => "lazy",
             Self::Taken => "ids_taken",
             Self::Rounds => "rounds",
+            Self::Copied => "copied",
         }
     }
 
@@ -58,6 +63,7 @@ impl Mode {
             Self::Lazy => "no-lazy",
             Self::Taken => "no-ids-taken",
             Self::Rounds => "no-rounds",
+            Self::Copied => "no-copied",
         }
     }
 
@@ -65,7 +71,7 @@ impl Mode {
     pub fn absences(self) -> usize {
         match self {
             Self::Alone | Self::GoOn => 0,
-            Self::Kill | Self::Lazy | Self::Rounds => 1,
+            Self::Kill | Self::Lazy | Self::Rounds | Self::Copied => 1,
             Self::Twice | Self::Taken => 2,
         }
     }
@@ -86,6 +92,8 @@ pub struct Spec {
     pub user: bool,
     pub setsid: bool,
     pub stopped: bool,
+    /// [`Mode::Copied`] too.
+    pub copied: bool,
     /// How often it is dumped while it goes on, if not three times.
     pub dumps: Option<u32>,
     /// Files of the program's directory that are gone when it is restored.
@@ -126,6 +134,7 @@ impl Spec {
                 "removed" => spec.removed.extend(words),
                 "replaced" => spec.replaced.extend(words),
                 "stopped" => spec.stopped = true,
+                "copied" => spec.copied = true,
                 "may-refuse" => spec.may_refuse = Some(words.collect::<Vec<_>>().join(" ")),
                 "moments" => spec.moments = Some(words.collect::<Vec<_>>().join(" ")),
                 "refused" => spec.refused = Some(words.collect::<Vec<_>>().join(" ")),

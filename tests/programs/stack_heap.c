@@ -1,4 +1,5 @@
 // brk and the stack grow as before, a second MAP_GROWSDOWN mapping too.
+// mist: copied
 #include "mist.h"
 
 static int deep(int n)

@@ -124,6 +124,13 @@ impl Test {
             Mode::Rounds => {
                 away = self.dump_in_rounds()?;
             }
+            Mode::Copied => {
+                away = self.dump(None)?;
+                if let (true, Some(program)) = (away, &mut self.program) {
+                    program.kill()?;
+                    self.leave()?;
+                }
+            }
             Mode::Taken => {
                 away = self.dump(Some("--kill"))?;
                 if away {

@@ -1,5 +1,6 @@
 // Locked memory and the flags of madvise: they are in smaps' VmFlags, and do what they did.
 // mist: no-lazy until they are filled the mappings show that they are being filled (VmFlags um)
+// mist: copied
 #include "mist.h"
 #define PAGE 4096ul
 #define SIZE (32 * PAGE)

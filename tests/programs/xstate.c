@@ -2,6 +2,7 @@
 // AVX-512, x87, MXCSR, the x87 control word, and the general ones.
 // mist: cflags -pthread
 // mist: dumps 10
+// mist: copied
 #include "mist.h"
 #include <cpuid.h>
 #include <pthread.h>
