@@ -243,7 +243,7 @@ impl FileDumper {
     /// Why a descriptor in flight cannot be carried.
     pub fn refusal(&self, own: OwnedFd, sockets: &mut dyn Sockets) -> Option<anyhow::Error> {
         let fd = own.as_raw_fd();
-        let facts = Facts::read(0, fd, own, "self").ok()?;
+        let facts = Facts::read(0, fd, own, &Shown::by("self").ok()?).ok()?;
         let place = Place {
             pid: 0,
             fd,
