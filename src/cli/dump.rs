@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use clap::ValueEnum;
@@ -13,6 +13,7 @@ use mistctl::image::{Compress, dated, remove_partial};
 use mistctl::kernel::apart::{self, Ended};
 use mistctl::pvm::local;
 use mistctl::pvm::tid::Tid;
+use nix::sys::stat::{Mode, umask};
 
 use super::{out, stores};
 
@@ -119,6 +120,9 @@ impl FromStr for Target {
     }
 }
 
+/// Another mistctl is at work on the image, or on the process.
+const BUSY: u8 = 4;
+
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum How {
     /// As it is: fastest, and can be mapped
@@ -150,17 +154,19 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         Some(dir) => dir.components().collect(),
         None => PathBuf::from(default_name(pid)),
     };
+    // Modes of images are given where they are made, and nothing is to be taken from those.
+    umask(Mode::from_bits_truncate(0o077));
     let ended = match apart::step_apart()? {
         None => return dump(args, pid, output),
         Some(ended) => ended,
     };
-    if let Ended::Exited(code) = ended {
+    if let Ended::Exited(code @ (0 | BUSY)) = ended {
         return Ok(ExitCode::from(code));
     }
-    // What killed it kept it from cleaning up.
-    match args.keep {
-        Some(_) => dated::remove_leftovers(&output)?,
-        None => remove_partial(&output)?,
+    // What killed it kept it from cleaning up, or it had no descriptor left for that.
+    let cleaned = clean_up(args, &output);
+    if !matches!(ended, Ended::Exited(_)) {
+        cleaned?;
     }
     match ended {
         Ended::CalledOff(signal) => apart::end_by(signal),
@@ -169,6 +175,21 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         ))),
         Ended::Exited(code) => Ok(ExitCode::from(code)),
     }
+}
+
+/// Removes what is left of an image that was not finished.
+fn clean_up(args: &Args, output: &Path) -> anyhow::Result<()> {
+    if args.keep.is_some() {
+        return dated::remove_leftovers(output);
+    }
+    // The guardian has what its tracer had open, and ends with it.
+    for _ in 0..400 {
+        if remove_partial(output)? {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
 }
 
 fn dump(args: &Args, pid: i32, output: PathBuf) -> anyhow::Result<ExitCode> {

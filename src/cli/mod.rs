@@ -203,7 +203,12 @@ fn fail(error: &anyhow::Error, json: bool) -> ExitCode {
 /// Whether mistctl has run out of descriptors.
 fn too_many_files(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
-        cause.downcast_ref() == Some(&Errno::EMFILE)
+        let procfs = match cause.downcast_ref() {
+            Some(procfs::ProcError::Io(e, _)) => e.raw_os_error(),
+            _ => None,
+        };
+        procfs == Some(Errno::EMFILE as i32)
+            || cause.downcast_ref() == Some(&Errno::EMFILE)
             || cause
                 .downcast_ref::<std::io::Error>()
                 .is_some_and(|e| e.raw_os_error() == Some(Errno::EMFILE as i32))

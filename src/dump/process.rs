@@ -4,6 +4,7 @@ use crate::kernel::proc_file;
 use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Context, Result};
+use procfs::ProcError;
 use procfs::process::{Process as Proc, Stat, Status};
 
 use super::maps::Flags;
@@ -19,12 +20,13 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<Flags> {
     let status = match Proc::new(pid).and_then(|p| p.status()) {
         Ok(s) => s,
         // A child that came and went.
-        Err(_) if !asked_for => return Ok(Flags::default()),
-        Err(e) => {
+        Err(ProcError::NotFound(_)) if !asked_for => return Ok(Flags::default()),
+        Err(e @ ProcError::NotFound(_)) => {
             return Err(e)
                 .or_failure(Failure::NoSuchProcess)
                 .with_context(|| format!("there is no process {pid}"));
         }
+        Err(e) => return Err(e).with_context(|| format!("reading the state of process {pid}")),
     };
     if status.tgid == 0 {
         // Its parent has just taken it: nothing names it any more.
@@ -44,7 +46,8 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<Flags> {
         via => match Proc::new(via).and_then(|p| p.status()) {
             Ok(s) => (via, s),
             // The thread has ended since: whoever stops the process finds another, or none.
-            Err(_) => return Ok(Flags::default()),
+            Err(ProcError::NotFound(_)) => return Ok(Flags::default()),
+            Err(e) => return Err(e).with_context(|| format!("reading the state of process {pid}")),
         },
     };
     if status.state.starts_with('Z') {

@@ -462,11 +462,14 @@ fn stop_all(
             let zombie = match stat {
                 Ok(s) => s.state == 'Z' && s.num_threads <= 1,
                 // A child that came and went.
-                Err(_) if pid != opts.pid => continue,
-                Err(_) => {
+                Err(procfs::ProcError::NotFound(_)) if pid != opts.pid => continue,
+                Err(procfs::ProcError::NotFound(_)) => {
                     return Err(
                         Failure::NoSuchProcess.because(format!("there is no process {pid}"))
                     );
+                }
+                Err(e) => {
+                    return Err(e).with_context(|| format!("reading the state of process {pid}"));
                 }
             };
             if zombie {

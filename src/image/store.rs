@@ -183,18 +183,17 @@ fn partial_of(image: &Path) -> PathBuf {
     PathBuf::from(name)
 }
 
-/// Removes what a writer of `image` left behind that was killed. It stays where another one is at work.
+/// Removes what a writer of `image` left behind that was killed: true if it is gone. It stays where somebody has it
+/// locked: another writer, or for a moment what the dead one has forked.
 ///
 /// # Errors
 /// When it cannot be removed, or is not what a writer leaves.
-pub fn remove_partial(image: &Path) -> Result<()> {
+pub fn remove_partial(image: &Path) -> Result<bool> {
     let path = partial_of(image);
-    if path.symlink_metadata().is_err() {
-        return Ok(());
-    }
     match lock_dir(&path)? {
-        Locked::Ours(_lock) => remove_unfinished(&path),
-        Locked::Busy | Locked::Gone => Ok(()),
+        Locked::Ours(_lock) => remove_unfinished(&path).map(|()| true),
+        Locked::Busy => Ok(false),
+        Locked::Gone => Ok(true),
     }
 }
 

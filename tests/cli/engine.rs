@@ -133,6 +133,54 @@ fn an_image_may_be_named_as_a_directory() {
 }
 
 #[test]
+fn a_dump_without_descriptors_says_so_and_leaves_nothing() {
+    if !engine() {
+        return;
+    }
+    let dir = temp();
+    let i = dir.path().join("i");
+    let target = Sleeper::new();
+    for limit in 8..24 {
+        let ran = Ran(Command::new("sh")
+            .args(["-c", &format!("ulimit -n {limit}; exec \"$@\""), "sh"])
+            .arg(mistctl().get_program())
+            .args(["dump", &target.pid(), "-o", path(&i)])
+            .output()
+            .unwrap());
+        if ran.0.status.success() {
+            assert!(limit > 8);
+            return;
+        }
+        // Not that there is no such process, with the code that makes cron silent.
+        assert_ne!(ran.0.status.code(), Some(3), "{limit}: {}", both(&ran.0));
+        if ran.0.status.code() != Some(127) {
+            ran.says(&["Too many open files"]);
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "{limit}");
+    }
+    panic!("no limit was enough");
+}
+
+#[test]
+fn a_umask_takes_nothing_from_an_image() {
+    if !engine() {
+        return;
+    }
+    let dir = temp();
+    let i = dir.path().join("i");
+    let target = Sleeper::new();
+    let mut dump = Command::new("sh");
+    dump.args(["-c", "umask 777; exec \"$@\"", "sh"])
+        .arg(mistctl().get_program())
+        .args(["dump", &target.pid(), "-o", path(&i)]);
+    Ran(dump.output().unwrap()).ends_with(0);
+    for (name, mode) in [("", 0o700), ("objects", 0o700), ("pages", 0o600)] {
+        let there = fs::metadata(i.join(name)).unwrap().permissions().mode();
+        assert_eq!(there & 0o777, mode, "{name}");
+    }
+}
+
+#[test]
 fn dump_with_json_says_what_it_did_in_one_object() {
     if !engine() {
         return;

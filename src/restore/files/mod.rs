@@ -132,8 +132,12 @@ impl Builder<'_> {
         if self.built.fds.contains_key(&id) {
             return Ok(());
         }
-        let fd = fds::dup_above(fd.as_fd(), self.surroundings.floor)
-            .with_context(|| format!("a descriptor above {} (F_DUPFD)", self.surroundings.floor))?;
+        let fd = fds::dup_above(fd.as_fd(), self.surroundings.floor).with_context(|| {
+            format!(
+                "a descriptor above {} (F_DUPFD; see ulimit -n)",
+                self.surroundings.floor
+            )
+        })?;
         self.built.fds.insert(id, fd);
         Ok(())
     }
