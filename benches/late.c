@@ -287,6 +287,9 @@ static void set_up(void)
         setsockopt(pair[0], SOL_SOCKET, option, &tv, sizeof tv);
         while ((is("send_sndtimeo") || is("writev_sndtimeo")) && send(pair[0], full, sizeof full, MSG_DONTWAIT) > 0)
             ;
+        // A part of what is to come.
+        if (is("recv_waitall_rcvtimeo"))
+            send(pair[1], "a", 1, 0);
         // Others that wait too: for the same socket a little longer, or for one each.
         if (is("recv_shared_rcvtimeo"))
             wait_beside(pair[0]);

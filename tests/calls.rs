@@ -19,6 +19,10 @@ struct Running {
 impl Running {
     /// None where this cannot be tested.
     fn start(source: &str) -> Result<Option<Self>> {
+        Self::start_with(source, &[])
+    }
+
+    fn start_with(source: &str, args: &[&str]) -> Result<Option<Self>> {
         if !nix::unistd::geteuid().is_root() {
             println!("SKIPPED: restoring ids and clocks needs root");
             return Ok(None);
@@ -27,6 +31,7 @@ impl Running {
         let program = common::build_c(&source, &["-pthread".into()])?;
         let dir = tempfile::tempdir()?;
         let child = Command::new(&program)
+            .args(args)
             .current_dir(dir.path())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -212,6 +217,38 @@ fn each_of_two_calls_on_one_socket_ends_at_its_own_time() -> Result<()> {
         let it = nix::unistd::Pid::from_raw(pid);
         nix::sys::signal::kill(it, nix::sys::signal::Signal::SIGKILL)?;
         common::wait_for("the end of who waits", LIMIT, wakers)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn what_has_part_of_its_bytes_waits_for_the_rest_of_its_time_only() -> Result<()> {
+    for (way, nr) in [("receive", libc::SYS_recvfrom), ("send", libc::SYS_sendto)] {
+        for restored in [false, true] {
+            let Some(mut p) = Running::start_with("tests/calls/waitall.c", &[way])? else {
+                return Ok(());
+            };
+            p.sleeps_in(nr)?;
+            p.dump("image", restored)?;
+            let manifest = std::fs::read(p.path("image").join("manifest.json"))?;
+            let manifest: serde_json::Value = serde_json::from_slice(&manifest)?;
+            let resume = &manifest["processes"][0]["threads"][0]["resume"];
+            let left = resume["left_ns"].as_i64().unwrap_or(-1);
+            ensure!((1..1_500_000_000).contains(&left), "{way}: {resume}");
+            if restored {
+                let mut restore = common::mistctl();
+                restore.args(["restore", "-d"]).arg(p.path("image"));
+                p.run(restore, "restore")?;
+            }
+            p.has("result")?;
+            let text = p.result()?;
+            let (n, took) = text.split_once(' ').context("two words")?;
+            // Of what was sent as much as has come.
+            let wanted = if way == "send" { "0" } else { "1000" };
+            ensure!(n == wanted, "{way}: {text}");
+            let took: f64 = took.trim().parse()?;
+            ensure!(took >= 1.5, "{way}: it ended after {took} s");
+        }
     }
     Ok(())
 }

@@ -40,8 +40,14 @@ pub enum Resume {
     Again { nr: u64 },
     /// It was in system call `nr` with a time-out of which `left_ns` are left.
     Timed { nr: u64, left_ns: i64 },
-    /// It had transferred `done` bytes of a call that goes on with the rest.
-    Partial { nr: u64, done: u64 },
+    /// It had transferred `done` bytes of a call that goes on with the rest. Of its socket's time-out, where it has
+    /// one, `left_ns` are left.
+    Partial {
+        nr: u64,
+        done: u64,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        left_ns: Option<i64>,
+    },
 }
 
 /// PTRACE_GET_RSEQ_CONFIGURATION.

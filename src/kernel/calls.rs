@@ -103,13 +103,26 @@ pub fn socket_option(nr: u64) -> Option<i32> {
     }
 }
 
-/// What such a call returns when that time is up and it has transferred nothing.
-pub fn timed_out(nr: u64, domain: i32) -> i64 {
+/// How a call ends when its socket's time is up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TimeIsUp {
+    /// What it returns then, if it has transferred nothing.
+    pub result: i64,
+    /// Its time begins anew with each part that is transferred (sock_alloc_send_pskb in net/core/sock.c).
+    pub restarts: bool,
+}
+
+/// The same for a socket of this `domain`.
+pub fn time_is_up(nr: u64, domain: i32) -> TimeIsUp {
     let error = match nr as i64 {
         libc::SYS_connect if domain != libc::AF_UNIX => libc::EINPROGRESS,
         _ => libc::EAGAIN,
     };
-    -i64::from(error)
+    let sends = nr as i64 != libc::SYS_connect && socket_option(nr) == Some(libc::SO_SNDTIMEO);
+    TimeIsUp {
+        result: -i64::from(error),
+        restarts: sends && domain == libc::AF_UNIX,
+    }
 }
 
 /// Ended by a stop and by nothing else.
@@ -168,19 +181,21 @@ pub fn asked(t: Transfer, r: &Regs, mem: &Mem) -> Result<(u64, Vec<(u64, u64)>)>
     Ok((sum, all))
 }
 
-/// The trampoline at `at` for the rest of a call: what is left of its time-out, or of its bytes.
+/// The trampoline at `at` for the rest of a call: what is left of its time-out, or of its bytes. With a `note` for
+/// [`trampoline::note`].
 /// None for calls that need none, or whose rest does not fit (more than [`VECTORS_MAX`] vectors).
 pub fn rest(
     at: u64,
     program: &Regs,
     resume: &Resume,
     left_ns: i64,
+    note: Option<i64>,
     mem: &Mem,
 ) -> Result<Option<Trampoline>> {
     let left = left_ns.max(0) as u64;
     let emit = |nr, args: &[(usize, u64)], done, in_data: &[usize], data: &[u8]| {
         Ok(Some(trampoline::emit(
-            at, program, nr, args, done, None, in_data, data,
+            at, program, nr, args, done, note, in_data, data,
         )))
     };
     match *resume {
@@ -191,7 +206,7 @@ pub fn rest(
             Some((Timeout::Timespec(i), _)) => emit(nr, &[(i, 0)], None, &[i], &timespec(left)),
             Some((Timeout::Timeval(i), _)) => emit(nr, &[(i, 0)], None, &[i], &timeval(left)),
         },
-        Resume::Partial { nr, done } => {
+        Resume::Partial { nr, done, .. } => {
             let Some(t) = transfer(nr, program) else {
                 return Ok(None);
             };

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+use super::calls::TimeIsUp;
 use super::guardian::{Guardian, Undo};
 use super::timer_list::Ticks;
 use super::{calls, pidfd, proc_file, sockopt};
@@ -39,7 +40,7 @@ struct Waiting {
     nr: u64,
     left_ns: i64,
     socket: (u64, i32),
-    timed_out: i64,
+    time_is_up: TimeIsUp,
 }
 
 #[derive(Debug)]
@@ -103,11 +104,11 @@ impl SocketTimeout {
             .saturating_add(word(8).saturating_mul(1000))
     }
 
-    /// What call `nr` returns when it has timed out, see [`calls::timed_out`].
-    pub fn timed_out(&self, nr: u64) -> i64 {
+    /// How call `nr` ends when it has timed out.
+    pub fn time_is_up(&self, nr: u64) -> TimeIsUp {
         let domain = sockopt::get(&self.socket, libc::SOL_SOCKET, libc::SO_DOMAIN, 4).ok();
         let domain = domain.and_then(|d| Some(i32::from_ne_bytes(d.try_into().ok()?)));
-        calls::timed_out(nr, domain.unwrap_or(libc::AF_UNSPEC))
+        calls::time_is_up(nr, domain.unwrap_or(libc::AF_UNSPEC))
     }
 
     fn set(&self, value: &[u8; 16]) -> Result<()> {
@@ -132,7 +133,7 @@ impl Shortened {
             nr,
             left_ns,
             socket,
-            timed_out: s.timed_out(nr),
+            time_is_up: s.time_is_up(nr),
         });
         let first = match self.sockets.entry(socket) {
             // What `s` has read is what it was shortened to.
@@ -183,11 +184,11 @@ impl Shortened {
         self.shorten(s, tid, nr, wait)
     }
 
-    /// What a thread's call is to return when its time is up, where that of another on its socket is longer.
-    pub fn overtaken(&self, tid: i32) -> Option<i64> {
+    /// How a thread's call is to end when its time is up, where that of another on its socket is longer.
+    pub fn overtaken(&self, tid: i32) -> Option<TimeIsUp> {
         let w = self.waiting.iter().find(|w| w.tid == tid)?;
         let longest = self.sockets.get(&w.socket)?.now_ns;
-        (longest > w.left_ns).then_some(w.timed_out)
+        (longest > w.left_ns).then_some(w.time_is_up)
     }
 
     /// Waits until the threads, which were let go, are in their calls, and gives the sockets their own time-outs.

@@ -18,6 +18,7 @@ use nix::unistd::{ForkResult, chdir, fork, setsid};
 
 use super::apart::Postponed;
 use super::arch::{ERESTARTNOHAND, Regs};
+use super::calls::TimeIsUp;
 use super::sched::Urgent;
 use super::time_ns;
 use super::time_ns::host_monotonic_ns;
@@ -42,8 +43,7 @@ pub struct Due {
     pub rip: u64,
     /// When it ends: [`host_monotonic_ns`].
     pub end: i64,
-    /// What it returns then.
-    pub result: i64,
+    pub how: TimeIsUp,
 }
 
 /// Starts it, where there is anything to do. It needs nobody and nobody needs to wait for it.
@@ -77,6 +77,8 @@ struct Watched {
     due: Due,
     /// When to try next.
     at: i64,
+    /// How often it had slept when it was first seen in the call, where more of it tells that its time begins anew.
+    slept: Option<Vec<u8>>,
     thread: OwnedFd,
 }
 
@@ -92,6 +94,7 @@ fn serve(due: &[Due]) {
             Some(Watched {
                 due: *due,
                 at: due.end,
+                slept: None,
                 thread: pidfd::open_thread(due.tid).ok()?,
             })
         })
@@ -101,10 +104,17 @@ fn serve(due: &[Due]) {
     loop {
         let now = host_monotonic_ns();
         all.retain_mut(|w| {
-            let left = if w.at <= now {
-                end(&w.due)
-            } else {
-                !matches!(place(&w.due), Place::Elsewhere)
+            let place = place(&w.due);
+            if matches!(place, Place::InCall) && w.due.how.restarts {
+                let slept = slept(w.due.tid);
+                if *w.slept.get_or_insert_with(|| slept.clone()) != slept {
+                    return false;
+                }
+            }
+            let left = match place {
+                Place::Elsewhere => false,
+                Place::InCall if w.at <= now => end(&w.due),
+                Place::InCall | Place::Unknown => true,
             };
             // The longer it has been held the less it matters when exactly it is let go.
             w.at = w.due.end.max(now + (now - w.due.end) / 8 + TRY_AGAIN);
@@ -162,13 +172,16 @@ fn is_traced(tid: i32) -> bool {
     })
 }
 
+/// The line of /proc/PID/status that counts how often a thread has gone to sleep.
+fn slept(tid: i32) -> Vec<u8> {
+    let status = proc_file::read(format!("/proc/{tid}/status")).unwrap_or_default();
+    let mut lines = status.split(|b| *b == b'\n');
+    let line = lines.find(|l| l.starts_with(b"voluntary_ctxt_switches:"));
+    line.unwrap_or_default().to_vec()
+}
+
 /// Ends a call whose time is up. Whether it is to be tried again.
 fn end(due: &Due) -> bool {
-    match place(due) {
-        Place::InCall => {}
-        Place::Elsewhere => return false,
-        Place::Unknown => return true,
-    }
     let _postponed = Postponed::new();
     let tracee = match Tracee::seize(due.tid, 0) {
         Ok(t) => t,
@@ -216,7 +229,7 @@ fn timed_out(regs: &Regs, due: &Due) -> Option<Regs> {
     let before = regs.rip == due.rip - SYSCALL_LEN && regs.rax == due.nr;
     (broken || before).then_some(Regs {
         rip: due.rip,
-        rax: due.result as u64,
+        rax: due.how.result as u64,
         orig_rax: u64::MAX,
         ..*regs
     })
@@ -233,7 +246,10 @@ mod tests {
             nr: 45,
             rip: 0x1002,
             end: 0,
-            result: -11,
+            how: TimeIsUp {
+                result: -11,
+                restarts: false,
+            },
         };
         let broken = Regs {
             rip: 0x1002,

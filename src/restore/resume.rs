@@ -172,7 +172,8 @@ fn go_on(
             return Ok(regs);
         }
         Resume::Timed { nr, left_ns } => (nr, left_ns),
-        Resume::Again { nr } | Resume::Partial { nr, .. } => (nr, 0),
+        Resume::Partial { nr, left_ns, .. } => (nr, left_ns.unwrap_or(0)),
+        Resume::Again { nr } => (nr, 0),
     };
     regs.orig_rax = nr;
     if !matches!(
@@ -198,7 +199,7 @@ fn go_on(
                 let Ok(Some(s)) = socket else {
                     return Ok(regs);
                 };
-                let result = s.timed_out(nr);
+                let how = s.time_is_up(nr);
                 after.sockets.shorten(s, tracee.tid, nr, left)?;
                 if let Some((t, noted)) = place.apart(&regs, nr, mem)? {
                     regs = t.regs;
@@ -207,7 +208,7 @@ fn go_on(
                         nr,
                         rip: regs.rip,
                         end: 0,
-                        result,
+                        how,
                     };
                     place.apart.push(Apart { due, left, noted });
                 }
@@ -216,7 +217,15 @@ fn go_on(
             Some(_) => {}
         }
     }
-    let Some(sketch) = calls::rest(0, &regs, &t.resume, left, mem)? else {
+    // Of bytes on a socket with a time-out.
+    let socket = match t.resume {
+        Resume::Partial {
+            left_ns: Some(_), ..
+        } => SocketTimeout::of(tracee.tid, nr, regs.arg(0) as i32)?,
+        _ => None,
+    };
+    let note = socket.as_ref().map(|_| 0);
+    let Some(sketch) = calls::rest(0, &regs, &t.resume, left, note, mem)? else {
         return Ok(regs);
     };
     let Some(at) = place.take(sketch.bytes.len()) else {
@@ -233,9 +242,24 @@ fn go_on(
         ));
         return Ok(regs);
     };
-    if let Some(t) = calls::rest(at, &regs, &t.resume, left, mem)? {
+    if let Some(t) = calls::rest(at, &regs, &t.resume, left, note, mem)? {
         mem.write(at, &t.bytes)?;
         regs = t.regs;
+    }
+    if let Some(s) = socket {
+        let due = Due {
+            tid: tracee.tid,
+            nr: regs.orig_rax,
+            rip: regs.rip,
+            end: 0,
+            how: s.time_is_up(nr),
+        };
+        after.sockets.shorten(s, tracee.tid, due.nr, left)?;
+        place.apart.push(Apart {
+            due,
+            left,
+            noted: true,
+        });
     }
     Ok(regs)
 }

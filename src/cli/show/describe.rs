@@ -31,7 +31,7 @@ pub fn doing(t: &Thread) -> String {
             call(*nr),
             *left_ns as f64 / 1e9
         ),
-        Resume::Partial { nr, done } => format!("in {}, {} done", call(*nr), bytes(*done)),
+        Resume::Partial { nr, done, .. } => format!("in {}, {} done", call(*nr), bytes(*done)),
     }
 }
 

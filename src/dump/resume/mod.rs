@@ -161,7 +161,11 @@ pub fn first_act(held: &mut Held, mem: &Mem, tail: &mut Tail) -> Result<bool> {
             held.program = out;
             let nr = out.orig_rax;
             held.resume = if (done as i64) > 0 {
-                Resume::Partial { nr, done }
+                Resume::Partial {
+                    nr,
+                    done,
+                    left_ns: None,
+                }
             } else {
                 Resume::Timed { nr, left_ns: 0 }
             };
@@ -172,6 +176,7 @@ pub fn first_act(held: &mut Held, mem: &Mem, tail: &mut Tail) -> Result<bool> {
             return Ok(true);
         }
         // The call is over: out of the trampoline, with what it returned.
+        held.noted = trampoline::note(code);
         held.regs = out;
         held.tracee.set_regs(&held.regs)?;
         seen = out;
@@ -212,6 +217,7 @@ pub fn first_act(held: &mut Held, mem: &Mem, tail: &mut Tail) -> Result<bool> {
         held.resume = Resume::Partial {
             nr,
             done: result as u64,
+            left_ns: None,
         };
         if place(held, 0, mem, tail, false)? {
             held.tracee.set_regs(&held.regs)?;
@@ -260,7 +266,9 @@ pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -
             // The kernel asks its restart block, not this.
             h.program.orig_rax = *nr;
         }
-        let (Resume::Timed { nr, .. } | Resume::Again { nr }) = h.resume else {
+        let (Resume::Timed { nr, .. } | Resume::Again { nr } | Resume::Partial { nr, .. }) =
+            h.resume
+        else {
             continue;
         };
         match calls::timeout(nr, &h.program) {
@@ -272,16 +280,19 @@ pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -
             None => {
                 let socket = SocketTimeout::of(tid, nr, h.program.arg(0) as i32);
                 let is_socket = h.program.rax as i64 == -ERESTARTNOHAND
-                    && matches!(h.resume, Resume::Timed { .. });
+                    && matches!(h.resume, Resume::Timed { .. } | Resume::Partial { .. });
                 match socket {
                     Ok(Some(s)) if is_socket => {
                         let whole = s.whole_ns();
                         let known = watch.tick(tid);
+                        let partial = matches!(h.resume, Resume::Partial { .. });
+                        // What is noted may be of an earlier part.
+                        let noted = h.noted.filter(|_| !partial || !s.time_is_up(nr).restarts);
                         // In a restored process the tick may come later than the call is to end.
                         h.tick = known
-                            .filter(|(end, _)| h.noted.is_none_or(|noted| *end <= noted))
+                            .filter(|(end, _)| noted.is_none_or(|noted| *end <= noted))
                             .map(|(_, number)| number);
-                        let end = match (known, h.noted) {
+                        let end = match (known, noted) {
                             (Some((end, _)), noted) if h.tick.is_some() || noted.is_none() => {
                                 Some(end)
                             }
@@ -290,6 +301,7 @@ pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -
                         };
                         h.deadline = end.or(Some(h.stopped_at.saturating_add(whole)));
                     }
+                    _ if matches!(h.resume, Resume::Partial { .. }) => {}
                     _ => h.resume = Resume::Again { nr },
                 }
             }
@@ -304,6 +316,9 @@ pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -
                 (None, Some((t, _))) => calls::argument(t, &h.program, mem).unwrap_or(0),
                 (None, None) => 0,
             };
+        }
+        if let Resume::Partial { left_ns, .. } = &mut h.resume {
+            *left_ns = h.deadline.map(|d| (d - stood).max(0));
         }
         if matches!(h.resume, Resume::Partial { .. })
             && !tail.holds(h.regs.rip)
@@ -410,7 +425,7 @@ fn call_by_arguments(r: &Regs, mem: &Mem) -> u64 {
 /// Writes a trampoline for the rest of a thread's call and points the thread there.
 /// The `last` time no batch comes before the release.
 fn place(h: &mut Held, left: i64, mem: &Mem, tail: &mut Tail, last: bool) -> Result<bool> {
-    let Some(sketch) = calls::rest(0, &h.program, &h.resume, left, mem)? else {
+    let Some(sketch) = calls::rest(0, &h.program, &h.resume, left, None, mem)? else {
         return Ok(false);
     };
     let len = sketch.bytes.len();
@@ -422,7 +437,7 @@ fn place(h: &mut Held, left: i64, mem: &Mem, tail: &mut Tail, last: bool) -> Res
     let Some(at) = at else {
         return Ok(false);
     };
-    let Some(t) = calls::rest(at, &h.program, &h.resume, left, mem)? else {
+    let Some(t) = calls::rest(at, &h.program, &h.resume, left, None, mem)? else {
         return Ok(false);
     };
     mem.write(at, &t.bytes)?;
@@ -445,9 +460,21 @@ pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Renewed {
         let now = host_monotonic_ns();
         let left = h.deadline.map(|d| (d - now).max(0));
         match (&h.resume, left) {
-            (Resume::Partial { .. }, _) if !tail.holds(h.regs.rip) => {
-                // Without room the program sees a short count.
-                let _ = place(h, 0, mem, tail, true);
+            (Resume::Partial { nr, .. }, left) => {
+                let nr = *nr;
+                if !tail.holds(h.regs.rip) {
+                    // Without room the program sees a short count.
+                    let _ = place(h, 0, mem, tail, true);
+                }
+                let fd = h.program.arg(0) as i32;
+                if let Some(left) = left
+                    && tail.holds(h.regs.rip)
+                    && let Ok(Some(s)) = SocketTimeout::of(h.tracee.tid, nr, fd)
+                {
+                    // The rest of a message is another call. It is in that, or right in front of it.
+                    let called = h.regs.syscall().unwrap_or(h.regs.rax);
+                    let _ = shorten(&mut sockets, s, h, called, left);
+                }
             }
             (Resume::Again { nr }, Some(left)) => {
                 if let Some((t, Broken::Updated)) = calls::timeout(*nr, &h.program) {
@@ -480,10 +507,10 @@ pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Renewed {
     let due = threads.iter().filter_map(|h| {
         Some(Due {
             tid: h.tracee.tid,
-            nr: h.program.orig_rax,
+            nr: h.regs.orig_rax,
             rip: tail.holds(h.regs.rip).then_some(h.regs.rip)?,
             end: h.deadline?,
-            result: sockets.overtaken(h.tracee.tid)?,
+            how: sockets.overtaken(h.tracee.tid)?,
         })
     });
     let due = due.collect();
