@@ -156,10 +156,14 @@ impl Agent {
         self.open_gate(v, r)
     }
 
-    /// Sends every task under the shim something that its libpvm discards: it looks at the table again.
+    /// Sends every task under the shim something that its libpvm discards: it looks at the table again. Not what is to
+    /// become one: what stands unread comes first there, and it looks when it begins to run.
     fn nudge(&mut self) -> Result<()> {
         const NUDGE: u32 = 0;
         for task in self.tasks()? {
+            if self.landings.is_landing(task.tid) {
+                continue;
+            }
             let enrolled = |block: TaskBlock| block.state().ok() == Some(state::ENROLLED);
             if TaskBlock::find(task.pid).is_ok_and(|block| block.is_some_and(enrolled)) {
                 self.client.send_noop(task.tid, NUDGE, &[])?;

@@ -91,6 +91,12 @@ impl Landings {
         }
     }
 
+    /// Whether that is what a lander enrolled as, which does not run yet.
+    pub fn is_landing(&self, tid: Tid) -> bool {
+        let lands = |l: &Lander| !matches!(l.stage, Stage::Running(_) | Stage::Failed(_));
+        self.landers.values().any(|l| l.r == tid && lands(l))
+    }
+
     pub fn parked(&mut self, ticket: Ticket, id: &str) -> Result<Option<Answer>> {
         let lander = self.get(id)?;
         match &lander.stage {

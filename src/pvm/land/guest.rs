@@ -23,6 +23,7 @@ use crate::image::memory::{Backing, ChangedFlags};
 use crate::image::process::Process;
 use crate::image::pvm::{Asked, PvmTask};
 use crate::image::store::Image;
+use crate::kernel::fds;
 use crate::kernel::remote::Remote;
 use crate::pvm::client::{Client, Pvmd};
 use crate::pvm::stream::{self, Stream};
@@ -61,6 +62,8 @@ pub struct Task<'a> {
     keeper: Option<Keeper>,
     /// Put into the connection first.
     unread: Vec<u8>,
+    /// Bytes that stood there even before: somebody else's agent may wake all tasks of a host.
+    there: usize,
     /// Since when it may run.
     committed: Option<Instant>,
 }
@@ -113,6 +116,7 @@ impl<'a> Task<'a> {
             ends: Some((connection.socket, far)),
             keeper: None,
             unread,
+            there: 0,
             committed: None,
         })
     }
@@ -121,7 +125,7 @@ impl<'a> Task<'a> {
         let (connection, _) = self.ends.as_ref().context("no connection")?;
         Ok(Waiting {
             connection: connection.as_fd(),
-            before: self.unread.len(),
+            before: self.there + self.unread.len(),
             pvmd: &self.pvmd,
             v: self.task.v,
             r: Tid(self.r),
@@ -209,6 +213,7 @@ impl Guest for Task<'_> {
             Commit::WhenEnded { .. } => Some(far.widen()?),
             Commit::WhenTold => None,
         };
+        self.there = fds::readable(connection.as_fd()).context("FIONREAD")?;
         far.put(&self.unread)
             .context("what the task had not read")?;
         if let Some(asked) = &self.task.asked {
