@@ -305,8 +305,9 @@ fn offset_on(cpu: usize) -> Option<i64> {
         .filter_map(|_| {
             // Having slept we have just begun to run.
             std::thread::sleep(std::time::Duration::from_micros(1));
-            let now = host_monotonic_ns();
-            Some(now - Sched::of("/proc/thread-self/sched")?.exec_start)
+            // In this order, for it may be taken anew at any moment: a difference too large makes calls late, not early.
+            let began = Sched::of("/proc/thread-self/sched")?.exec_start;
+            Some(host_monotonic_ns() - began)
         })
         .min();
     let _ = sched_setaffinity(me, &ours);
