@@ -224,11 +224,10 @@ fn auxv(tid: i32) -> Option<Vec<u8>> {
 fn gone_or(pid: i32, e: anyhow::Error) -> anyhow::Error {
     let cause = e.downcast_ref::<io::Error>();
     // Files in /proc of a process that is just ending are there, but lead to no process.
-    let ending = cause.and_then(io::Error::raw_os_error) == Some(libc::ESRCH);
+    let denied = cause.is_some_and(|e| e.kind() == io::ErrorKind::PermissionDenied);
+    let ending = cause.and_then(io::Error::raw_os_error) == Some(libc::ESRCH)
+        || denied && process::is_ending(pid);
     match cause.map(io::Error::kind) {
-        Some(io::ErrorKind::PermissionDenied) if process::is_ending(pid) => {
-            process::ending_or(pid, e)
-        }
         _ if ending => Failure::NoSuchProcess.because(format!("process {pid} is just ending")),
         Some(io::ErrorKind::NotFound) => {
             Failure::NoSuchProcess.because(format!("there is no process {pid}"))

@@ -17,7 +17,7 @@ use super::maps::Flags;
 use super::tables::Tables;
 use super::{
     After, Carried, Options, Report, Round, Run, Sink, Tracker, carry, maps, memory, namespace,
-    process,
+    process, survey,
 };
 use crate::error::Failure;
 use crate::image::memory::Backing;
@@ -88,9 +88,9 @@ impl Session {
         let pids = process::tree(opts.pid, opts.tree);
         let mut flags = Flags::default();
         if opts.moves()
-            && let Some(child) = process::tree(opts.pid, true).get(1)
+            && let child @ Some(_) = survey::child(opts.pid)
         {
-            return Err(stays_behind(opts.pid, Some(*child)));
+            return Err(stays_behind(opts.pid, child));
         }
         for pid in &pids {
             let found = process::check(*pid, &pids, opts.tree || opts.moves())?;
@@ -180,7 +180,7 @@ impl Session {
         {
             // Born after it was looked at first.
             let (pid, comm) = (s.process.pid, &s.process.comm);
-            let child = process::tree(pid, true).get(1).copied();
+            let child = survey::child(pid);
             if self.opts.moves() {
                 return Err(stays_behind(pid, child));
             }

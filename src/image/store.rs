@@ -3,7 +3,7 @@
 pub(super) mod fs;
 mod image;
 
-use std::fs::{DirBuilder, File};
+use std::fs::{DirBuilder, File, FileType};
 use std::io::Write;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -199,7 +199,18 @@ pub fn remove_partial(image: &Path) -> Result<bool> {
 
 /// Removes an unfinished image, and nothing else that has such a name.
 fn remove_unfinished(path: &Path) -> Result<()> {
-    let stranger = stranger_in(path, &["pages", "pagemap", "manifest.json", "checksums"])?;
+    const OBJECTS: &str = "objects";
+    let mut stranger = stranger_in(path, &|name, kind| match name {
+        OBJECTS => kind.is_dir(),
+        "pages" | "pagemap" | "manifest.json" | "checksums" => kind.is_file(),
+        _ => false,
+    })?;
+    let objects = path.join(OBJECTS);
+    if stranger.is_none() && objects.is_dir() {
+        let is_object =
+            |name: &str, kind: FileType| kind.is_file() && super::objects::is_written(name);
+        stranger = stranger_in(&objects, &is_object)?.map(|name| format!("{OBJECTS}/{name}"));
+    }
     ensure!(
         stranger.is_none(),
         "{} is where the image would be written, and holds something else ({}): move it away, or choose another name",
@@ -211,25 +222,12 @@ fn remove_unfinished(path: &Path) -> Result<()> {
 }
 
 /// Something in a directory that a writer of images has not made.
-fn stranger_in(dir: &Path, known: &[&str]) -> Result<Option<String>> {
+fn stranger_in(dir: &Path, ours: &dyn Fn(&str, FileType) -> bool) -> Result<Option<String>> {
     let context = || format!("reading {}", dir.display());
     for entry in std::fs::read_dir(dir).with_context(context)? {
         let entry = entry.with_context(context)?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        let kind = entry.file_type().with_context(context)?;
-        let ours = if name == "objects" && !known.is_empty() {
-            if kind.is_dir()
-                && let Some(other) = stranger_in(&entry.path(), &[])?
-            {
-                return Ok(Some(format!("objects/{other}")));
-            }
-            kind.is_dir()
-        } else if known.is_empty() {
-            kind.is_file() && super::objects::is_written(&name)
-        } else {
-            kind.is_file() && known.contains(&name.as_str())
-        };
-        if !ours {
+        if !ours(&name, entry.file_type().with_context(context)?) {
             return Ok(Some(name));
         }
     }

@@ -118,7 +118,7 @@ impl Pagemap {
         Ok(if walk_end <= start { end } else { walk_end })
     }
 
-    /// The pages that [`Pagemap::private`] would give, all or only those written to since the last call with
+    /// The pages that [`Pagemap::some_private`] would give, all or only those written to since the last call with
     /// `protect`, which begins to track them anew before it tells of them. False, and nothing is certain about the
     /// range any more, when a part of it is not tracked.
     ///
@@ -205,7 +205,7 @@ impl Pagemap {
         Ok(pages)
     }
 
-    /// Address of the first page that [`Pagemap::private`] would give.
+    /// Address of the first page that [`Pagemap::some_private`] would give.
     pub fn first_private(&self, start: u64, end: u64) -> Result<Option<u64>> {
         // Told to stop at one page: the region of a large mapping is found by walking all of its tables.
         let mut first = [Region::default()];
@@ -337,7 +337,7 @@ impl Pagemap {
 /// What [`Pagemap::look`] finds, as sorted runs of addresses.
 #[derive(Debug, Default)]
 pub struct Pages {
-    /// As [`Pagemap::private`] gives them.
+    /// As [`Pagemap::some_private`] gives them.
     pub private: Vec<(u64, u64)>,
     /// Those of them that were written to since they were protected.
     pub written: Vec<(u64, u64)>,

@@ -20,8 +20,7 @@ use super::apart::Postponed;
 use super::arch::{ERESTARTNOHAND, Regs};
 use super::calls::TimeIsUp;
 use super::sched::Urgent;
-use super::time_ns;
-use super::time_ns::host_monotonic_ns;
+use super::time_ns::{self, host_monotonic_ns};
 use super::tracee::{Stop, Tracee};
 use super::{calls, fds, guardian, pidfd, proc_file};
 

@@ -18,7 +18,7 @@ use crate::kernel::arch::{
     trampoline::{self, Trampoline},
 };
 use crate::kernel::batch;
-use crate::kernel::calls::{self, Broken, Timeout};
+use crate::kernel::calls::{self, Broken, TimeIsUp, Timeout};
 use crate::kernel::mem::Mem;
 use crate::kernel::remote::Remote;
 use crate::kernel::socket_timeout::{Shortened, SocketTimeout};
@@ -132,6 +132,18 @@ impl Place {
         })
     }
 
+    /// A call in a trampoline, with these registers, is to end when no time is `left`.
+    fn ends(&mut self, tid: i32, regs: &Regs, how: TimeIsUp, left: i64, noted: bool) {
+        let due = Due {
+            tid,
+            nr: regs.orig_rax,
+            rip: regs.rip,
+            end: 0,
+            how,
+        };
+        self.apart.push(Apart { due, left, noted });
+    }
+
     /// A trampoline for a call that goes on as it is, so that it can be told from those which the program makes after
     /// it. As long as there is room for one each it has a note (true).
     fn apart(&mut self, regs: &Regs, nr: u64, mem: &Mem) -> Result<Option<(Trampoline, bool)>> {
@@ -203,14 +215,7 @@ fn go_on(
                 after.sockets.shorten(s, tracee.tid, nr, left)?;
                 if let Some((t, noted)) = place.apart(&regs, nr, mem)? {
                     regs = t.regs;
-                    let due = Due {
-                        tid: tracee.tid,
-                        nr,
-                        rip: regs.rip,
-                        end: 0,
-                        how,
-                    };
-                    place.apart.push(Apart { due, left, noted });
+                    place.ends(tracee.tid, &regs, how, left, noted);
                 }
                 return Ok(regs);
             }
@@ -247,19 +252,9 @@ fn go_on(
         regs = t.regs;
     }
     if let Some(s) = socket {
-        let due = Due {
-            tid: tracee.tid,
-            nr: regs.orig_rax,
-            rip: regs.rip,
-            end: 0,
-            how: s.time_is_up(nr),
-        };
-        after.sockets.shorten(s, tracee.tid, due.nr, left)?;
-        place.apart.push(Apart {
-            due,
-            left,
-            noted: true,
-        });
+        let how = s.time_is_up(nr);
+        after.sockets.shorten(s, tracee.tid, regs.orig_rax, left)?;
+        place.ends(tracee.tid, &regs, how, left, true);
     }
     Ok(regs)
 }

@@ -208,31 +208,16 @@ impl FileDumper {
         pidfd: BorrowedFd<'_>,
         sockets: &mut dyn Sockets,
     ) -> Result<Vec<anyhow::Error>> {
-        let mut tables = Tables::new(1);
+        let shown = Shown::by(&tid.to_string())?;
         let (mut found, mut terminals) = (Vec::new(), Vec::new());
         for fd in numbers(tid)? {
             // What is closed meanwhile does not matter.
-            let Some(facts) = gather(pid, tid, pidfd, &[fd])
-                .ok()
-                .and_then(|mut f| f.pop())
-            else {
+            let Ok(facts) = Facts::of(pid, fd, pidfd, &shown) else {
                 continue;
             };
-            let place = Place {
-                pid,
-                fd,
-                link: facts.link.to_string_lossy().into_owned(),
-            };
-            let seen = Seen {
-                place: &place,
-                own: &facts.own,
-                meta: &facts.meta,
-                info: &facts.info,
-            };
-            match terminal(&seen) {
-                Some((_, Some(side))) => terminals.push((side, place.clone(), facts.own)),
-                Some((_, None)) => {}
-                None => found.extend(self.kind(&seen, &mut tables, sockets).err()),
+            match self.first_look(pid, facts, sockets) {
+                Ok(terminal) => terminals.extend(terminal),
+                Err(e) => found.push(e),
             }
         }
         found.extend(ptys::refusals(&terminals, &self.pids));
@@ -244,9 +229,19 @@ impl FileDumper {
     pub fn refusal(&self, own: OwnedFd, sockets: &mut dyn Sockets) -> Option<anyhow::Error> {
         let fd = own.as_raw_fd();
         let facts = Facts::read(0, fd, own, &Shown::by("self").ok()?).ok()?;
+        self.first_look(0, facts, sockets).err()
+    }
+
+    /// What a descriptor tells by itself of whether it can be carried; a terminal's side, which does not.
+    fn first_look(
+        &self,
+        pid: i32,
+        facts: Facts,
+        sockets: &mut dyn Sockets,
+    ) -> Result<Option<(ptys::Side, Place, File)>> {
         let place = Place {
-            pid: 0,
-            fd,
+            pid,
+            fd: facts.fd,
             link: facts.link.to_string_lossy().into_owned(),
         };
         let seen = Seen {
@@ -255,10 +250,11 @@ impl FileDumper {
             meta: &facts.meta,
             info: &facts.info,
         };
-        match terminal(&seen) {
-            Some(_) => None,
-            None => self.kind(&seen, &mut Tables::new(1), sockets).err(),
+        if let Some((_, side)) = terminal(&seen) {
+            return Ok(side.map(|side| (side, place, facts.own)));
         }
+        self.kind(&seen, &mut Tables::new(1), sockets)?;
+        Ok(None)
     }
 
     /// Index of the description behind a descriptor of this process, for descriptors in flight (SCM_RIGHTS)
@@ -474,7 +470,14 @@ fn user_dev(sdev: u64) -> u64 {
 }
 
 impl Facts {
-    /// Of descriptor `fd` of process `pid`, duplicated as `own`.
+    /// Of descriptor `fd` of process `pid`.
+    fn of(pid: i32, fd: i32, pidfd: BorrowedFd<'_>, shown: &Shown) -> Result<Self> {
+        let own = pidfd::get_fd(pidfd, fd)
+            .with_context(|| format!("process {pid}: fd {fd}: pidfd_getfd"))?;
+        Self::read(pid, fd, own, shown)
+    }
+
+    /// The same, duplicated as `own`.
     fn read(pid: i32, fd: i32, own: OwnedFd, shown: &Shown) -> Result<Self> {
         let context = |what: &str| format!("process {pid}: fd {fd}: {what}");
         let info = shown
@@ -528,11 +531,7 @@ fn gather(pid: i32, tid: i32, pidfd: BorrowedFd<'_>, numbers: &[i32]) -> Result<
     let shown = Shown::by(&tid.to_string())
         .with_context(|| format!("process {pid}: descriptors"))
         .or_failure(Failure::Refused)?;
-    let one = |&fd: &i32| {
-        let own = pidfd::get_fd(pidfd, fd)
-            .with_context(|| format!("process {pid}: fd {fd}: pidfd_getfd"))?;
-        Facts::read(pid, fd, own, &shown)
-    };
+    let one = |fd: &i32| Facts::of(pid, *fd, pidfd, &shown);
     numbers.iter().map(one).collect()
 }
 

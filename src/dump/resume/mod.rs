@@ -154,8 +154,8 @@ pub fn first_act(held: &mut Held, mem: &Mem, tail: &mut Tail) -> Result<bool> {
         let Some(mut out) = trampoline::run_out(code, &probe) else {
             return Ok(false);
         };
+        held.noted = trampoline::note(code);
         if broken {
-            held.noted = trampoline::note(code);
             let done = out.rax;
             out.rax = -ERESTARTNOHAND as u64;
             held.program = out;
@@ -176,7 +176,6 @@ pub fn first_act(held: &mut Held, mem: &Mem, tail: &mut Tail) -> Result<bool> {
             return Ok(true);
         }
         // The call is over: out of the trampoline, with what it returned.
-        held.noted = trampoline::note(code);
         held.regs = out;
         held.tracee.set_regs(&held.regs)?;
         seen = out;
@@ -278,30 +277,15 @@ pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -
                 h.deadline = watch.end(tid, nr, &h.program, left);
             }
             None => {
-                let socket = SocketTimeout::of(tid, nr, h.program.arg(0) as i32);
-                let is_socket = h.program.rax as i64 == -ERESTARTNOHAND
-                    && matches!(h.resume, Resume::Timed { .. } | Resume::Partial { .. });
-                match socket {
-                    Ok(Some(s)) if is_socket => {
-                        let whole = s.whole_ns();
-                        let known = watch.tick(tid);
-                        let partial = matches!(h.resume, Resume::Partial { .. });
-                        // What is noted may be of an earlier part.
-                        let noted = h.noted.filter(|_| !partial || !s.time_is_up(nr).restarts);
-                        // In a restored process the tick may come later than the call is to end.
-                        h.tick = known
-                            .filter(|(end, _)| noted.is_none_or(|noted| *end <= noted))
-                            .map(|(_, number)| number);
-                        let end = match (known, noted) {
-                            (Some((end, _)), noted) if h.tick.is_some() || noted.is_none() => {
-                                Some(end)
-                            }
-                            (_, Some(noted)) => Some(noted),
-                            _ => watch.socket_end(tid, nr, whole),
-                        };
-                        h.deadline = end.or(Some(h.stopped_at.saturating_add(whole)));
-                    }
-                    _ if matches!(h.resume, Resume::Partial { .. }) => {}
+                let may_be = h.program.rax as i64 == -ERESTARTNOHAND
+                    && !matches!(h.resume, Resume::Again { .. });
+                let socket = match may_be {
+                    true => SocketTimeout::of(tid, nr, h.program.arg(0) as i32),
+                    false => Ok(None),
+                };
+                match (socket, &h.resume) {
+                    (Ok(Some(s)), _) => (h.deadline, h.tick) = socket_end(h, &s, nr, watch),
+                    (_, Resume::Partial { .. }) => {}
                     _ => h.resume = Resume::Again { nr },
                 }
             }
@@ -328,6 +312,23 @@ pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -
         }
     }
     Ok(())
+}
+
+/// When a socket's time-out ends a thread's call, and the number of the tick that does it where that is known.
+fn socket_end(h: &Held, s: &SocketTimeout, nr: u64, watch: &Watch) -> (Option<i64>, Option<i64>) {
+    let (tid, whole) = (h.tracee.tid, s.whole_ns());
+    // What is noted may be of an earlier part.
+    let partial = matches!(h.resume, Resume::Partial { .. });
+    let noted = h.noted.filter(|_| !partial || !s.time_is_up(nr).restarts);
+    let end = match (watch.tick(tid), noted) {
+        // In a restored process the tick may come later than the call is to end.
+        (Some((end, number)), noted) if noted.is_none_or(|noted| end <= noted) => {
+            return (Some(end), Some(number));
+        }
+        (_, Some(noted)) => Some(noted),
+        _ => watch.socket_end(tid, nr, whole),
+    };
+    (end.or(Some(h.stopped_at.saturating_add(whole))), None)
 }
 
 /// What is left of a time-out, as the kernel has written it where the program wanted to know.
