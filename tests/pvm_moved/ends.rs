@@ -1,0 +1,234 @@
+//! Moves that do not take place, and what ends in the middle of them.
+
+use std::io::Write;
+use std::path::Path;
+
+use memmap2::MmapMut;
+use mistctl::kernel::uffd::Uffd;
+
+use super::*;
+use crate::stage::Stage;
+
+/// One that cannot go is told everything that is in its way, and never stood: whoever is stopped wakes for that.
+pub fn refused(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    // Agents are there from here on.
+    migrate(scene, v, "h0")?;
+    migrate(scene, v, "h1")?;
+    let address = scene
+        .hosts
+        .exec("h1", "getent ahostsv4 h0 | awk '{print $1; exit}'")?;
+    let opened = worker.ask(&format!("open {address}"));
+    let numbers = opened.strip_prefix("0 ").context(opened.clone())?;
+    let entangled = worker.ask("entangle");
+    let (other, ends) = entangled.split_once(' ').context(entangled.clone())?;
+    let child = worker.ask("child");
+    let pid = worker.pid();
+    let woken = || {
+        let count = format!("grep ctxt_switches /proc/{pid}/status");
+        scene.hosts.exec("h1", &count)
+    };
+    wait_for("it to wait for its next command", LIMIT, || {
+        let state = format!("grep -q '^State:.S' /proc/{pid}/status");
+        Ok(scene.hosts.exec("h1", &state).ok())
+    })?;
+    let before = woken()?;
+    let said = migrate(scene, v, "h0").unwrap_err().to_string();
+    for why in [
+        "it is a namespace",
+        "it is a pidfd of process",
+        "of its TCP connection",
+        "it is the terminal of session",
+        "descriptor in flight (uts:[",
+        &format!("has children (process {other})"),
+        "mistctl dump --tree --kill --away",
+        "was not moved, and runs on",
+    ] {
+        ensure!(said.contains(why), "no '{why}' in: {said}");
+    }
+    let after = woken()?;
+    ensure!(before == after, "it was stopped: {before}, then {after}");
+    // It can, when that is gone.
+    ensure!(worker.ask(&format!("close {numbers} {ends}")) == "ok");
+    scene.hosts.exec("h1", &format!("kill -9 {other}"))?;
+    ensure!(worker.ask("reap") == other);
+    scene.hosts.exec("h1", &format!("kill -9 {child}"))?;
+    let said = migrate(scene, v, "h0").unwrap_err().to_string();
+    ensure!(
+        said.contains("has children") && !said.contains("namespace"),
+        "{said}"
+    );
+    ensure!(worker.ask("reap") == child);
+    migrate(scene, v, "h0")?;
+    worker.leave();
+    boss.leave();
+    Ok(())
+}
+
+/// A process on its way out has no memory and no descriptors any more, and lives for whoever asks the kernel or pvmd:
+/// it is not taken for somebody else's.
+pub fn ending(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    let (_other, o) = scene.worker(&mut boss, "h1", "other")?;
+    // Agents are there from here on.
+    migrate(scene, o, "h0")?;
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    let pid = worker.pid();
+    Stage::new(scene.dir.path(), "held");
+    let path = scene.path("held.in");
+    let clog = Clog::new(&path)?;
+    // Its connection to pvmd, which has a lower number, is closed after this one.
+    let held = worker.ask(&format!("hold {}", path.display()));
+    ensure!(held.parse::<u32>().is_ok(), "{held}");
+    let clogged = clog.begin()?;
+    scene.hosts.exec("h1", &format!("kill -9 {pid}"))?;
+    wait_for("it to lose its memory", LIMIT, || {
+        let bare = format!("[ -z \"$(cat /proc/{pid}/maps)\" ]");
+        Ok(scene.hosts.root("h1", &bare).ok())
+    })?;
+    let shell = format!("{} migrate --json t{v:x} h0", scene.mistctl.path());
+    let said = scene
+        .hosts
+        .try_verb(&["exec", "h0", "bash", "-c", &shell])?;
+    drop(clogged);
+    let said: serde_json::Value = serde_json::from_slice(&said.stdout)?;
+    ensure!(said["failure"] == "no_such_process", "{said}");
+    let why = said["error"].as_str().unwrap_or_default();
+    ensure!(why.contains("has ended before it was moved"), "{why}");
+    boss.leave();
+    Ok(())
+}
+
+/// It is born when the gates are closed already, and the task has been looked at.
+pub fn late_fork(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    // PvmMboxWaitForInfo and PvmMboxReadAndDelete: nothing stops it there.
+    worker.tell("getfork later 48");
+    let mover = Move::begin(scene, v, "h0")?;
+    wait_for("the gates to be closed", LIMIT, || closed(scene, "h1", v))?;
+    boss.ask("put later now 4");
+    let child = worker.answer();
+    let (status, said) = mover.end()?;
+    ensure!(status.code() == Some(4), "{status}: {said}");
+    let why = format!("has got a child meanwhile (process {child})");
+    ensure!(said.contains(&why) && !said.contains("--tree"), "{said}");
+    scene.hosts.exec("h1", &format!("kill -9 {child}"))?;
+    worker.leave();
+    boss.leave();
+    Ok(())
+}
+
+/// All that was to become the task dies when it is decided that it goes, and the old incarnation stands still yet.
+pub fn target_dies(scene: &Scene, mover_too: bool) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    boss.ask("catchout");
+    let me = boss.enrol();
+    ensure!(present(scene, me)? == me);
+    ensure!(boss.ask("put mine text 0") == "0");
+    // What they print goes to another incarnation from then on: each is waited for in vain, a second long.
+    let mut children = Vec::new();
+    for n in 0..8 {
+        let (child, tid) = scene.worker(&mut boss, "h0", &format!("child{n}"))?;
+        // PvmMboxWaitForInfo and PvmMboxReadAndDelete
+        child.tell("get later 0 48");
+        children.push((child, tid));
+    }
+    let mover = Move::begin(scene, me, "h1")?;
+    wait_for("the decision", LIMIT, || {
+        in_state(scene, "h0", me, State::Decided)
+    })?;
+    // In brackets, so that the shell that says it does not match.
+    let kill = |host: &str, what: &str| {
+        scene
+            .hosts
+            .root(host, &format!("pkill -KILL -f -- '{what}'"))
+    };
+    kill("h1", "[ ]land --agent|[/]bin/actor ")?;
+    if mover_too {
+        kill("h0", "[ ]mover$")?;
+    }
+    let (status, said) = mover.end()?;
+    ensure!(!status.success(), "{said}");
+    let why = match mover_too {
+        true => "the mover has died",
+        false => "was not moved, and runs on: what was to become the task ended, on h1",
+    };
+    ensure!(said.contains(why), "{said}");
+    // It goes on, by its old tid, and once.
+    ensure!(boss.ask("pstat 40fff") != "");
+    wait_for("its gate to open", LIMIT, || {
+        in_state(scene, "h0", me, State::Settled)
+    })?;
+    ensure!(present(scene, me)? == me);
+    if !mover_too {
+        ensure!(boss.ask("boxes mine") == format!("{me:x}"));
+    }
+    for _ in &children {
+        ensure!(boss.ask("put later now 4") == "0");
+    }
+    for (child, tid) in &mut children {
+        let got = child.answer();
+        ensure!(got.contains("text now"), "{got}");
+        ensure!(child.ask("print after") == "ok");
+        let line = format!("[t{tid:x}] after");
+        wait_for("what it prints", LIMIT, || {
+            boss.ask("probe 1 1");
+            Ok(boss.said.contains(&line).then_some(()))
+        })?;
+    }
+    children.into_iter().for_each(|(child, _)| child.leave());
+    boss.leave();
+    Ok(())
+}
+
+/// A FIFO that nobody can close: whoever writes to it waits for a page meanwhile, with the FIFO's lock.
+struct Clog {
+    fifo: fs::File,
+    page: MmapMut,
+    missing: Uffd,
+}
+
+/// One that is clogged until this is dropped.
+struct Clogged {
+    missing: Option<Uffd>,
+    writer: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Clog {
+    fn new(path: &Path) -> Result<Clog> {
+        let page = MmapMut::map_anon(4096)?;
+        let missing = Uffd::ours()?;
+        missing.api(0)?;
+        missing.register_missing(page.as_ptr() as u64, 4096)?;
+        let fifo = fs::File::options().read(true).write(true).open(path)?;
+        Ok(Clog {
+            fifo,
+            page,
+            missing,
+        })
+    }
+
+    fn begin(self) -> Result<Clogged> {
+        let (page, mut fifo, missing) = (self.page, self.fifo, self.missing);
+        let clogged = Clogged {
+            writer: Some(std::thread::spawn(move || drop(fifo.write_all(&page)))),
+            missing: Some(missing),
+        };
+        let writes = || match &clogged.missing {
+            Some(missing) => missing.event(),
+            None => Ok(None),
+        };
+        wait_for("somebody to write", LIMIT, writes)?;
+        Ok(clogged)
+    }
+}
+
+impl Drop for Clogged {
+    fn drop(&mut self) {
+        // Without it the page is there as any other.
+        self.missing = None;
+        let _ = self.writer.take().map(std::thread::JoinHandle::join);
+    }
+}
