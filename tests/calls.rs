@@ -67,6 +67,7 @@ impl Running {
         Ok(())
     }
 
+    /// By its id, which it has again when it was restored.
     fn dump(&mut self, image: &str, kill: bool) -> Result<()> {
         let mut dump = common::mistctl();
         dump.args(["dump", &self.child.id().to_string(), "-o"])
@@ -79,6 +80,12 @@ impl Running {
             self.child.wait()?;
         }
         Ok(())
+    }
+
+    fn restore(&self, image: &str, how: &[&str]) -> Result<()> {
+        let mut restore = common::mistctl();
+        restore.arg("restore").args(how).arg(self.path(image));
+        self.run(restore, "restore")
     }
 
     fn result(&self) -> Result<String> {
@@ -105,14 +112,8 @@ fn a_call_restored_in_another_time_namespace_is_not_ended_early_by_the_next_dump
     restore.args([env!("CARGO_BIN_EXE_mistctl"), "restore", "-d"]);
     restore.arg(p.path("first"));
     p.run(restore, "restore with another clock")?;
-    // Still under its old id.
-    let mut dump = common::mistctl();
-    dump.args(["dump", "--kill", &p.child.id().to_string(), "-o"])
-        .arg(p.path("second"));
-    p.run(dump, "second dump")?;
-    let mut restore = common::mistctl();
-    restore.arg("restore").arg(p.path("second"));
-    p.run(restore, "second restore")?;
+    p.dump("second", true)?;
+    p.restore("second", &[])?;
     let text = p.result()?;
     let words: Vec<&str> = text.split_whitespace().collect();
     let [n, timed_out, took] = words[..] else {
@@ -136,17 +137,10 @@ fn a_signal_handler_above_a_broken_call_returns_to_it_when_restored() -> Result<
     p.has("handling")?;
     p.dump("second", true)?;
     // Twice: what was put back is carried as well.
-    let mut restore = common::mistctl();
-    restore.args(["restore", "-d"]).arg(p.path("second"));
-    p.run(restore, "restore")?;
-    let mut dump = common::mistctl();
-    dump.args(["dump", "--kill", &p.child.id().to_string(), "-o"])
-        .arg(p.path("third"));
-    p.run(dump, "third dump")?;
+    p.restore("second", &["-d"])?;
+    p.dump("third", true)?;
     std::fs::write(p.path("go"), "")?;
-    let mut restore = common::mistctl();
-    restore.arg("restore").arg(p.path("third"));
-    p.run(restore, "second restore")?;
+    p.restore("third", &[])?;
     ensure!(p.result()? == "EINTR\n", "{}", p.result()?);
     Ok(())
 }
@@ -181,9 +175,7 @@ fn a_connect_that_goes_on_says_the_same_when_its_time_is_up() -> Result<()> {
         p.sleeps_in(libc::SYS_connect)?;
         p.dump("image", restored)?;
         if restored {
-            let mut restore = common::mistctl();
-            restore.args(["restore", "-d"]).arg(p.path("image"));
-            p.run(restore, "restore")?;
+            p.restore("image", &["-d"])?;
         }
         p.has("result")?;
         let text = p.result()?;
@@ -200,9 +192,7 @@ fn each_of_two_calls_on_one_socket_ends_at_its_own_time() -> Result<()> {
         };
         p.dump("image", restored)?;
         if restored {
-            let mut restore = common::mistctl();
-            restore.args(["restore", "-d"]).arg(p.path("image"));
-            p.run(restore, "restore")?;
+            p.restore("image", &["-d"])?;
         }
         p.has("result")?;
         ensure!(p.result()? == "-1 1", "{}", p.result()?);
@@ -236,9 +226,10 @@ fn what_has_part_of_its_bytes_waits_for_the_rest_of_its_time_only() -> Result<()
             let left = resume["left_ns"].as_i64().unwrap_or(-1);
             ensure!((1..1_500_000_000).contains(&left), "{way}: {resume}");
             if restored {
-                let mut restore = common::mistctl();
-                restore.args(["restore", "-d"]).arg(p.path("image"));
-                p.run(restore, "restore")?;
+                p.restore("image", &["-d"])?;
+                // The time-out of its socket would end it too, later.
+                let waits = !wakers_of(p.child.id() as i32)?.is_empty();
+                ensure!(waits || p.path("result").exists(), "nobody ends the call");
             }
             p.has("result")?;
             let text = p.result()?;

@@ -59,6 +59,23 @@ fn without_a_name_dump_picks_one_and_prints_it() {
     run(&["verify", path(&dir.path().join(name))]).ends_with(0);
 }
 
+/// mistctl, in what a shell's command makes of its surroundings.
+fn after(setup: &str) -> Command {
+    let mut sh = Command::new("sh");
+    sh.args(["-c", &format!("{setup}; exec \"$@\""), "sh"])
+        .arg(mistctl().get_program());
+    sh
+}
+
+/// Waits until a dump writes to this image.
+fn begun(image: &Path) {
+    let partial = image.with_extension("partial");
+    wait_for("the image is begun", LIMIT, || {
+        Ok(partial.exists().then_some(()))
+    })
+    .unwrap();
+}
+
 #[test]
 fn a_dump_that_is_called_off_leaves_nothing() {
     if !engine() {
@@ -77,26 +94,18 @@ fn a_dump_that_is_called_off_leaves_nothing() {
             .args(["dump", &target.pid(), "-o", path(&i)])
             .spawn()
             .unwrap();
-        wait_for("the image is begun", LIMIT, || {
-            Ok(dir.path().join("i.partial").exists().then_some(()))
-        })
-        .unwrap();
+        begun(&i);
         kill(Pid::from_raw(dump.id() as i32), signal).unwrap();
         let status = wait_child(&mut dump, "the dump's end", LIMIT).unwrap();
         assert_eq!(status.signal(), Some(signal as i32));
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "{signal}");
     }
     // Who ignores a signal goes on doing so.
-    let mut dump = Command::new("sh")
-        .args(["-c", "trap '' HUP; exec \"$@\"", "sh"])
-        .arg(mistctl().get_program())
+    let mut dump = after("trap '' HUP")
         .args(["dump", &target.pid(), "-o", path(&i)])
         .spawn()
         .unwrap();
-    wait_for("the image is begun", LIMIT, || {
-        Ok(dir.path().join("i.partial").exists().then_some(()))
-    })
-    .unwrap();
+    begun(&i);
     kill(Pid::from_raw(dump.id() as i32), Signal::SIGHUP).unwrap();
     let status = wait_child(&mut dump, "the dump's end", LIMIT).unwrap();
     assert!(status.success(), "{status}");
@@ -141,9 +150,7 @@ fn a_dump_without_descriptors_says_so_and_leaves_nothing() {
     let i = dir.path().join("i");
     let target = Sleeper::new();
     for limit in 8..24 {
-        let ran = Ran(Command::new("sh")
-            .args(["-c", &format!("ulimit -n {limit}; exec \"$@\""), "sh"])
-            .arg(mistctl().get_program())
+        let ran = Ran(after(&format!("ulimit -n {limit}"))
             .args(["dump", &target.pid(), "-o", path(&i)])
             .output()
             .unwrap());
@@ -169,10 +176,8 @@ fn a_umask_takes_nothing_from_an_image() {
     let dir = temp();
     let i = dir.path().join("i");
     let target = Sleeper::new();
-    let mut dump = Command::new("sh");
-    dump.args(["-c", "umask 777; exec \"$@\"", "sh"])
-        .arg(mistctl().get_program())
-        .args(["dump", &target.pid(), "-o", path(&i)]);
+    let mut dump = after("umask 777");
+    dump.args(["dump", &target.pid(), "-o", path(&i)]);
     Ran(dump.output().unwrap()).ends_with(0);
     for (name, mode) in [("", 0o700), ("objects", 0o700), ("pages", 0o600)] {
         let there = fs::metadata(i.join(name)).unwrap().permissions().mode();

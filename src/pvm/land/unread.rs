@@ -64,8 +64,8 @@ impl FarEnd {
         }
         let before =
             sockopt::get_int(&self.0, libc::SOL_SOCKET, libc::SO_SNDBUF).context("SO_SNDBUF")?;
-        // Left so: as long as they stand there, pvmd needs room for what comes behind them. select(2) shows it some only
-        // while no more than a quarter is used (unix_writable in net/unix/af_unix.c). The kernel doubles what it is
+        // Left so until somebody narrows it: as long as they stand there, pvmd needs room for what comes behind them.
+        // select(2) shows it some only while no more than a quarter is used (unix_writable in net/unix/af_unix.c). The kernel doubles what it is
         // told, and counts what it needs for itself with the bytes.
         let wanted = bytes.len() as i32 * 3 + before;
         if bytes.len() as i32 > before / 8 {
