@@ -422,15 +422,18 @@ pub(crate) fn enlarge_buffers(fd: impl AsFd, bytes: usize) {
     }
 }
 
+/// SO_RCVBUF and SO_SNDBUF.
+pub(crate) type BufferSizes = (Vec<u8>, Vec<u8>);
+
 /// Sizes as a fresh socket has them, before the stored options are applied.
-pub(crate) fn buffer_sizes(fd: impl AsFd) -> (Vec<u8>, Vec<u8>) {
+pub(crate) fn buffer_sizes(fd: impl AsFd) -> BufferSizes {
     let fd = fd.as_fd();
     let get = |name| sockopt::get(fd, libc::SOL_SOCKET, name, 4).unwrap_or_default();
     (get(libc::SO_RCVBUF), get(libc::SO_SNDBUF))
 }
 
 /// Undoes [`enlarge_buffers`].
-pub(crate) fn restore_buffers(fd: &OwnedFd, sizes: &(Vec<u8>, Vec<u8>)) {
+pub(crate) fn restore_buffers(fd: &OwnedFd, sizes: &BufferSizes) {
     let _ = set_buffer(fd, libc::SO_RCVBUFFORCE, libc::SO_RCVBUF, &sizes.0);
     let _ = set_buffer(fd, libc::SO_SNDBUFFORCE, libc::SO_SNDBUF, &sizes.1);
     let _ = sockopt::set_int(fd, libc::SOL_SOCKET, SO_BUF_LOCK, 0);

@@ -1,13 +1,15 @@
 //! Unix sockets: pairs, names, connections that wait, queues with descriptors in flight.
 
 mod dump;
+mod fill;
 mod names;
 mod pieces;
 mod restore;
 
 pub use dump::peek_bytes;
 pub(crate) use dump::{in_flight, peek_messages, read, read_queue};
-pub(crate) use restore::{Plan, build, fill};
+pub(crate) use fill::fill;
+pub(crate) use restore::{Plan, build};
 
 /// Longest sun_path (unix(7)).
 pub(crate) const PATH_MAX: usize = 108;
