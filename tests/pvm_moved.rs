@@ -18,7 +18,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use common::{wait_child, wait_for};
-use mistctl::pvm::shimabi::table::{Mapped, State};
 use scene::Scene;
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -26,7 +25,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 type Test = fn(&Scene) -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 16] = [
+    let tests: [(&str, Test); 14] = [
         ("its_last_words_and_its_status_arrive", last_words),
         ("its_environment_says_where_it_is", environment),
         ("sizes_are_its_pvmds_or_its_own", sizes),
@@ -38,12 +37,6 @@ fn main() -> ExitCode {
         ),
         ("one_that_is_ending_has_ended", ends::ending),
         ("a_child_of_the_last_moment_is_told_of", ends::late_fork),
-        ("a_target_that_dies_behind_the_decision_leaves_it", |s| {
-            ends::target_dies(s, false)
-        }),
-        ("it_does_so_when_the_mover_dies_too", |s| {
-            ends::target_dies(s, true)
-        }),
         ("its_contexts_are_its_own", contexts),
         ("what_it_asked_to_be_told_is_told", notices),
         ("what_it_collects_follows_it", output::collector),
@@ -58,11 +51,6 @@ fn main() -> ExitCode {
         ),
     ];
     testhosts::main(tests, || Ok(()), |(), test| Scene::new(3)?.play(test))
-}
-
-fn migrate(scene: &Scene, v: u32, to: &str) -> Result<()> {
-    let command = format!("{} migrate t{v:x} {to}", scene.mistctl.path());
-    scene.hosts.exec("h0", &command).map(drop)
 }
 
 /// A move that a test does something in the middle of.
@@ -90,21 +78,6 @@ impl Move {
     }
 }
 
-/// The incarnation that a task has now.
-fn present(scene: &Scene, v: u32) -> Result<u32> {
-    let said = scene
-        .hosts
-        .exec("h0", &format!("{} ps --json", scene.mistctl.path()))?;
-    let listing: serde_json::Value = serde_json::from_str(&said)?;
-    let tasks = listing["tasks"].as_array().context("no tasks")?;
-    let of = |task: &&serde_json::Value| task["virtual_tid"] == format!("t{v:x}");
-    let tid = tasks.iter().find(of).and_then(|task| task["tid"].as_str());
-    let tid = tid
-        .and_then(|tid| tid.strip_prefix('t'))
-        .context(said.clone())?;
-    Ok(u32::from_str_radix(tid, 16)?)
-}
-
 /// Under its pvmd it is the process that was forked: what it prints when it has left PVM is collected, and pvmd tells
 /// those who trace it how it ended.
 fn last_words(scene: &Scene) -> Result<()> {
@@ -116,8 +89,8 @@ fn last_words(scene: &Scene) -> Result<()> {
     boss.ask("setopt 7 63");
     boss.ask("setopt 9 1");
     let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
-    migrate(scene, v, "h0")?;
-    let r2 = present(scene, v)?;
+    scene.migrate(v, "h0")?;
+    let r2 = scene.present(v)?;
     // PvmTraceTid, PvmSelfTraceTid: who traces it, and its children.
     for option in [6, 14] {
         ensure!(worker.tid(&format!("getopt {option}")) == me);
@@ -150,7 +123,7 @@ fn environment(scene: &Scene) -> Result<()> {
     for name in names {
         worker.ask(&format!("setenv {name} elsewhere"));
     }
-    migrate(scene, v, "h0")?;
+    scene.migrate(v, "h0")?;
     let sock = scene.hosts.exec("h0", "cat /tmp/pvmd.$(id -u)")?;
     let pid = worker.pid().to_string();
     for (name, value) in names.into_iter().zip([sock.as_str(), "-", "-", &pid]) {
@@ -177,13 +150,13 @@ fn sizes(scene: &Scene) -> Result<()> {
     ensure!(mtu == fragment, "{here}");
     // Those of a pvmd that is otherwise.
     worker.ask("setsizes 2000 2000");
-    migrate(scene, v, "h0")?;
+    scene.migrate(v, "h0")?;
     let there = worker.ask("sizes");
     ensure!(there == here, "{there}, not {here}");
     // PvmFragSize 3000
     worker.ask("setopt 8 bb8");
     worker.ask(&format!("setsizes {mtu} 3000"));
-    migrate(scene, v, "h1")?;
+    scene.migrate(v, "h1")?;
     let own = worker.ask("sizes");
     ensure!(own == format!("{mtu} 3000"), "{own}");
     worker.leave();
@@ -196,7 +169,7 @@ fn siblings(scene: &Scene) -> Result<()> {
     let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
     let before = worker.ask("siblings");
     ensure!(before == format!("{v:x}"), "{before}");
-    migrate(scene, v, "h0")?;
+    scene.migrate(v, "h0")?;
     // It has read all that came to its new place.
     ensure!(worker.ask("probe 1 1") == "no");
     ensure!(worker.ask("siblings") == before);
@@ -211,7 +184,7 @@ fn mailbox(scene: &Scene) -> Result<()> {
     // PvmMboxPersistent: nobody takes that away.
     for (name, flags, host) in [("kept", 1, "h0"), ("mine", 0, "h1"), ("more", 0, "h0")] {
         ensure!(worker.ask(&format!("put {name} text {flags}")) == "0");
-        migrate(scene, v, host)?;
+        scene.migrate(v, host)?;
         for name in ["kept", name] {
             let owner = boss.ask(&format!("boxes {name}"));
             ensure!(owner == format!("{v:x}"), "{name} is {owner}'s");
@@ -241,7 +214,7 @@ fn contexts(scene: &Scene) -> Result<()> {
     // One message reaches it here, and one waits for it there.
     for (n, host) in ["h0", "h1"].into_iter().enumerate() {
         ensure!(boss.ask(&format!("send {v:x} 5 unread{n}")) == "0");
-        migrate(scene, v, host)?;
+        scene.migrate(v, host)?;
         for _ in 0..3 {
             let (other, own) = (boss.tid("newcontext"), worker.tid("newcontext"));
             ensure!(other != context && own != context, "{context:x} twice");
@@ -270,7 +243,7 @@ fn notices(scene: &Scene) -> Result<()> {
     // Of its own requests one is answered in its old place, the others in its new one.
     partner.leave();
     ensure!(worker.ask("notice 77") == format!("{p:x}"));
-    migrate(scene, v, "h0")?;
+    scene.migrate(v, "h0")?;
     boss.ask(&format!("kill {o:x}"));
     ensure!(worker.ask("notice 77") == format!("{o:x}"));
     ensure!(boss.ask("addhost h2") == "1: 1");
@@ -281,7 +254,7 @@ fn notices(scene: &Scene) -> Result<()> {
         .context("no host")?
         .to_owned();
     worker.ask(&format!("notify 2 80 {host}"));
-    migrate(scene, v, "h1")?;
+    scene.migrate(v, "h1")?;
     let delete = format!(
         "{} exec pvm <<'END'\ndelete h2\nquit\nEND",
         scene.mistctl.path()
@@ -295,29 +268,4 @@ fn notices(scene: &Scene) -> Result<()> {
     ensure!(boss.ask("notice 79") == format!("{v:x}"));
     boss.leave();
     Ok(())
-}
-
-/// Whether a host's table says that a task is moving.
-fn closed(scene: &Scene, host: &str, v: u32) -> Result<Option<()>> {
-    in_state(scene, host, v, State::Moving)
-}
-
-/// Whether it says so of the task.
-fn in_state(scene: &Scene, host: &str, v: u32, state: State) -> Result<Option<()>> {
-    let tmp = format!("/proc/{}/root/tmp", scene.hosts.pid(host)?);
-    for entry in fs::read_dir(tmp)?.flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if !name.contains(".mist-") || name.ends_with(".d") {
-            continue;
-        }
-        let table = Mapped::new(
-            &fs::File::options()
-                .read(true)
-                .write(true)
-                .open(entry.path())?,
-        )?;
-        let is_so = table.entry(v).is_some_and(|e| e.state == state);
-        return Ok(is_so.then_some(()));
-    }
-    Ok(None)
 }

@@ -219,7 +219,7 @@ impl Client {
     pub fn ask(&mut self, tag: u32, body: Body) -> Result<Message> {
         let until = Instant::now() + self.patience;
         let wait = self.begin(tag, body)?;
-        self.answer(tag, wait, until)
+        self.answer(tag, wait, Some(until))
     }
 
     /// Asks the own pvmd two things: both leave at once, if there is room for them.
@@ -235,10 +235,16 @@ impl Client {
         let mut bytes = self.encode(Tid::PVMD, tag, ctx, one, first.into_bytes());
         bytes.extend(self.encode(Tid::PVMD, tag, ctx, two, second.into_bytes()));
         self.write(Tid::PVMD, &bytes, until)?;
+        let until = Some(until);
         Ok([self.answer(tag, one, until)?, self.answer(tag, two, until)?])
     }
 
-    fn answer(&mut self, tag: u32, wait: u32, until: Instant) -> Result<Message> {
+    pub(super) fn answer(
+        &mut self,
+        tag: u32,
+        wait: u32,
+        until: Option<Instant>,
+    ) -> Result<Message> {
         let is_it = |m: &Message| m.wait == wait && m.ctx == CTX_TM as u32 && m.tag == tag;
         if let Some(at) = self.inbox.iter().position(is_it)
             && let Some(answer) = self.inbox.remove(at)
@@ -246,7 +252,7 @@ impl Client {
             return Ok(answer);
         }
         loop {
-            let Some(message) = self.next(Some(until))? else {
+            let Some(message) = self.next(until)? else {
                 bail!(
                     "{} did not answer within {} s (request {:#x})",
                     self.pvmd,

@@ -135,14 +135,27 @@ impl Client {
         said_of_life(tid, &answer)
     }
 
-    /// Whether it is sure that no process is this task any more, nor will be: its own pvmd says so. What is said of tasks
-    /// of a host that has left the virtual machine proves nothing.
+    /// Whether it is sure that no process is this task any more, nor will become it: its own pvmd says so, or is of this
+    /// virtual machine no more. One that does not answer is waited for: it does, or is declared dead in the end.
     ///
     /// # Errors
-    /// As for [`Client::lives`].
-    pub fn has_ended(&mut self, tid: Tid) -> Result<bool> {
+    /// When the own pvmd has ended, or cannot tell.
+    pub fn has_gone(&mut self, tid: Tid) -> Result<bool> {
+        let wait = self.begin_lives(tid)?;
+        let answer = self.answer(tm::PSTAT, wait, None)?;
+        match said_of_life(tid, &answer) {
+            Err(_) if !self.has_host(tid)? => Ok(true),
+            lives => lives.map(|lives| !lives),
+        }
+    }
+
+    /// Whether the host of a tid is in the virtual machine.
+    ///
+    /// # Errors
+    /// As for [`Client::hosts`].
+    pub fn has_host(&mut self, tid: Tid) -> Result<bool> {
         let there = |host: &Host| host.tid.host() == tid.host();
-        Ok(!self.lives(tid)? && self.hosts()?.iter().any(there))
+        Ok(self.hosts()?.iter().any(there))
     }
 
     /// Begins to ask whether a task lives; the answer bears this wait id, and [`said_of_life`] reads it.

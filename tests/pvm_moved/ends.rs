@@ -14,8 +14,8 @@ pub fn refused(scene: &Scene) -> Result<()> {
     let mut boss = scene.actor("h0", "boss")?;
     let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
     // Agents are there from here on.
-    migrate(scene, v, "h0")?;
-    migrate(scene, v, "h1")?;
+    scene.migrate(v, "h0")?;
+    scene.migrate(v, "h1")?;
     let address = scene
         .hosts
         .exec("h1", "getent ahostsv4 h0 | awk '{print $1; exit}'")?;
@@ -34,7 +34,7 @@ pub fn refused(scene: &Scene) -> Result<()> {
         Ok(scene.hosts.exec("h1", &state).ok())
     })?;
     let before = woken()?;
-    let said = migrate(scene, v, "h0").unwrap_err().to_string();
+    let said = scene.migrate(v, "h0").unwrap_err().to_string();
     for why in [
         "it is a namespace",
         "it is a pidfd of process",
@@ -54,13 +54,13 @@ pub fn refused(scene: &Scene) -> Result<()> {
     scene.hosts.exec("h1", &format!("kill -9 {other}"))?;
     ensure!(worker.ask("reap") == other);
     scene.hosts.exec("h1", &format!("kill -9 {child}"))?;
-    let said = migrate(scene, v, "h0").unwrap_err().to_string();
+    let said = scene.migrate(v, "h0").unwrap_err().to_string();
     ensure!(
         said.contains("has children") && !said.contains("namespace"),
         "{said}"
     );
     ensure!(worker.ask("reap") == child);
-    migrate(scene, v, "h0")?;
+    scene.migrate(v, "h0")?;
     worker.leave();
     boss.leave();
     Ok(())
@@ -72,7 +72,7 @@ pub fn ending(scene: &Scene) -> Result<()> {
     let mut boss = scene.actor("h0", "boss")?;
     let (_other, o) = scene.worker(&mut boss, "h1", "other")?;
     // Agents are there from here on.
-    migrate(scene, o, "h0")?;
+    scene.migrate(o, "h0")?;
     let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
     let pid = worker.pid();
     Stage::new(scene.dir.path(), "held");
@@ -107,7 +107,7 @@ pub fn late_fork(scene: &Scene) -> Result<()> {
     // PvmMboxWaitForInfo and PvmMboxReadAndDelete: nothing stops it there.
     worker.tell("getfork later 48");
     let mover = Move::begin(scene, v, "h0")?;
-    wait_for("the gates to be closed", LIMIT, || closed(scene, "h1", v))?;
+    wait_for("the gates to be closed", LIMIT, || scene.is_moving("h1", v))?;
     boss.ask("put later now 4");
     let child = worker.answer();
     let (status, said) = mover.end()?;
@@ -116,69 +116,6 @@ pub fn late_fork(scene: &Scene) -> Result<()> {
     ensure!(said.contains(&why) && !said.contains("--tree"), "{said}");
     scene.hosts.exec("h1", &format!("kill -9 {child}"))?;
     worker.leave();
-    boss.leave();
-    Ok(())
-}
-
-/// All that was to become the task dies when it is decided that it goes, and the old incarnation stands still yet.
-pub fn target_dies(scene: &Scene, mover_too: bool) -> Result<()> {
-    let mut boss = scene.actor("h0", "boss")?;
-    boss.ask("catchout");
-    let me = boss.enrol();
-    ensure!(present(scene, me)? == me);
-    ensure!(boss.ask("put mine text 0") == "0");
-    // What they print goes to another incarnation from then on: each is waited for in vain, a second long.
-    let mut children = Vec::new();
-    for n in 0..8 {
-        let (child, tid) = scene.worker(&mut boss, "h0", &format!("child{n}"))?;
-        // PvmMboxWaitForInfo and PvmMboxReadAndDelete
-        child.tell("get later 0 48");
-        children.push((child, tid));
-    }
-    let mover = Move::begin(scene, me, "h1")?;
-    wait_for("the decision", LIMIT, || {
-        in_state(scene, "h0", me, State::Decided)
-    })?;
-    // In brackets, so that the shell that says it does not match.
-    let kill = |host: &str, what: &str| {
-        scene
-            .hosts
-            .root(host, &format!("pkill -KILL -f -- '{what}'"))
-    };
-    kill("h1", "[ ]land --agent|[/]bin/actor ")?;
-    if mover_too {
-        kill("h0", "[ ]mover$")?;
-    }
-    let (status, said) = mover.end()?;
-    ensure!(!status.success(), "{said}");
-    let why = match mover_too {
-        true => "the mover has died",
-        false => "was not moved, and runs on: what was to become the task ended, on h1",
-    };
-    ensure!(said.contains(why), "{said}");
-    // It goes on, by its old tid, and once.
-    ensure!(boss.ask("pstat 40fff") != "");
-    wait_for("its gate to open", LIMIT, || {
-        in_state(scene, "h0", me, State::Settled)
-    })?;
-    ensure!(present(scene, me)? == me);
-    if !mover_too {
-        ensure!(boss.ask("boxes mine") == format!("{me:x}"));
-    }
-    for _ in &children {
-        ensure!(boss.ask("put later now 4") == "0");
-    }
-    for (child, tid) in &mut children {
-        let got = child.answer();
-        ensure!(got.contains("text now"), "{got}");
-        ensure!(child.ask("print after") == "ok");
-        let line = format!("[t{tid:x}] after");
-        wait_for("what it prints", LIMIT, || {
-            boss.ask("probe 1 1");
-            Ok(boss.said.contains(&line).then_some(()))
-        })?;
-    }
-    children.into_iter().for_each(|(child, _)| child.leave());
     boss.leave();
     Ok(())
 }

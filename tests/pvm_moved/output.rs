@@ -9,7 +9,7 @@ pub fn collector(scene: &Scene) -> Result<()> {
     let me = boss.enrol();
     let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
     ensure!(worker.ask("print one") == "ok");
-    migrate(scene, me, "h1")?;
+    scene.migrate(me, "h1")?;
     // It hears of it in its next call.
     worker.ask("probe 1 1");
     worker.ask("pstat 40fff");
@@ -125,15 +125,15 @@ pub fn in_order(scene: &Scene) -> Result<()> {
     let me = boss.enrol();
     let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
     // Agents are there from here on.
-    migrate(scene, v, "h0")?;
-    migrate(scene, v, "h1")?;
+    scene.migrate(v, "h0")?;
+    scene.migrate(v, "h1")?;
     let pid = worker.pid();
     slow_link(scene)?;
     // PvmMboxWaitForInfo and PvmMboxReadAndDelete: nothing stops it there.
     worker.tell(&format!("burst later 48 {me:x} 7"));
     let mover = Move::begin(scene, v, "h0")?;
     for host in ["h0", "h1", "h2"] {
-        wait_for("the gates to be closed", LIMIT, || closed(scene, host, v))?;
+        wait_for("the gates to be closed", LIMIT, || scene.is_moving(host, v))?;
     }
     let signal = |signal: &str, pid: &str| scene.hosts.exec("h1", &format!("kill -{signal} {pid}"));
     signal("STOP", &pid.to_string())?;

@@ -189,6 +189,10 @@ static int run(int argc, char **argv)
 	else if (!strcmp(c, "send")) {
 		pack(ARG(3));
 		say("%d", pvm_send(TID(1), NUM(2)));
+	} else if (!strcmp(c, "fail")) { /* has pvmd take a host for dead */
+		int order[] = {8, TID(1)};
+		pvm_tickle(2, order, &n, ints);
+		say("%d", n > 0 ? ints[0] : -1);
 	} else if (!strcmp(c, "psend"))
 		say("%d", pvm_psend(TID(1), NUM(2), ARG(3), strlen(ARG(3)) + 1, PVM_BYTE));
 	else if (!strcmp(c, "big")) {

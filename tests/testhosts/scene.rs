@@ -6,6 +6,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use mistctl::pvm::shimabi::table::{Mapped, State};
 
 use crate::common;
 use crate::stage::{Actor, Stage};
@@ -118,8 +119,53 @@ impl Scene {
         )))
     }
 
+    /// Moves a task, as somebody at h0 does.
+    pub fn migrate(&self, v: u32, to: &str) -> Result<()> {
+        let command = format!("{} migrate t{v:x} {to}", self.mistctl.path());
+        self.hosts.exec("h0", &command).map(drop)
+    }
+
+    /// The incarnation that a task has now.
+    pub fn present(&self, v: u32) -> Result<u32> {
+        let ps = format!("{} ps --json", self.mistctl.path());
+        let said = self.hosts.exec("h0", &ps)?;
+        let listing: serde_json::Value = serde_json::from_str(&said)?;
+        let tasks = listing["tasks"].as_array().context("no tasks")?;
+        let of = |task: &&serde_json::Value| task["virtual_tid"] == format!("t{v:x}");
+        let tid = tasks.iter().find(of).and_then(|task| task["tid"].as_str());
+        let tid = tid
+            .and_then(|tid| tid.strip_prefix('t'))
+            .context(said.clone())?;
+        Ok(u32::from_str_radix(tid, 16)?)
+    }
+
+    /// Whether a host's table says that a task is moving.
+    pub fn is_moving(&self, host: &str, v: u32) -> Result<Option<()>> {
+        self.is_in(State::Moving, host, v)
+    }
+
+    /// What it says of the task.
+    pub fn is_in(&self, state: State, host: &str, v: u32) -> Result<Option<()>> {
+        let tmp = format!("/proc/{}/root/tmp", self.hosts.pid(host)?);
+        for entry in fs::read_dir(tmp)?.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if !name.contains(".mist-") || name.ends_with(".d") {
+                continue;
+            }
+            let file = fs::File::options()
+                .read(true)
+                .write(true)
+                .open(entry.path())?;
+            let is_so = Mapped::new(&file)?
+                .entry(v)
+                .is_some_and(|e| e.state == state);
+            return Ok(is_so.then_some(()));
+        }
+        Ok(None)
+    }
+
     /// Runs a test; when it fails, what the hosts have to say is in the error.
-    pub fn play(&self, test: fn(&Scene) -> Result<()>) -> Result<()> {
+    pub fn play(&self, test: impl Fn(&Scene) -> Result<()>) -> Result<()> {
         let run = std::panic::AssertUnwindSafe(|| test(self));
         match std::panic::catch_unwind(run) {
             Ok(done) => done.with_context(|| self.log()),

@@ -95,11 +95,10 @@ pub fn conclude(client: &mut Client, outcome: &Outcome) -> Result<()> {
 }
 
 /// Whether a task that was decided to go on elsewhere goes on where it was, and has it do so: what it was to become has
-/// ended, which is for ever. Whoever finds that out comes to the same, whatever the table says.
+/// ended, or its host left, which is for ever. Whoever finds that out comes to the same, whatever the table says.
 fn goes_on(client: &mut Client, outcome: &Outcome) -> Result<bool> {
     let (from, next) = (Tid(outcome.from), Tid(outcome.next));
-    // A pvmd that cannot tell has not said that.
-    if !client.has_ended(next).unwrap_or(false) {
+    if !client.has_gone(next)? {
         return Ok(false);
     }
     let tasks = client.tasks(from.host())?;

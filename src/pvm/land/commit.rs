@@ -103,6 +103,11 @@ impl Waiting<'_> {
                     ),
                     // The notice comes, or there is no decision yet.
                     Ok(_) => {}
+                    // Nothing comes from a pvmd that is no more. (Its end of the connection is ours, too: that says
+                    // nothing.)
+                    Err(_) if self.pvmd.is_dead().unwrap_or(false) && !self.says(r1)? => bail!(
+                        "its pvmd has ended, and has not said that {r1} has: that goes on where it was"
+                    ),
                     Err(e) if Instant::now() > until => return self.nobody_tells(r1, e),
                     Err(_) => {}
                 }

@@ -429,12 +429,16 @@ impl<'j> Mover<'j> {
         {
             warn("the task's entries of the mailbox", e);
         }
-        // A pvmd that cannot tell has not said that.
-        if self.client.has_ended(r2).unwrap_or(false) {
+        // Without our own pvmd this host is none of the virtual machine: the task is what that has elsewhere.
+        if self.client.has_gone(r2).unwrap_or(false) {
+            let left = !self.client.has_host(r2).unwrap_or(true);
             self.take_back(link);
             let go_on = kill(Pid::from_raw(self.job.pid), Signal::SIGCONT);
             go_on.context("letting the task go on")?;
-            bail!("what was to become the task ended, on {}", self.job.to.name);
+            match (left, &self.job.to.name) {
+                (true, name) => bail!("{name} has left the virtual machine"),
+                (false, name) => bail!("what was to become the task ended, on {name}"),
+            }
         }
         let heirs = session.heirs();
         if let Err(e) = session.end(After::Kill) {

@@ -1,0 +1,135 @@
+//! It is decided that a task goes, and what it was to become ends, or the host that it was to be on: the old incarnation
+//! stands still yet, and goes on.
+
+mod common;
+#[path = "testhosts/scene.rs"]
+mod scene;
+#[path = "shim/mod.rs"]
+mod stage;
+mod testhosts;
+
+use std::fs;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use common::{wait_child, wait_for};
+use mistctl::pvm::shimabi::table::State;
+use scene::Scene;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// What ends.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Ends {
+    /// What was to become the task.
+    Task,
+    /// That, and the mover.
+    TaskAndMover,
+    /// The host is deleted.
+    Host,
+    /// It is, and the mover dies.
+    HostAndMover,
+    /// The host's pvmd is killed. Who asks after its tasks waits until others declare it dead.
+    Pvmd,
+}
+
+fn main() -> ExitCode {
+    let tests = [
+        ("a_target_that_dies_leaves_the_task", Ends::Task),
+        ("it_does_so_when_the_mover_dies_too", Ends::TaskAndMover),
+        ("so_does_a_host_that_leaves", Ends::Host),
+        ("and_when_the_mover_dies_too", Ends::HostAndMover),
+        ("so_does_a_host_without_a_pvmd", Ends::Pvmd),
+    ];
+    let play = |(): &(), ends: Ends| {
+        let scene = Scene::new(2)?;
+        scene.play(|scene| goes_on(scene, ends))
+    };
+    testhosts::main(tests, || Ok(()), play)
+}
+
+fn goes_on(scene: &Scene, ends: Ends) -> Result<()> {
+    let mover_too = matches!(ends, Ends::TaskAndMover | Ends::HostAndMover);
+    let mut boss = scene.actor("h0", "boss")?;
+    boss.ask("catchout");
+    let me = boss.enrol();
+    ensure!(scene.present(me)? == me);
+    ensure!(boss.ask("put mine text 0") == "0");
+    // What they print goes to another incarnation from then on: each is waited for in vain, a second long.
+    let mut children = Vec::new();
+    for n in 0..8 {
+        let (child, tid) = scene.worker(&mut boss, "h0", &format!("child{n}"))?;
+        // PvmMboxWaitForInfo and PvmMboxReadAndDelete
+        child.tell("get later 0 48");
+        children.push((child, tid));
+    }
+    let mut other = scene.actor("h0", "other")?;
+    let log = scene.path("move");
+    let mistctl = scene.mistctl.path();
+    let command = format!("{mistctl} migrate t{me:x} h1 >{} 2>&1", log.display());
+    let mut migrate = scene.hosts.command("h0", &command).spawn()?;
+    wait_for("the decision", LIMIT, || {
+        scene.is_in(State::Decided, "h0", me)
+    })?;
+    // In brackets, so that the shell that says it does not match.
+    let kill = |host: &str, what: &str| {
+        let kill = format!("pkill -KILL {what}");
+        scene.hosts.root(host, &kill).map(drop)
+    };
+    match ends {
+        Ends::Task | Ends::TaskAndMover => kill("h1", "-f -- '[ ]land --agent|[/]bin/actor '")?,
+        Ends::Host | Ends::HostAndMover => scene.hosts.console("delete h1").map(drop)?,
+        Ends::Pvmd => kill("h1", "-x pvmd")?,
+    }
+    if mover_too {
+        kill("h0", "-f -- '[ ]mover$'")?;
+    }
+    if ends == Ends::Pvmd {
+        // Nothing that it was to become is left on a host that nobody hears of any more.
+        wait_for("it to end there", LIMIT, || {
+            let none = "! pgrep -f -- '[ ]land --agent|[/]bin/actor '";
+            Ok(scene.hosts.root("h1", none).ok())
+        })?;
+        ensure!(migrate.try_wait()?.is_none());
+        ensure!(scene.is_in(State::Decided, "h0", me)?.is_some());
+        // What h0's pvmd would find out in three minutes.
+        let failed = other.ask("fail 80000");
+        ensure!(failed == "1", "{failed}");
+    }
+    let status = wait_child(&mut migrate, "the move", LIMIT)?;
+    let said = fs::read_to_string(log)?;
+    ensure!(!status.success(), "{said}");
+    let why = match ends {
+        Ends::Task => "was not moved, and runs on: what was to become the task ended, on h1",
+        Ends::TaskAndMover | Ends::HostAndMover => "the mover has died",
+        Ends::Host | Ends::Pvmd => "was not moved, and runs on: h1 has left the virtual machine",
+    };
+    ensure!(said.contains(why), "{said}");
+    // It goes on, by its old tid, and once.
+    ensure!(boss.ask("pstat 40fff") != "");
+    wait_for("its gate to open", LIMIT, || {
+        scene.is_in(State::Settled, "h0", me)
+    })?;
+    ensure!(scene.present(me)? == me);
+    if !mover_too {
+        ensure!(boss.ask("boxes mine") == format!("{me:x}"));
+    }
+    for _ in &children {
+        ensure!(boss.ask("put later now 4") == "0");
+    }
+    for (child, tid) in &mut children {
+        let got = child.answer();
+        ensure!(got.contains("text now"), "{got}");
+        ensure!(child.ask("print after") == "ok");
+        let line = format!("[t{tid:x}] after");
+        wait_for("what it prints", LIMIT, || {
+            boss.ask("probe 1 1");
+            Ok(boss.said.contains(&line).then_some(()))
+        })?;
+    }
+    other.leave();
+    children.into_iter().for_each(|(child, _)| child.leave());
+    boss.leave();
+    Ok(())
+}
