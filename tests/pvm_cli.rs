@@ -7,6 +7,8 @@ mod stage;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Output};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use mistctl::error::Failure;
@@ -51,6 +53,7 @@ fn main() -> ExitCode {
         ("starts a task where, and with what, it was asked", spawns),
         ("output goes where it is sent", output_goes),
         ("mailbox entries move from owner to owner", mailbox),
+        ("who looks for one meanwhile finds it", mailbox_read),
         ("a wish for a direct route is refused", refuses_route),
         ("hosts that cannot be added are named", bad_hosts),
         ("the end of the pvmd is an error that names it", pvmd_ends),
@@ -331,6 +334,36 @@ fn mailbox(kit: &Path) {
     one.spare_from_reset(a).unwrap();
     let spared = one.mailbox_names(mailbox::NO_RESET).unwrap();
     assert_eq!(spared.iter().map(|e| e.owner).collect::<Vec<_>>(), [a]);
+}
+
+fn mailbox_read(kit: &Path) {
+    let vm = started(|| Vm::start(kit));
+    let (mut one, mut two, mut reader) = (client_of(&vm), client_of(&vm), client_of(&vm));
+    let (a, b) = (one.tid(), two.tid());
+    let message = mailbox::packed(a, b"text");
+    one.mailbox_put(a, "name", 0, 0, &message).unwrap();
+    let over = Arc::new(AtomicBool::new(false));
+    let seen = Arc::clone(&over);
+    let looks = std::thread::spawn(move || {
+        let mut missed = 0;
+        while !seen.load(Ordering::Relaxed) {
+            missed += usize::from(reader.mailbox_get("name", 0).unwrap().is_none());
+        }
+        missed
+    });
+    for n in 0..500 {
+        let [entry] = &one.mailbox_names("name").unwrap()[..] else {
+            panic!("not one entry");
+        };
+        let (owner, next) = if n % 2 == 0 { (a, b) } else { (b, a) };
+        assert_eq!((entry.owner, entry.flags), (owner, 0));
+        assert!(one.mailbox_hand_over(entry, next).unwrap());
+    }
+    over.store(true, Ordering::Relaxed);
+    assert_eq!(looks.join().unwrap(), 0, "times it was not found");
+    // It is locked as before.
+    assert!(two.mailbox_put(b, "name", 0, 0, &message).is_err());
+    assert_eq!(one.mailbox_get("name", 0).unwrap(), Some(message));
 }
 
 fn refuses_route(kit: &Path) {

@@ -16,6 +16,8 @@ const NAMES: i32 = 4;
 pub const PERSISTENT: i32 = 1;
 /// pvm3.h: PvmMboxMultiInstance. Others may use the same name.
 pub const MULTI_INSTANCE: i32 = 2;
+/// pvm3.h: PvmMboxOverWritable. Others may write it over, and take it away.
+const OVERWRITABLE: i32 = 4;
 /// pvm3.h: PvmMboxDirectIndexShift. Above these bits of the flags the caller asks for an index; 0 is the first one
 /// that is free.
 const INDEX_SHIFT: i32 = 10;
@@ -74,32 +76,35 @@ impl Client {
         }
     }
 
-    /// Takes an entry of its owner and puts it back as another's; false if it was not there any more. Both requests
-    /// leave at once: whatever becomes of us, the second follows the first. A pvmd takes one request of a task at a time,
-    /// so who asks it right then does not find the entry; nothing it offers puts both into one.
+    /// Makes an entry another's; false if it was not there any more. Two requests leave at once: whatever becomes of us,
+    /// the second follows the first. A pvmd takes one of a task at a time, and others' in between, which find the entry
+    /// all the same: its owner makes it one that anybody may write over, and the new one does. (mb_insert, pvmd's msgbox.c:
+    /// what is written over is replaced.) An entry that others may write over anyway is taken away and put back, so that it
+    /// is seen whether somebody else has taken it, and one of several of its name can only be put where there is none: who
+    /// asks for these right then does not find them.
     ///
     /// # Errors
     /// When the pvmd refuses, with its reason.
     pub fn mailbox_hand_over(&mut self, entry: &Entry, to: Tid) -> Result<bool> {
-        let Some(message) = self.mailbox_get(&entry.name, entry.index)? else {
+        let (name, index, owner) = (&entry.name, entry.index, entry.owner);
+        let Some(message) = self.mailbox_get(name, index)? else {
             return Ok(false);
         };
-        let remove = request(REMOVE, entry.owner, &entry.name, entry.index, 0);
-        let put = put(to, &entry.name, entry.index, entry.flags, &message);
-        let [removed, put] = self
-            .ask_both(tm::DB, remove, put)
-            .context("cannot ask for the mailbox of the virtual machine")?;
-        let what = || {
-            format!(
-                "cannot hand '{}' over from {} to {to}",
-                entry.name, entry.owner
-            )
+        let in_place = entry.flags & (OVERWRITABLE | MULTI_INSTANCE) == 0;
+        let free = match in_place {
+            true => put(owner, name, index, entry.flags | OVERWRITABLE, &message),
+            false => request(REMOVE, owner, name, index, 0),
         };
+        let put = put(to, name, index, entry.flags, &message);
+        let [freed, put] = self
+            .ask_both(tm::DB, free, put)
+            .context("cannot ask for the mailbox of the virtual machine")?;
+        let what = || format!("cannot hand '{name}' over from {owner} to {to}");
         let index = checked(put.reader().int()?).with_context(what)?;
-        match removed.reader().int()? {
+        match freed.reader().int()? {
             // Somebody has taken it away: so it is not put back.
             NO_ENTRY => {
-                self.mailbox_remove(to, &entry.name, index)?;
+                self.mailbox_remove(to, name, index)?;
                 Ok(false)
             }
             code => checked(code).map(|_| true).with_context(what),
