@@ -49,7 +49,7 @@ pub struct Held {
     pub deadline: Option<i64>,
     /// The number of the kernel's tick at that moment, where one of them is to end it.
     pub tick: Option<i64>,
-    /// The deadline that a trampoline carries for us.
+    /// The same as a dump or a restore before has noted it for us.
     pub noted: Option<i64>,
     pub sigmask: u64,
     /// Group-stopped by this signal.

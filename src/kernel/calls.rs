@@ -112,7 +112,20 @@ pub struct TimeIsUp {
     pub restarts: bool,
 }
 
-/// The same for a socket of this `domain`.
+/// The same for a call with a time-out of its own.
+pub fn own_time_is_up(nr: u64) -> TimeIsUp {
+    let result = match nr as i64 {
+        libc::SYS_semtimedop | libc::SYS_rt_sigtimedwait => -i64::from(libc::EAGAIN),
+        // So many events.
+        _ => 0,
+    };
+    TimeIsUp {
+        result,
+        restarts: false,
+    }
+}
+
+/// For a socket of this `domain`, whose time-out it is.
 pub fn time_is_up(nr: u64, domain: i32) -> TimeIsUp {
     let error = match nr as i64 {
         libc::SYS_connect if domain != libc::AF_UNIX => libc::EINPROGRESS,
@@ -181,21 +194,19 @@ pub fn asked(t: Transfer, r: &Regs, mem: &Mem) -> Result<(u64, Vec<(u64, u64)>)>
     Ok((sum, all))
 }
 
-/// The trampoline at `at` for the rest of a call: what is left of its time-out, or of its bytes. With a `note` for
-/// [`trampoline::note`].
+/// The trampoline at `at` for the rest of a call: what is left of its time-out, or of its bytes.
 /// None for calls that need none, or whose rest does not fit (more than [`VECTORS_MAX`] vectors).
 pub fn rest(
     at: u64,
     program: &Regs,
     resume: &Resume,
     left_ns: i64,
-    note: Option<i64>,
     mem: &Mem,
 ) -> Result<Option<Trampoline>> {
     let left = left_ns.max(0) as u64;
     let emit = |nr, args: &[(usize, u64)], done, in_data: &[usize], data: &[u8]| {
         Ok(Some(trampoline::emit(
-            at, program, nr, args, done, note, in_data, data,
+            at, program, nr, args, done, in_data, data,
         )))
     };
     match *resume {

@@ -2,15 +2,17 @@
 //!
 //! How long a call on a socket sleeps is counted by a clock that is the coarser the longer the time is
 //! (calc_wheel_index in kernel/time/timer.c), so what is left of a time-out cannot be said exactly: a call that goes
-//! on with a part of it ends up to some hundredths of a second late, and one of hours later still. So a process stays
+//! on with a part of it ends up to some hundredths of a second late, and one of hours later still. And of many calls with
+//! a time-out of their own not each can be given the rest of it: there is no room for what follows. So a process stays
 //! behind that stops the thread when its time is up, lets the call return what a time-out returns, and is gone when
-//! no call is left. Without it they end by the socket's time-out, late.
+//! no call is left. Without it they end by the time-out that the kernel knows of, late.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::signal::SigSet;
 use nix::sys::time::TimeSpec;
 use nix::sys::wait::waitpid;
@@ -28,6 +30,8 @@ use super::{calls, fds, guardian, pidfd, proc_file};
 const NAME: &std::ffi::CStr = c"mist-waker";
 /// How often it looks which of the calls are over.
 const LOOK_EVERY: i64 = 1_000_000_000;
+/// And at how many before it sees whose time is up.
+const LOOKS_AT_ONCE: usize = 16;
 /// How soon it tries again to stop a thread that somebody else holds, at first.
 const TRY_AGAIN: i64 = 500_000;
 /// A stop takes some ten microseconds.
@@ -76,9 +80,12 @@ struct Watched {
     due: Due,
     /// When to try next.
     at: i64,
+    /// When to look whether it is over.
+    look_at: i64,
     /// How often it had slept when it was first seen in the call, where more of it tells that its time begins anew.
     slept: Option<Vec<u8>>,
-    thread: OwnedFd,
+    /// To be told when it ends; there may be more threads than descriptors.
+    thread: Option<OwnedFd>,
 }
 
 fn serve(due: &[Due]) {
@@ -87,22 +94,34 @@ fn serve(due: &[Due]) {
     guardian::rename(NAME);
     let _ = SigSet::empty().thread_set_mask();
     time_ns::moved();
+    let (descriptors, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or_default();
     let mut all: Vec<Watched> = due
         .iter()
-        .filter_map(|due| {
-            Some(Watched {
-                due: *due,
-                at: due.end,
-                slept: None,
-                thread: pidfd::open_thread(due.tid).ok()?,
-            })
+        .zip(0..)
+        .map(|(due, i)| Watched {
+            due: *due,
+            at: due.end,
+            look_at: 0,
+            slept: None,
+            thread: match i < descriptors / 2 {
+                true => pidfd::open_thread(due.tid).ok(),
+                false => None,
+            },
         })
         .collect();
     // Others' work would make us late.
     let _urgent = Urgent::new();
     loop {
-        let now = host_monotonic_ns();
+        let mut looks = LOOKS_AT_ONCE;
         all.retain_mut(|w| {
+            let now = host_monotonic_ns();
+            if w.at > now {
+                if w.look_at > now || looks == 0 {
+                    return true;
+                }
+                looks -= 1;
+            }
+            w.look_at = now + LOOK_EVERY;
             let place = place(&w.due);
             if matches!(place, Place::InCall) && w.due.how.restarts {
                 let slept = slept(w.due.tid);
@@ -119,22 +138,30 @@ fn serve(due: &[Due]) {
             w.at = w.due.end.max(now + (now - w.due.end) / 8 + TRY_AGAIN);
             left
         });
-        let Some(next) = all.iter().map(|w| w.at).min() else {
+        let Some(next) = all.iter().map(|w| w.at.min(w.look_at)).min() else {
             return;
         };
         let wait = (next - host_monotonic_ns()).clamp(0, LOOK_EVERY);
-        let mut ended: Vec<PollFd> = all
+        let (known, mut ended): (Vec<usize>, Vec<PollFd>) = all
             .iter()
-            .map(|w| PollFd::new(w.thread.as_fd(), PollFlags::POLLIN))
-            .collect();
+            .enumerate()
+            .filter_map(|(i, w)| {
+                Some((
+                    i,
+                    PollFd::new(w.thread.as_ref()?.as_fd(), PollFlags::POLLIN),
+                ))
+            })
+            .unzip();
         let _ = ppoll(
             &mut ended,
             Some(TimeSpec::from_duration(Duration::from_nanos(wait as u64))),
             None,
         );
-        let over: Vec<bool> = ended.iter().map(|p| p.any() == Some(true)).collect();
-        let mut over = over.into_iter();
-        all.retain(|_| !over.next().unwrap_or(false));
+        let over = known.into_iter().zip(ended);
+        let over = over.filter_map(|(i, p)| (p.any() == Some(true)).then_some(i));
+        for i in over.collect::<Vec<_>>().into_iter().rev() {
+            all.swap_remove(i);
+        }
     }
 }
 
@@ -225,7 +252,7 @@ fn stop(tracee: Tracee, due: &Due) -> Result<bool> {
 fn timed_out(regs: &Regs, due: &Due) -> Option<Regs> {
     const SYSCALL_LEN: u64 = 2;
     let broken = regs.rip == due.rip && regs.syscall() == Some(due.nr) && calls::is_broken(regs);
-    let before = regs.rip == due.rip - SYSCALL_LEN && regs.rax == due.nr;
+    let before = regs.rip == due.rip - SYSCALL_LEN && Regs::called(regs.rax) == Some(due.nr);
     (broken || before).then_some(Regs {
         rip: due.rip,
         rax: due.how.result as u64,

@@ -6,16 +6,15 @@
 //! with the time it has left, and stop it in there. The rest goes through trampolines in the dead end
 //! of the vDSO, as in a dump.
 
+use anyhow::{Context, Result, bail};
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
-
-use anyhow::{Context, Result, bail};
 
 use crate::image::process::Process;
 use crate::image::threads::{Resume, Thread};
 use crate::kernel::arch::{
     ERESTART_RESTARTBLOCK, ERESTARTNOHAND, ERESTARTNOINTR, ERESTARTSYS, Regs,
-    trampoline::{self, Trampoline},
+    trampoline::{self, Common},
 };
 use crate::kernel::batch;
 use crate::kernel::calls::{self, Broken, TimeIsUp, Timeout};
@@ -26,9 +25,6 @@ use crate::kernel::time_ns::host_monotonic_ns;
 use crate::kernel::tracee::{Stop, Tracee};
 use crate::kernel::vdso;
 use crate::kernel::waker::{self, Due};
-
-/// Bytes of the vDSO's dead end that stay for trampolines which calls share.
-const SPARE: usize = 64;
 
 /// What is to be done once the threads of all processes run.
 #[derive(Debug, Default)]
@@ -67,29 +63,45 @@ pub fn set(
     let kept = dead.iter().position(|b| *b != 0);
     let mut place = Place {
         start,
-        lowest: kept.map_or(vdso.1, |i| start + i as u64),
-        shared: BTreeMap::new(),
-        apart: Vec::new(),
+        room: Room {
+            lowest: kept.map_or(vdso.1, |i| start + i as u64),
+            floor: start + batch::ROOM,
+        },
+        common: Common::default(),
+        apart: BTreeMap::new(),
     };
+    for t in &p.threads {
+        if let (Resume::Timed { nr, .. }, Some(regs)) = (&t.resume, Regs::from_bytes(&t.regs)) {
+            let by_itself = matches!(calls::timeout(*nr, &regs), Some((_, Broken::RestartBlock)));
+            // A call without a time-out of its own may have its socket's.
+            if !by_itself {
+                place.common.may_want(*nr, &regs);
+            }
+        }
+    }
     let mut order: Vec<_> = threads.iter().zip(&p.threads).collect();
     order.sort_by_key(|(_, t)| loss(t));
+    let mut all = Vec::with_capacity(order.len());
     for (r, t) in order {
         let regs = go_on(r.tracee, t, mem, &mut place, after)
             .with_context(|| format!("setting thread {} going", t.tid))?;
         if !t.xstate.is_empty() {
             r.tracee.set_xstate(&t.xstate)?;
         }
-        r.tracee.set_regs(&regs)?;
-        r.tracee.set_sigmask(t.sigmask)?;
+        all.push((r.tracee, regs, t.sigmask));
     }
     // With many threads the first of them was long ago.
     let now = host_monotonic_ns();
-    for apart in place.apart {
-        let end = now.saturating_add(apart.left);
-        if apart.noted {
-            mem.write(apart.due.rip + trampoline::NOTE_AT, &end.to_le_bytes())?;
+    for (due, left) in place.apart.values() {
+        let end = now.saturating_add(*left);
+        after.due.push(Due { end, ..*due });
+    }
+    for (tracee, mut regs, sigmask) in all {
+        if let Some((due, left)) = place.apart.get(&tracee.tid) {
+            regs.orig_rax = trampoline::note(due.nr, now.saturating_add(*left), now);
         }
-        after.due.push(Due { end, ..apart.due });
+        tracee.set_regs(&regs)?;
+        tracee.set_sigmask(sigmask)?;
     }
     Ok(())
 }
@@ -105,66 +117,63 @@ fn loss(t: &Thread) -> (u8, Reverse<i64>) {
     }
 }
 
-/// The dead end of the vDSO; trampolines stand from `lowest` on.
-struct Place {
-    start: u64,
+/// Trampolines stand from `lowest` on. What is below the `floor` is for the next dump.
+struct Room {
     lowest: u64,
-    /// Trampolines without a note, by the call and where they lead.
-    shared: BTreeMap<(u64, u64), u64>,
-    apart: Vec<Apart>,
+    floor: u64,
 }
 
-/// A call whose end is to be said: its trampoline has a note, or not.
-struct Apart {
-    due: Due,
-    left: i64,
-    noted: bool,
-}
-
-impl Place {
-    /// The address of a trampoline with so many bytes, which does not depend on the address.
-    fn take(&mut self, len: usize) -> Option<u64> {
+impl Room {
+    /// The address of a trampoline with so many bytes, which does not depend on the address. Others keep `spare` bytes.
+    fn take(&mut self, len: usize, spare: u64) -> Option<u64> {
         let at = self.lowest.checked_sub(len as u64)? & !7;
-        // What the next dump needs stays free.
-        (at >= self.start + batch::ROOM).then(|| {
+        (at >= self.floor + spare).then(|| {
             self.lowest = at;
             at
         })
     }
+}
 
+/// The dead end of the vDSO.
+struct Place {
+    start: u64,
+    room: Room,
+    common: Common,
+    /// Calls that somebody is to end, and what is left of their time.
+    apart: BTreeMap<i32, (Due, i64)>,
+}
+
+impl Place {
     /// A call in a trampoline, with these registers, is to end when no time is `left`.
-    fn ends(&mut self, tid: i32, regs: &Regs, how: TimeIsUp, left: i64, noted: bool) {
+    fn ends(&mut self, tid: i32, nr: u64, regs: &Regs, how: TimeIsUp, left: i64) {
         let due = Due {
             tid,
-            nr: regs.orig_rax,
+            nr,
             rip: regs.rip,
             end: 0,
             how,
         };
-        self.apart.push(Apart { due, left, noted });
+        self.apart.insert(tid, (due, left));
     }
 
-    /// A trampoline for a call that goes on as it is, so that it can be told from those which the program makes after
-    /// it. As long as there is room for one each it has a note (true).
-    fn apart(&mut self, regs: &Regs, nr: u64, mem: &Mem) -> Result<Option<(Trampoline, bool)>> {
-        let emit = |at, note| trampoline::emit(at, regs, nr, &[], None, note, &[], &[]);
-        let len = |note| emit(0, note).bytes.len();
-        let room = self.lowest.saturating_sub(self.start + batch::ROOM) as usize;
-        let note = (room >= len(Some(0)) + SPARE).then_some(0);
-        let known = self.shared.get(&(nr, regs.rip)).copied();
-        let at = match known.filter(|_| note.is_none()) {
-            Some(at) => at,
-            None => match self.take(len(note)) {
-                Some(at) => at,
-                None => return Ok(None),
-            },
+    /// A call goes on as it is through a trampoline, so that it can be told from those which the program makes after it,
+    /// until somebody ends it. False where there is no room for that.
+    fn go_back(
+        &mut self,
+        tid: i32,
+        nr: u64,
+        regs: &mut Regs,
+        how: TimeIsUp,
+        left: i64,
+        mem: &Mem,
+    ) -> Result<bool> {
+        let take = |len| self.room.take(len, 0);
+        let Some(there) = self.common.place(nr, regs, mem, take)? else {
+            return Ok(false);
         };
-        if note.is_none() {
-            self.shared.insert((nr, regs.rip), at);
-        }
-        let t = emit(at, note);
-        mem.write(at, &t.bytes)?;
-        Ok(Some((t, note.is_some())))
+        *regs = there;
+        self.ends(tid, nr, regs, how, left);
+        Ok(true)
     }
 }
 
@@ -213,10 +222,7 @@ fn go_on(
                 };
                 let how = s.time_is_up(nr);
                 after.sockets.shorten(s, tracee.tid, nr, left)?;
-                if let Some((t, noted)) = place.apart(&regs, nr, mem)? {
-                    regs = t.regs;
-                    place.ends(tracee.tid, &regs, how, left, noted);
-                }
+                place.go_back(tracee.tid, nr, &mut regs, how, left, mem)?;
                 return Ok(regs);
             }
             Some(_) => {}
@@ -229,11 +235,16 @@ fn go_on(
         } => SocketTimeout::of(tracee.tid, nr, regs.arg(0) as i32)?,
         _ => None,
     };
-    let note = socket.as_ref().map(|_| 0);
-    let Some(sketch) = calls::rest(0, &regs, &t.resume, left, note, mem)? else {
+    let Some(sketch) = calls::rest(0, &regs, &t.resume, left, mem)? else {
         return Ok(regs);
     };
-    let Some(at) = place.take(sketch.bytes.len()) else {
+    let timed = matches!(t.resume, Resume::Timed { .. });
+    let spare = if timed { place.common.room() } else { 0 };
+    let Some(at) = place.room.take(sketch.bytes.len(), spare) else {
+        let how = calls::own_time_is_up(nr);
+        if timed && place.go_back(tracee.tid, nr, &mut regs, how, left, mem)? {
+            return Ok(regs);
+        }
         after.warnings.push(format!(
             "thread {}: no room left in the vDSO to let its system call {nr} end in time; it {}",
             t.tid,
@@ -247,14 +258,14 @@ fn go_on(
         ));
         return Ok(regs);
     };
-    if let Some(t) = calls::rest(at, &regs, &t.resume, left, note, mem)? {
+    if let Some(t) = calls::rest(at, &regs, &t.resume, left, mem)? {
         mem.write(at, &t.bytes)?;
         regs = t.regs;
     }
     if let Some(s) = socket {
         let how = s.time_is_up(nr);
         after.sockets.shorten(s, tracee.tid, regs.orig_rax, left)?;
-        place.ends(tracee.tid, &regs, how, left, true);
+        place.ends(tracee.tid, regs.orig_rax, &regs, how, left);
     }
     Ok(regs)
 }

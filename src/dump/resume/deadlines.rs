@@ -140,8 +140,10 @@ impl Watch {
     }
 
     /// The call that a thread in restart_syscall goes on with.
-    pub fn call(&self, tid: i32) -> Option<u64> {
-        self.seen.get(&tid).map(|s| s.nr)
+    pub fn restarted(&self, tid: i32, program: &Regs, mem: &Mem) -> u64 {
+        call_in_code(program, mem)
+            .or_else(|| self.seen.get(&tid).map(|s| s.nr))
+            .unwrap_or_else(|| call_by_arguments(program, mem))
     }
 
     /// When call `nr` of a thread that was stopped in it is to time out. `left` is the end by what the kernel has
@@ -248,6 +250,42 @@ fn guess(place: &str, r: &Regs) -> Option<u64> {
         return None;
     };
     Some(nr as u64)
+}
+
+/// The call that a thread in restart_syscall made, where it stands in front of its `syscall`:
+/// mov eax, nr.
+fn call_in_code(r: &Regs, mem: &Mem) -> Option<u64> {
+    let code = mem.read_vec(r.rip.checked_sub(7)?, 7).ok()?;
+    match *code {
+        [0xb8, a, b, c, d, 0x0f, 0x05] => Some(u64::from(u32::from_le_bytes([a, b, c, d]))),
+        _ => None,
+    }
+}
+
+/// The call that a thread in restart_syscall made, by what its arguments look like.
+fn call_by_arguments(r: &Regs, mem: &Mem) -> u64 {
+    const SMALL: u64 = 4096;
+    let is_address = |v: u64| v >= SMALL && (v as i64) > 0;
+    // struct timespec, and no pointer or two ints.
+    let is_time = |at: u64| {
+        mem.read_u64(at).is_ok_and(|s| s < 1 << 31)
+            && mem.read_u64(at + 8).is_ok_and(|n| n < 1_000_000_000)
+    };
+    let futex_flags = libc::FUTEX_PRIVATE_FLAG as u64 | libc::FUTEX_CLOCK_REALTIME as u64;
+    let nr = if !is_address(r.arg(0)) || r.arg(0) >> 31 == 1 && r.arg(1) <= 1 {
+        libc::SYS_clock_nanosleep
+    } else if is_address(r.arg(1)) || r.arg(1) == 0 && is_time(r.arg(0)) {
+        libc::SYS_nanosleep
+    } else if r.arg(1) == 0
+        || r.arg(1) & futex_flags != 0
+            && r.arg(0).is_multiple_of(4)
+            && (r.arg(3) == 0 || is_time(r.arg(3)))
+    {
+        libc::SYS_futex
+    } else {
+        libc::SYS_poll
+    };
+    nr as u64
 }
 
 /// Of /proc/PID/sched (kernel/sched/debug.c).

@@ -18,7 +18,8 @@ use anyhow::Result;
 pub use deadlines::Watch;
 
 use crate::image::threads::Resume;
-use crate::kernel::arch::{self, ERESTARTNOHAND, NR_RESTART_SYSCALL, Regs, trampoline};
+use crate::kernel::arch::trampoline::{self, Common};
+use crate::kernel::arch::{self, ERESTARTNOHAND, NR_RESTART_SYSCALL, Regs};
 use crate::kernel::batch::{self, Held};
 use crate::kernel::calls::{self, Broken};
 use crate::kernel::mem::Mem;
@@ -87,9 +88,9 @@ impl Tail {
         kept
     }
 
-    /// The address for `len` bytes: the highest there is. What the next batch needs stays free.
-    fn take(&mut self, len: usize) -> Option<u64> {
-        self.take_above(self.all.start.checked_add(batch::ROOM)?, len)
+    /// The address for `len` bytes: the highest there is. What the next batch needs stays free, and `room`.
+    fn take(&mut self, len: usize, room: u64) -> Option<u64> {
+        self.take_above(self.all.start.checked_add(batch::ROOM + room)?, len)
     }
 
     /// The same, above `floor`.
@@ -154,12 +155,13 @@ pub fn first_act(held: &mut Held, mem: &Mem, tail: &mut Tail) -> Result<bool> {
         let Some(mut out) = trampoline::run_out(code, &probe) else {
             return Ok(false);
         };
-        held.noted = trampoline::note(code);
         if broken {
+            held.noted = trampoline::noted(seen.orig_rax, held.stopped_at);
             let done = out.rax;
             out.rax = -ERESTARTNOHAND as u64;
+            let nr = out.syscall().unwrap_or(out.orig_rax);
+            out.orig_rax = nr;
             held.program = out;
-            let nr = out.orig_rax;
             held.resume = if (done as i64) > 0 {
                 Resume::Partial {
                     nr,
@@ -218,7 +220,7 @@ pub fn first_act(held: &mut Held, mem: &Mem, tail: &mut Tail) -> Result<bool> {
             done: result as u64,
             left_ns: None,
         };
-        if place(held, 0, mem, tail, false)? {
+        if place(held, 0, mem, tail, false, 0)? {
             held.tracee.set_regs(&held.regs)?;
         }
     }
@@ -259,9 +261,7 @@ pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -
         if let Resume::Timed { nr, .. } = &mut h.resume
             && *nr == NR_RESTART_SYSCALL
         {
-            *nr = call_in_code(&h.program, mem)
-                .or_else(|| watch.call(tid))
-                .unwrap_or_else(|| call_by_arguments(&h.program, mem));
+            *nr = watch.restarted(tid, &h.program, mem);
             // The kernel asks its restart block, not this.
             h.program.orig_rax = *nr;
         }
@@ -271,6 +271,8 @@ pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -
             continue;
         };
         match calls::timeout(nr, &h.program) {
+            // Of what it sleeps for the kernel knows only when it ends at the latest.
+            Some(_) if h.noted.is_some() => h.deadline = h.noted,
             Some((t, broken)) => {
                 let left = time_left(nr, t, broken, &h.program, mem);
                 let left = left.map(|l| h.stopped_at.saturating_add(l));
@@ -306,7 +308,7 @@ pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -
         }
         if matches!(h.resume, Resume::Partial { .. })
             && !tail.holds(h.regs.rip)
-            && place(h, 0, mem, tail, false)?
+            && place(h, 0, mem, tail, false, 0)?
         {
             h.tracee.set_regs(&h.regs)?;
         }
@@ -387,58 +389,30 @@ fn in_use(mem: &Mem, tail: &Tail) -> bool {
         .is_ok_and(|b| b.iter().any(|x| *x != 0))
 }
 
-/// The call that a thread in restart_syscall made, where it stands in front of its `syscall`:
-/// mov eax, nr.
-fn call_in_code(r: &Regs, mem: &Mem) -> Option<u64> {
-    let code = mem.read_vec(r.rip.checked_sub(7)?, 7).ok()?;
-    match *code {
-        [0xb8, a, b, c, d, 0x0f, 0x05] => Some(u64::from(u32::from_le_bytes([a, b, c, d]))),
-        _ => None,
-    }
-}
-
-/// The call that a thread in restart_syscall made, by what its arguments look like.
-fn call_by_arguments(r: &Regs, mem: &Mem) -> u64 {
-    const SMALL: u64 = 4096;
-    let is_address = |v: u64| v >= SMALL && (v as i64) > 0;
-    // struct timespec, and no pointer or two ints.
-    let is_time = |at: u64| {
-        mem.read_u64(at).is_ok_and(|s| s < 1 << 31)
-            && mem.read_u64(at + 8).is_ok_and(|n| n < 1_000_000_000)
-    };
-    let futex_flags = libc::FUTEX_PRIVATE_FLAG as u64 | libc::FUTEX_CLOCK_REALTIME as u64;
-    let nr = if !is_address(r.arg(0)) || r.arg(0) >> 31 == 1 && r.arg(1) <= 1 {
-        libc::SYS_clock_nanosleep
-    } else if is_address(r.arg(1)) || r.arg(1) == 0 && is_time(r.arg(0)) {
-        libc::SYS_nanosleep
-    } else if r.arg(1) == 0
-        || r.arg(1) & futex_flags != 0
-            && r.arg(0).is_multiple_of(4)
-            && (r.arg(3) == 0 || is_time(r.arg(3)))
-    {
-        libc::SYS_futex
-    } else {
-        libc::SYS_poll
-    };
-    nr as u64
-}
-
 /// Writes a trampoline for the rest of a thread's call and points the thread there.
 /// The `last` time no batch comes before the release.
-fn place(h: &mut Held, left: i64, mem: &Mem, tail: &mut Tail, last: bool) -> Result<bool> {
-    let Some(sketch) = calls::rest(0, &h.program, &h.resume, left, None, mem)? else {
+/// So much `room` of the tail stays for others.
+fn place(
+    h: &mut Held,
+    left: i64,
+    mem: &Mem,
+    tail: &mut Tail,
+    last: bool,
+    room: u64,
+) -> Result<bool> {
+    let Some(sketch) = calls::rest(0, &h.program, &h.resume, left, mem)? else {
         return Ok(false);
     };
     let len = sketch.bytes.len();
     let at = match h.resume {
         // A short count would show; that the next dump may have to wait does not.
         Resume::Partial { .. } if last => tail.take_above(tail.all.start, len),
-        _ => tail.take(len),
+        _ => tail.take(len, room),
     };
     let Some(at) = at else {
         return Ok(false);
     };
-    let Some(t) = calls::rest(at, &h.program, &h.resume, left, None, mem)? else {
+    let Some(t) = calls::rest(at, &h.program, &h.resume, left, mem)? else {
         return Ok(false);
     };
     mem.write(at, &t.bytes)?;
@@ -446,11 +420,13 @@ fn place(h: &mut Held, left: i64, mem: &Mem, tail: &mut Tail, last: bool) -> Res
     Ok(true)
 }
 
-/// Right before the release: time-outs get what is left of them now. Where the tail has no room for
-/// another trampoline, the call waits its whole time again.
+/// Right before the release: time-outs get what is left of them now. Where the tail has no room for a trampoline of its
+/// own, the call waits its whole time again, and somebody else ends it.
 /// What is to be done once the threads run is returned.
 pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Renewed {
     let mut sockets = Shortened::default();
+    let mut common = common(threads, tail);
+    let mut due = Vec::new();
     // Those first that would lose most without room.
     let mut order: Vec<&mut Held> = threads.iter_mut().collect();
     order.sort_by_key(|h| {
@@ -465,7 +441,7 @@ pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Renewed {
                 let nr = *nr;
                 if !tail.holds(h.regs.rip) {
                     // Without room the program sees a short count.
-                    let _ = place(h, 0, mem, tail, true);
+                    let _ = place(h, 0, mem, tail, true, 0);
                 }
                 let fd = h.program.arg(0) as i32;
                 if let Some(left) = left
@@ -473,8 +449,10 @@ pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Renewed {
                     && let Ok(Some(s)) = SocketTimeout::of(h.tracee.tid, nr, fd)
                 {
                     // The rest of a message is another call. It is in that, or right in front of it.
-                    let called = h.regs.syscall().unwrap_or(h.regs.rax);
+                    let called = h.regs.syscall().or_else(|| Regs::called(h.regs.rax));
+                    let called = called.unwrap_or(nr);
                     let _ = shorten(&mut sockets, s, h, called, left);
+                    note(h, called, now + left);
                 }
             }
             (Resume::Again { nr }, Some(left)) => {
@@ -486,18 +464,29 @@ pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Renewed {
                 let nr = *nr;
                 match calls::timeout(nr, &h.program) {
                     Some((_, Broken::RestartBlock)) => {}
+                    // Who ends it has been told.
+                    Some(_) if h.noted.is_some() => {}
                     Some((t, _)) if tail.holds(h.regs.rip) => retime(t, h, left, mem, tail),
                     Some(_) => {
-                        let _ = place(h, left, mem, tail, true);
+                        let placed = place(h, left, mem, tail, true, common.room());
+                        if !placed.unwrap_or(false) && go_back(h, nr, mem, tail, &mut common) {
+                            note(h, nr, now + left);
+                            due.push(Due {
+                                tid: h.tracee.tid,
+                                nr,
+                                rip: h.regs.rip,
+                                end: now + left,
+                                how: calls::own_time_is_up(nr),
+                            });
+                        }
                     }
                     None => {
                         let fd = h.program.arg(0) as i32;
                         if let Ok(Some(s)) = SocketTimeout::of(h.tracee.tid, nr, fd)
                             && shorten(&mut sockets, s, h, nr, left).is_ok()
-                            && !tail.holds(h.regs.rip)
-                            && let Some(d) = h.deadline
+                            && (tail.holds(h.regs.rip) || go_back(h, nr, mem, tail, &mut common))
                         {
-                            note_deadline(h, d, mem, tail);
+                            note(h, nr, now + left);
                         }
                     }
                 }
@@ -505,16 +494,16 @@ pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Renewed {
             _ => {}
         }
     }
-    let due = threads.iter().filter_map(|h| {
+    let overtaken = threads.iter().filter_map(|h| {
         Some(Due {
             tid: h.tracee.tid,
-            nr: h.regs.orig_rax,
+            nr: h.regs.syscall()?,
             rip: tail.holds(h.regs.rip).then_some(h.regs.rip)?,
             end: h.deadline?,
             how: sockets.overtaken(h.tracee.tid)?,
         })
     });
-    let due = due.collect();
+    due.extend(overtaken);
     Renewed { sockets, due }
 }
 
@@ -542,16 +531,50 @@ fn shorten(sockets: &mut Shortened, s: SocketTimeout, h: &Held, nr: u64, left: i
     }
 }
 
-/// Lets a call whose time-out is its socket's go through a trampoline, which does nothing but tell a
-/// later dump when the call ends.
-fn note_deadline(h: &mut Held, note: i64, mem: &Mem, tail: &mut Tail) {
-    let nr = h.program.orig_rax;
-    let emit = |at| trampoline::emit(at, &h.program, nr, &[], None, Some(note), &[], &[]);
-    if let Some(at) = tail.take(emit(0).bytes.len()) {
-        let t = emit(at);
-        if mem.write(at, &t.bytes).is_ok() {
-            h.regs = t.regs;
+/// Trampolines that threads share: those that stand, and those that may be wanted.
+fn common(threads: &[Held], tail: &Tail) -> Common {
+    let mut common = Common::default();
+    for h in threads {
+        if let Resume::Timed { nr, .. } = h.resume
+            && tail.holds(h.regs.rip)
+            && h.noted.is_some()
+        {
+            common.knows(nr, &h.program, &h.regs);
         }
+    }
+    for h in threads {
+        let Resume::Timed { nr, .. } = h.resume else {
+            continue;
+        };
+        let by_itself = matches!(
+            calls::timeout(nr, &h.program),
+            Some((_, Broken::RestartBlock))
+        );
+        if !by_itself && h.deadline.is_some() && !tail.holds(h.regs.rip) {
+            common.may_want(nr, &h.program);
+        }
+    }
+    common
+}
+
+/// Lets a call go on as it is through a trampoline, so that it can be told from those which the program makes after it.
+fn go_back(h: &mut Held, nr: u64, mem: &Mem, tail: &mut Tail, common: &mut Common) -> bool {
+    match common.place(nr, &h.program, mem, |len| tail.take(len, 0)) {
+        Ok(Some(regs)) => {
+            h.regs = regs;
+            true
+        }
+        _ => false,
+    }
+}
+
+/// For a later dump: when the call ends that a thread in a trampoline makes.
+fn note(h: &mut Held, nr: u64, end: i64) {
+    let noted = trampoline::note(nr, end, host_monotonic_ns());
+    match h.regs.syscall() {
+        Some(_) => h.regs.orig_rax = noted,
+        // In front of it.
+        None => h.regs.rax = noted,
     }
 }
 
@@ -591,15 +614,16 @@ mod tests {
             all: 4096..end,
             ..Tail::default()
         };
-        assert_eq!(tail.take(40), Some((end - 40) & !7));
-        let first = tail.take(64).unwrap();
-        let second = tail.take(40).unwrap();
+        assert_eq!(tail.take(40, 0), Some((end - 40) & !7));
+        let first = tail.take(64, 0).unwrap();
+        assert_eq!(tail.take(40, 60), None);
+        let second = tail.take(40, 0).unwrap();
         assert!(second + 40 <= first);
-        assert_eq!(tail.take(64), None);
+        assert_eq!(tail.take(64, 0), None);
         assert_eq!(tail.free(), 4096..second);
         // The one in the middle has ended.
         tail.used.retain(|r| r.start != first);
-        assert_eq!(tail.take(64), Some(first));
-        assert!(Tail::default().take(8).is_none());
+        assert_eq!(tail.take(64, 0), Some(first));
+        assert!(Tail::default().take(8, 0).is_none());
     }
 }

@@ -10,8 +10,16 @@
 //! ```
 //!
 //! The code can be read back ([`run_out`]), so that a later stop finds the program behind it.
+//!
+//! Threads that make one call in one place share a trampoline which does nothing but lead back ([`Common`]). When each of
+//! their calls is to end is noted where everybody has room for it: in the half of orig_rax that is no call's number.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
 
 use super::{Asm, ERESTARTNOHAND, R, Regs};
+use crate::kernel::mem::Mem;
 
 /// Instructions that [`run_out`] follows at most; a trampoline has fewer.
 const STEPS_MAX: usize = 24;
@@ -28,15 +36,13 @@ pub struct Trampoline {
 /// For a thread that is in a call with `program` registers: the call goes on with `args` (number of
 /// the argument, value) in place of its own. `done` is added to its result. `data` is kept behind the
 /// code, and its address added to the values of the arguments in `in_data`.
-/// A `note` is for [`note`] to read and does nothing. `at` is a multiple of 8.
-#[expect(clippy::too_many_arguments, reason = "the parts of a trampoline")]
+/// `at` is a multiple of 8.
 pub fn emit(
     at: u64,
     program: &Regs,
     nr: u64,
     args: &[(usize, u64)],
     done: Option<u32>,
-    note: Option<i64>,
     in_data: &[usize],
     data: &[u8],
 ) -> Trampoline {
@@ -46,10 +52,6 @@ pub fn emit(
     regs.rip = at + a.len() as u64;
     regs.rax = -ERESTARTNOHAND as u64;
     regs.orig_rax = nr;
-    if let Some(note) = note {
-        a.raw(&NOTE); // mov rcx, note
-        a.raw(&note.to_le_bytes());
-    }
     if let Some(done) = done {
         a.mov_reg(R::Cx, R::Ax);
         a.raw(&[0x48, 0x0f, 0xc9]); // bswap rcx
@@ -113,20 +115,97 @@ fn leave(a: &mut Asm, program: &Regs, data: usize) {
     }
 }
 
-/// Where behind its `syscall` a trampoline has its note.
-pub const NOTE_AT: u64 = NOTE.len() as u64;
+/// Trampolines for calls that go on as they are, each for all threads that make one call in one place.
+#[derive(Debug, Default)]
+pub struct Common {
+    /// By the call and where it leads.
+    known: BTreeMap<(u64, u64), u64>,
+    /// Bytes of those that may be wanted yet.
+    wanted: BTreeMap<(u64, u64), usize>,
+}
 
-/// mov rcx, imm64: rcx is set again before anyone looks.
-const NOTE: [u8; 2] = [0x48, 0xb9];
-
-/// The note in a trampoline, of which `code` is what follows the `syscall`.
-pub fn note(code: &[u8]) -> Option<i64> {
-    let behind = code.get(10..)?;
-    // Else it is the program's rip.
-    if !code.starts_with(&NOTE) || behind.starts_with(&[0xff, 0xe1]) {
-        return None;
+impl Common {
+    /// This one may be wanted: others leave it room.
+    pub fn may_want(&mut self, nr: u64, program: &Regs) {
+        let key = (nr, program.rip);
+        if !self.known.contains_key(&key) {
+            let len = emit(0, program, nr, &[], None, &[], &[]).bytes.len();
+            self.wanted.insert(key, len);
+        }
     }
-    Some(i64::from_le_bytes(code.get(2..10)?.try_into().ok()?))
+
+    /// One of an earlier dump: a thread with these registers stands in it.
+    pub fn knows(&mut self, nr: u64, program: &Regs, regs: &Regs) {
+        if let Some(at) = regs.rip.checked_sub(SYSCALL_LEN) {
+            self.known.insert((nr, program.rip), at);
+        }
+    }
+
+    /// Bytes for those that may be wanted yet.
+    pub fn room(&self) -> u64 {
+        self.wanted.values().sum::<usize>() as u64
+    }
+
+    /// Registers with which a thread goes on with its call. `take` finds room; None where there is none.
+    pub fn place(
+        &mut self,
+        nr: u64,
+        program: &Regs,
+        mem: &Mem,
+        take: impl FnOnce(usize) -> Option<u64>,
+    ) -> Result<Option<Regs>> {
+        let key = (nr, program.rip);
+        let emit = |at| emit(at, program, nr, &[], None, &[], &[]);
+        if let Some(at) = self.known.get(&key) {
+            return Ok(Some(emit(*at).regs));
+        }
+        let Some(at) = take(emit(0).bytes.len()) else {
+            return Ok(None);
+        };
+        let t = emit(at);
+        mem.write(at, &t.bytes)?;
+        self.known.insert(key, at);
+        self.wanted.remove(&key);
+        Ok(Some(t.regs))
+    }
+}
+
+const SYSCALL_LEN: u64 = 2;
+
+/// Notes count in units of so many nanoseconds, as a power of two: fine ones, or coarse ones where the end is far off.
+const UNITS: [u32; 2] = [14, 22];
+/// Bits of a note; one more says which units.
+const BITS: u32 = 31;
+
+/// orig_rax of a thread in call `nr` which is to end at `end`, for [`noted`] to read. Without a note where that is
+/// further off than some fifty days.
+pub fn note(nr: u64, end: i64, now: i64) -> u64 {
+    for (scale, unit) in UNITS.iter().enumerate() {
+        let span = 1i64 << (unit + BITS);
+        if end.saturating_sub(now) < span / 2 {
+            let units = end.saturating_add((1 << unit) - 1) >> unit;
+            let note = (units as u32 & !(1 << BITS)) | (scale as u32) << BITS;
+            // 0 is none.
+            return nr | u64::from(note.max(1)) << 32;
+        }
+    }
+    nr
+}
+
+/// When the call of a thread in a trampoline is to end, where its orig_rax says so: a clock's time that is never early.
+pub fn noted(orig_rax: u64, now: i64) -> Option<i64> {
+    let note = (orig_rax >> 32) as u32;
+    let unit = UNITS.get((note >> BITS) as usize)?;
+    let span = 1i64 << (unit + BITS);
+    let at = i64::from(note & !(1 << BITS)) << unit;
+    // Counts begin anew: the nearest there is.
+    let ahead = (at - now % span).rem_euclid(span);
+    let ahead = if ahead < span / 2 {
+        ahead
+    } else {
+        ahead - span
+    };
+    (note != 0).then_some(now + ahead)
 }
 
 /// Where a thread that stands in a trampoline will be in the program: follows the `code` at its rip.
@@ -250,7 +329,7 @@ mod tests {
     #[test]
     fn the_program_gets_its_registers_and_the_whole_count() {
         let args = [(1, 0x7fff_1234_5680), (2, 992), (3, 0)];
-        let t = emit(0x1000, &program(), 1, &args, Some(8), None, &[], &[]);
+        let t = emit(0x1000, &program(), 1, &args, Some(8), &[], &[]);
         assert_eq!(t.regs.orig_rax, 1);
         assert_eq!(
             (t.regs.rsi, t.regs.rdx, t.regs.r10),
@@ -268,15 +347,13 @@ mod tests {
 
     #[test]
     fn a_time_out_leaves_errors_alone() {
-        let t = emit(0x2000, &program(), 1, &[(3, 0)], None, None, &[3], &[1; 16]);
+        let t = emit(0x2000, &program(), 1, &[(3, 0)], None, &[3], &[1; 16]);
         assert_eq!(t.regs.rip, 0x2002);
         assert_eq!(extent(&t.bytes[2..], &t.regs), Some(t.bytes.len() - 2));
         assert_eq!(t.bytes[(t.regs.r10 - 0x2000) as usize..], [1; 16]);
         assert_eq!(behind(&t, 0x2000, -4).rax, -4i64 as u64);
         assert_eq!(behind(&t, 0x2000, 0).r10, program().r10);
-        assert_eq!(note(&t.bytes[2..]), None);
-        let t = emit(0x2000, &program(), 45, &[], None, Some(-7), &[], &[]);
-        assert_eq!(note(&t.bytes[2..]), Some(-7));
+        let t = emit(0x2000, &program(), 45, &[], None, &[], &[]);
         assert_eq!(behind(&t, 0x2000, 5).rip, program().rip);
     }
 
@@ -286,10 +363,35 @@ mod tests {
             orig_rax: libc::SYS_connect as u64,
             ..program()
         };
-        let t = emit(0x3000, &p, p.orig_rax, &[], None, Some(1), &[], &[]);
+        let t = emit(0x3000, &p, p.orig_rax, &[], None, &[], &[]);
         assert_eq!(extent(&t.bytes[2..], &t.regs), Some(t.bytes.len() - 2));
         for (says, said) in [(0, 0), (-4, -4), (-11, -11), (-114, -115), (-111, -111)] {
             assert_eq!(behind(&t, 0x3000, says).rax as i64, said);
+        }
+    }
+
+    #[test]
+    fn a_note_says_when_a_call_ends_and_is_no_part_of_its_number() {
+        const HOUR: i64 = 3_600_000_000_000;
+        for now in [0, 7, 123_456 * HOUR + 12_345] {
+            for (ahead, late) in [
+                (-1_000_000, 1 << 14),
+                (0, 1 << 15),
+                (1_234_567_890, 1 << 14),
+                (4 * HOUR, 1 << 14),
+                (5 * HOUR, 1 << 22),
+                (1000 * HOUR, 1 << 22),
+            ] {
+                let orig_rax = note(45, now + ahead, now);
+                assert_eq!(Regs::called(orig_rax), Some(45));
+                let end = noted(orig_rax, now + 1).unwrap();
+                assert!(
+                    (0..=late).contains(&(end - now - ahead)),
+                    "{now} {ahead} {end}"
+                );
+            }
+            assert_eq!(note(45, i64::MAX, now), 45);
+            assert_eq!(noted(45, now), None);
         }
     }
 

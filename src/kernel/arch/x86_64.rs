@@ -158,7 +158,13 @@ impl Regs {
 
     /// The system call the thread was in or on its way out of when it stopped; None in user mode.
     pub fn syscall(&self) -> Option<u64> {
-        (self.orig_rax as i64 >= 0).then_some(self.orig_rax)
+        Self::called(self.orig_rax)
+    }
+
+    /// The call that a value of rax asks for. The kernel looks at the low half only (entry_SYSCALL_64), and gives back
+    /// the other: [`super::trampoline::noted`].
+    pub fn called(rax: u64) -> Option<u64> {
+        u64::try_from(rax as i32).ok()
     }
 
     /// Registers of a system call's arguments.
