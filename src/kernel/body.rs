@@ -5,6 +5,8 @@ use std::os::fd::OwnedFd;
 
 use anyhow::{Context, Result};
 
+use super::vacancy;
+
 /// Forks a child that waits for signals for ever and dies with us; `pid` is the id it is to have
 /// (clone3(2), set_tid: CAP_CHECKPOINT_RESTORE). It shares our descriptors' descriptions, and runs `first`
 /// before it waits. `parent` is our id as it sees it: 0 when it is born in another pid namespace.
@@ -34,25 +36,28 @@ pub fn fork_with(flags: u64, pid: Option<i32>, life: &mut dyn FnMut()) -> io::Re
         args.set_tid = ids.as_ptr() as u64;
         args.set_tid_size = 1;
     }
-    // SAFETY: `args` is a live clone_args of the size passed, without CLONE_VM: the child goes on in its
-    // own copy of memory, where no lock is held, for its parent has one thread.
-    let r = unsafe {
-        libc::syscall(
-            libc::SYS_clone3,
-            &raw mut args,
-            size_of::<libc::clone_args>(),
-        )
-    };
-    if r == 0 {
+    let is_taken = |e: &io::Error| e.raw_os_error() == Some(libc::EEXIST);
+    let made = vacancy::once_free(pid, is_taken, || {
+        // SAFETY: `args` is a live clone_args of the size passed, without CLONE_VM: the child goes on in its
+        // own copy of memory, where no lock is held, for its parent has one thread.
+        let r = unsafe {
+            libc::syscall(
+                libc::SYS_clone3,
+                &raw mut args,
+                size_of::<libc::clone_args>(),
+            )
+        };
+        match r {
+            0.. => Ok(r as i32),
+            _ => Err(io::Error::last_os_error()),
+        }
+    })?;
+    if made == 0 {
         let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(life));
         // SAFETY: ends this process without running our parent's destructors.
         unsafe { libc::_exit(0) }
     }
-    if r < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(r as i32)
-    }
+    Ok(made)
 }
 
 /// Makes this process the body: what returns is another process, a child of init's, that is to trace it, and
@@ -169,26 +174,6 @@ fn idle() -> ! {
         // SAFETY: async-signal-safe, without arguments.
         unsafe { libc::pause() };
     }
-}
-
-/// Whether `pid` could be given to a new process or thread here.
-pub fn is_free(pid: i32) -> bool {
-    !std::path::Path::new(&format!("/proc/{pid}")).exists()
-}
-
-/// A hint for the errors of set_tid.
-pub fn explain_set_tid(pid: i32, e: io::Error) -> anyhow::Error {
-    let why = match e.raw_os_error() {
-        Some(libc::EEXIST) => format!("pid {pid} is taken"),
-        Some(libc::EPERM) => {
-            format!("choosing pid {pid} needs CAP_CHECKPOINT_RESTORE (see `mistctl check`)")
-        }
-        _ => format!("pid {pid} cannot be given to a new process"),
-    };
-    Err::<(), _>(e)
-        .context(why)
-        .err()
-        .unwrap_or_else(|| anyhow::anyhow!("clone3"))
 }
 
 /// Unused results of calls that only matter when they fail.

@@ -14,7 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::pid_ns::Entrance;
-use super::{body, socket};
+use super::{body, socket, vacancy};
 
 /// Who a maker is.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -60,7 +60,7 @@ impl Maker {
         let fork = |parent: i32| {
             let flags = libc::CLONE_FILES as u64;
             body::fork_with(flags, who.pid, &mut || serve(&theirs, who, parent))
-                .map_err(|e| body::explain_set_tid(who.pid.unwrap_or(0), e))
+                .map_err(|e| vacancy::explain(who.pid.unwrap_or(0), e))
         };
         let pid = match namespace {
             // Whose parent is outside, as it sees it.

@@ -35,6 +35,7 @@ pub mod tracee;
 pub mod tty;
 pub mod uffd;
 pub mod undertaker;
+pub mod vacancy;
 pub mod vdso;
 pub mod waker;
 pub mod writeback;

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use super::arch::{Asm, CALL_SIZE, Call, Regs, syscall_stub};
 use super::mem::Mem;
 use super::tracee::{Stop, Tracee};
+use super::vacancy;
 
 /// Bytes of the area that a body under construction keeps mapped.
 pub const AREA: u64 = 1 << 20;
@@ -334,6 +335,14 @@ impl Remote {
     }
 
     fn clone_with(&mut self, flags: u64, exit_signal: i32, id: Option<i32>) -> Result<Made> {
+        let is_taken = |e: &anyhow::Error| {
+            let e = e.downcast_ref::<std::io::Error>();
+            e.and_then(std::io::Error::raw_os_error) == Some(libc::EEXIST)
+        };
+        vacancy::once_free(id, is_taken, || self.clone_once(flags, exit_signal, id))
+    }
+
+    fn clone_once(&mut self, flags: u64, exit_signal: i32, id: Option<i32>) -> Result<Made> {
         const ARGS: usize = 88;
         self.flush()?;
         self.must_with("clone3", ARGS + 8, &|at| {

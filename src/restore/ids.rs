@@ -8,7 +8,7 @@ use super::{Options, Report};
 use crate::error::Failure;
 use crate::image::process::Process;
 use crate::kernel::pid_ns::PidNamespace;
-use crate::kernel::{body, caps};
+use crate::kernel::{caps, vacancy};
 
 /// The ids that processes and threads get.
 #[derive(Debug)]
@@ -34,8 +34,10 @@ impl Ids {
         report: &mut Report,
     ) -> Result<Self> {
         let has = processes.first().filter(|_| here).map(|p| p.pid);
+        // Who has just been killed, after a dump for instance, may have them yet.
+        let until = vacancy::patience();
         let taken: BTreeSet<i32> = all(processes)
-            .filter(|id| Some(*id) != has && !body::is_free(*id))
+            .filter(|id| Some(*id) != has && !vacancy::becomes_free(*id, until))
             .collect();
         let has_all = all(processes).all(|id| Some(id) == has);
         if taken.is_empty() && (has_all || caps::checkpoint_restore()) {
@@ -109,7 +111,7 @@ impl Ids {
     pub fn wanted_if_free(&self, id: i32) -> Option<i32> {
         match self {
             Self::New { .. } => None,
-            Self::Same => Some(id).filter(|id| body::is_free(*id)),
+            Self::Same => Some(id).filter(|id| vacancy::is_free(*id)),
             Self::Inside(_) => Some(id),
         }
     }

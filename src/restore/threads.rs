@@ -9,9 +9,9 @@ use super::signals;
 use crate::image::process::{Creds, EndedLeader, Process};
 use crate::image::threads::Thread;
 use crate::kernel::arch::Regs;
-use crate::kernel::body;
 use crate::kernel::remote::{Arg, Remote};
 use crate::kernel::sched::SchedAttr;
+use crate::kernel::vacancy;
 
 const SYSCALL: [u8; 2] = [0x0f, 0x05];
 /// How long a main thread may take to end: it does so at once, if it gets a processor.
@@ -33,7 +33,7 @@ pub fn make(leader: &mut Remote, p: &Process, ids: &Ids) -> Result<Vec<Remote>> 
         let made = leader
             .clone_thread(flags as u64, wanted)
             .map_err(|e| match (wanted, e.downcast::<std::io::Error>()) {
-                (Some(id), Ok(e)) => body::explain_set_tid(id, e),
+                (Some(id), Ok(e)) => vacancy::explain(id, e),
                 (None, Ok(e)) => e.into(),
                 (_, Err(e)) => e,
             })

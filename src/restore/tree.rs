@@ -12,6 +12,7 @@ use crate::image::process::{Process, State};
 use crate::kernel::body;
 use crate::kernel::remote::{Made, Remote};
 use crate::kernel::tracee::Stop;
+use crate::kernel::vacancy;
 
 /// What the first body is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,7 +54,7 @@ impl<'a> Bodies<'a> {
                 }
                 bulk.fill(&mut pipe)
             })
-            .map_err(|e| body::explain_set_tid(id.unwrap_or(root.pid), e))
+            .map_err(|e| vacancy::explain(id.unwrap_or(root.pid), e))
         };
         let (pid, tie) = match (root_in, wanted.namespace()) {
             (Root::Here, _) => {
@@ -153,7 +154,7 @@ impl<'a> Bodies<'a> {
         let from = self.remote(parent)?;
         let made = from.fork(c.exit_signal.max(0), wanted).map_err(|e| {
             match e.downcast::<std::io::Error>() {
-                Ok(e) => body::explain_set_tid(c.pid, e),
+                Ok(e) => vacancy::explain(c.pid, e),
                 Err(e) => e,
             }
         })?;

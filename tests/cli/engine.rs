@@ -472,3 +472,32 @@ fn an_ordinary_user_saves_and_restores_what_is_his() {
         "{uids}"
     );
 }
+
+#[test]
+fn a_restore_waits_for_the_ids_of_who_was_just_killed() {
+    if !engine() {
+        return;
+    }
+    let dir = temp();
+    let i = dir.path().join("i");
+    let mut target = Sleeper::new();
+    run(&["dump", "--kill", &target.pid(), "-o", path(&i)]).ends_with(0);
+    // It has the id until its parent asks how it ended.
+    let mut restore = mistctl()
+        .args(["restore", "--detach", "--same-pid", path(&i)])
+        .spawn()
+        .unwrap();
+    let call = format!("/proc/{}/syscall", restore.id());
+    let waits = [libc::SYS_poll, libc::SYS_clock_nanosleep].map(|nr| format!("{nr} "));
+    wait_for("the restore to wait, or to end", LIMIT, || {
+        let call = fs::read_to_string(&call).unwrap_or_default();
+        let waits = waits.iter().any(|w| call.starts_with(w));
+        Ok((waits || restore.try_wait()?.is_some()).then_some(()))
+    })
+    .unwrap();
+    target.0.wait().unwrap();
+    let status = wait_child(&mut restore, "the restore's end", LIMIT).unwrap();
+    assert!(status.success(), "{status}");
+    let pid = Pid::from_raw(target.0.id() as i32);
+    kill(pid, Signal::SIGKILL).unwrap();
+}

@@ -1,6 +1,7 @@
 // Threads: TLS, names, masks, affinity, scheduling, nice values, alternate stacks, mutexes,
 // robust mutexes, clear_child_tid through pthread_join.
 // mist: cflags -pthread
+// mist: copied
 #include "mist.h"
 #include <pthread.h>
 #include <sys/resource.h>
