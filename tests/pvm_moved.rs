@@ -227,6 +227,11 @@ fn contexts(scene: &Scene) -> Result<()> {
     }
     worker.ask("context 0");
     ensure!(worker.ask("probe -1 5") == "no");
+    // It is still its to give back, once.
+    for expected in ["0", "-32"] {
+        let freed = worker.ask(&format!("freecontext {context:x}"));
+        ensure!(freed == expected, "{freed}, not {expected}");
+    }
     worker.leave();
     boss.leave();
     Ok(())

@@ -1,4 +1,4 @@
-//! The calls of the programming interface that need nothing but to be known to be under way.
+//! The calls of the programming interface that need nothing but to be known to be under way, or not much more.
 
 use std::ffi::{c_char, c_int, c_void};
 use std::sync::atomic::Ordering::Relaxed;
@@ -6,12 +6,57 @@ use std::sync::atomic::Ordering::Relaxed;
 use pvm_abi::block::{Call, flag};
 
 use crate::border::SYS_ERR;
-use crate::inside::{BLOCK, Inside};
+use crate::inside::{BLOCK, Inside, with};
 use crate::real::real;
 
 type Str = *mut c_char;
 type Ints = *mut c_int;
 type Any = *mut c_void;
+
+/// A context id, and the task and the incarnation of it that it was given to.
+pub type Given = (c_int, u32, u32);
+
+/// See pvm3.h.
+///
+/// # Safety
+/// As libpvm's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvm_newcontext() -> c_int {
+    let Some(function) = real().and_then(|real| real.pvm_newcontext) else {
+        return SYS_ERR;
+    };
+    let _inside = Inside::enter(Call::Newcontext);
+    // SAFETY: the caller's promise.
+    let ctx = unsafe { function() };
+    if ctx > 0 {
+        let given = (ctx, BLOCK.v.load(Relaxed), BLOCK.r.load(Relaxed));
+        with(|local| local.contexts.push(given));
+    }
+    ctx
+}
+
+/// See pvm3.h. One that an earlier incarnation was given has gone with that: its pvmd has taken it back, and the present
+/// one has never heard of it.
+///
+/// # Safety
+/// As libpvm's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvm_freecontext(ctx: c_int) -> c_int {
+    let Some(function) = real().and_then(|real| real.pvm_freecontext) else {
+        return SYS_ERR;
+    };
+    let _inside = Inside::enter(Call::Freecontext);
+    let given = with(|local| {
+        let at = local.contexts.iter().position(|given| given.0 == ctx)?;
+        Some(local.contexts.swap_remove(at))
+    });
+    let (v, r) = (BLOCK.v.load(Relaxed), BLOCK.r.load(Relaxed));
+    match given {
+        Some((_, of, to)) if of == v && to != r => 0,
+        // SAFETY: the caller's promise.
+        _ => unsafe { function(ctx) },
+    }
+}
 
 macro_rules! plain {
     ($($name:ident($($arg:ident: $type:ty),*) = $call:ident $(, flags $flags:ident)? $(, role $role:ident)?;)*) => {$(
@@ -45,14 +90,12 @@ plain! {
     pvm_delete(name: Str, index: c_int) = Delete;
     pvm_delhosts(names: *mut Str, count: c_int, status: Ints) = Delhosts;
     pvm_delinfo(name: Str, index: c_int, flags: c_int) = Delinfo, flags flags;
-    pvm_freecontext(ctx: c_int) = Freecontext;
     pvm_getfds(fds: *mut Ints) = Getfds;
     pvm_halt() = Halt;
     pvm_insert(name: Str, index: c_int, data: c_int) = Insert;
     pvm_lookup(name: Str, index: c_int, data: Ints) = Lookup;
     pvm_mcast(tids: Ints, count: c_int, tag: c_int) = Mcast;
     pvm_mstat(host: Str) = Mstat;
-    pvm_newcontext() = Newcontext;
     pvm_nrecv(tid: c_int, tag: c_int) = Nrecv;
     pvm_precv(tid: c_int, tag: c_int, buf: Any, len: c_int, kind: c_int, rtid: Ints, rtag: Ints, rlen: Ints) = Precv;
     pvm_probe(tid: c_int, tag: c_int) = Probe;

@@ -52,6 +52,8 @@ pub struct Local {
     pub sinks: [u32; 4],
     /// Requests and notices.
     pub notices: Notices,
+    /// Context ids that the program has.
+    pub contexts: Vec<crate::calls::Given>,
     /// Who has (or had) a direct route with this task, by R.
     pub routes: Vec<c_int>,
     /// A gate whose lease ended, and which incarnation was found alive: V, the entry's R and next, and
@@ -76,6 +78,7 @@ static LOCAL: LocalCell = LocalCell(UnsafeCell::new(Local {
     def_match: None,
     sinks: [0; 4],
     notices: Notices::new(),
+    contexts: Vec::new(),
     routes: Vec::new(),
     resolved: None,
     looked: None,

@@ -96,6 +96,11 @@ static int exits(int mid)
 #define NOOP ((int)0x80030004)
 #define CTX_TC 0x7ffff
 
+static void nothing(int signal)
+{
+	(void)signal;
+}
+
 static int noop(int mid)
 {
 	int len, tag, src, value;
@@ -336,6 +341,10 @@ static int run(int argc, char **argv)
 		say("%d", pvm_setcontext(NUM(1)));
 	else if (!strcmp(c, "newcontext"))
 		say("%x", pvm_newcontext());
+	else if (!strcmp(c, "freecontext"))
+		say("%d", pvm_freecontext(TID(1)));
+	else if (!strcmp(c, "handles")) /* a signal, and does nothing */
+		say("%d", signal(NUM(1), nothing) == SIG_ERR);
 	else if (!strcmp(c, "minfo")) {
 		struct pvmminfo info;
 		n = pvm_recv(TID(1), NUM(2));
