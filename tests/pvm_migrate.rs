@@ -317,6 +317,18 @@ fn refusals(stage: &Stage) -> Result<()> {
     ensure!(nobody["failure"] == "no_such_process", "{nobody}");
     let nonsense = failure("migrate --json tx h1")?;
     ensure!(nonsense["failure"] == "usage", "{nonsense}");
+    // What stops a lander is told, and where: the stream that breaks for it says neither.
+    let shrink = "size=$(($(df --output=used /tmp | tail -n 1) + 64))k";
+    stage
+        .hosts
+        .root("h2", &format!("mount -o remount,{shrink} /tmp"))?;
+    let full = failure(&format!("migrate --json {} h2", task.v));
+    stage.hosts.root("h2", "mount -o remount,size=50% /tmp")?;
+    let why = full?["error"].as_str().unwrap_or("").to_owned();
+    for part in ["runs on", "agent of h2", "No space left"] {
+        ensure!(why.contains(part), "{why}");
+    }
+    ensure!(stage.task(&task.v)?.host == "h1", "{}", task.v);
     // Enrolled without the shim.
     let mut bare = stage.hosts.command(
         "h1",

@@ -359,6 +359,13 @@ fn living(scene: &Scene) -> Result<()> {
         .unwrap_err()
         .to_string();
     ensure!(missing.contains("there is no host h7"), "{missing}");
+    let nowhere = restore(scene, "h0", &image.join("none"), "--host h1")
+        .unwrap_err()
+        .to_string();
+    ensure!(nowhere.contains("No such file"), "{nowhere}");
+    let shown = format!("{} show {}", scene.mistctl.path(), image.display());
+    let shown = scene.hosts.exec("h1", &shown)?;
+    ensure!(shown.contains(&format!("\nPVM task t{v:x}\n")), "{shown}");
     worker.leave();
     boss.leave();
     Ok(())

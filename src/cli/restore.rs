@@ -123,16 +123,23 @@ pub fn run(args: &Args, started: Instant) -> anyhow::Result<ExitCode> {
 
 /// The newest sound image, if it is one of a PVM task.
 fn pvm_task(args: &Args) -> anyhow::Result<Option<(PathBuf, PvmTask)>> {
+    let mut wrong = None;
     for path in stores::candidates(&args.image)? {
-        // What is wrong with it is told by whoever restores it.
-        if let Ok(image) = Image::open(&path) {
-            let path = path
-                .canonicalize()
-                .with_context(|| path.display().to_string())?;
-            return Ok(image.manifest.pvm.clone().map(|task| (path, task)));
+        match Image::open(&path) {
+            Ok(image) => {
+                let path = path
+                    .canonicalize()
+                    .with_context(|| path.display().to_string())?;
+                return Ok(image.manifest.pvm.clone().map(|task| (path, task)));
+            }
+            Err(e) => wrong = wrong.or(Some(e)),
         }
     }
-    Ok(None)
+    match wrong {
+        Some(e) if args.host.is_some() => Err(e),
+        // What is wrong with it is told by whoever restores it.
+        _ => Ok(None),
+    }
 }
 
 fn restore_task(args: &Args, path: &Path, task: &PvmTask) -> anyhow::Result<ExitCode> {

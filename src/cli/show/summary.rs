@@ -10,6 +10,7 @@ use mistctl::image::dated;
 use mistctl::image::memory::Backing;
 use mistctl::image::process::State;
 use mistctl::image::{Image, Process, SpaceId, Vma};
+use mistctl::pvm::tid::Tid;
 use serde::Serialize;
 
 use super::{describe, here};
@@ -30,6 +31,8 @@ pub struct Summary {
     /// What is different on this host, and what it means for a restore.
     pub here: Vec<here::Difference>,
     pub pvm: bool,
+    /// Of a PVM task: the tid that it has for itself and its partners.
+    pub virtual_tid: Option<Tid>,
 }
 
 #[derive(Debug, Serialize)]
@@ -140,6 +143,7 @@ impl Summary {
             sockets: m.sockets.len(),
             carried,
             pvm: m.pvm.is_some(),
+            virtual_tid: m.pvm.as_ref().map(|task| Tid(task.v)),
         })
     }
 }

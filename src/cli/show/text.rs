@@ -29,8 +29,8 @@ pub fn text(s: &Summary) -> String {
         shown(&s.origin.kernel),
         shown(&s.origin.machine),
     );
-    if s.pvm {
-        t.push_str("a PVM task\n");
+    if let Some(v) = s.virtual_tid {
+        let _ = writeln!(t, "PVM task {v}");
     }
     if s.processes.len() > 1 {
         t.push_str("\nProcesses\n");

@@ -373,6 +373,7 @@ impl Agent {
             }
         }
         for (ticket, answer) in std::mem::take(&mut self.landings.answers) {
+            let answer = answer.with_context(|| format!("the agent of {}", self.host));
             self.answer(ticket, answer)?;
         }
         Ok(())

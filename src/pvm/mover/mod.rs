@@ -171,21 +171,37 @@ impl<'j> Mover<'j> {
         let landed = self.landed(link, landing);
         let (carried, mut tracker) = ready?;
         let sender = self.connect(link, landed?)?;
-        self.rounds(&mut tracker, &sender)?;
+        let brought = self.hand_over(link, carried, &mut tracker, &sender);
+        let (session, stopped, _raised) = match brought {
+            Err(e) if sender.has_ended() => return Err(self.lander_met(link).unwrap_or(e)),
+            other => other?,
+        };
+        self.commit(link)?;
+        // Decided. What fails from here on is not undone: the agent and the lander see to it.
+        self.finish(link, session, stopped)?;
+        let totals = sender.totals();
+        (self.moved.bytes, self.moved.bytes_wire) = (totals.raw, totals.wire);
+        self.moved.to = self.r2;
+        Ok(())
+    }
+
+    /// Memory and state, until all of it stands at the other host and only the decision is left.
+    fn hand_over(
+        &mut self,
+        link: &mut Link,
+        carried: Carried,
+        tracker: &mut Tracker,
+        sender: &ImageSender,
+    ) -> Result<(Session, Instant, Raised)> {
+        self.rounds(tracker, sender)?;
         self.close_gates(link)?;
         let mut session = self.stop(carried)?;
         let stopped = session.stopped();
         // Its buffers stay large until it has ended.
-        let _raised = self.flush(link, &session)?;
-        self.send(&mut session, &mut tracker, &sender)?;
-        let parked = link.ask(
-            &self.job.to,
-            Request::Parked {
-                id: self.job.id.clone(),
-            },
-            DECIDE.saturating_sub(stopped.elapsed()),
-        )?;
-        if let Answer::Parked { warnings } = parked {
+        let raised = self.flush(link, &session)?;
+        self.send(&mut session, tracker, sender)?;
+        let left = DECIDE.saturating_sub(stopped.elapsed());
+        if let Answer::Parked { warnings } = link.ask(&self.job.to, self.parked(), left)? {
             self.moved.warnings = warnings;
         }
         if stopped.elapsed() > DECIDE {
@@ -194,13 +210,18 @@ impl<'j> Mover<'j> {
                 DECIDE.as_secs()
             );
         }
-        self.commit(link)?;
-        // Decided. What fails from here on is not undone: the agent and the lander see to it.
-        self.finish(link, session, stopped)?;
-        let totals = sender.totals();
-        (self.moved.bytes, self.moved.bytes_wire) = (totals.raw, totals.wire);
-        self.moved.to = self.r2;
-        Ok(())
+        Ok((session, stopped, raised))
+    }
+
+    fn parked(&self) -> Request {
+        Request::Parked {
+            id: self.job.id.clone(),
+        }
+    }
+
+    /// Why the lander has closed the stream: that it did tells nobody what is in its way.
+    fn lander_met(&self, link: &mut Link) -> Option<anyhow::Error> {
+        link.ask(&self.job.to, self.parked(), PATIENCE).err()
     }
 
     /// Refuses what would be refused under the stop, with the list, before anything is touched.

@@ -63,6 +63,12 @@ impl ImageSender {
         }
     }
 
+    /// Whether the receiver has closed the stream.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.stream().has_ended()
+    }
+
     fn stream(&self) -> MutexGuard<'_, Stream> {
         self.stream.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -2,11 +2,13 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, recv};
 use snow::{HandshakeState, TransportState};
 
 use super::header::{HEADER, Header, LONGEST};
@@ -239,6 +241,16 @@ impl Stream {
         self.packer.wrote(self.waiting);
         self.waiting = 0;
         Ok(())
+    }
+
+    /// Whether the other side has closed it, or the connection broke.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        !matches!(
+            recv(self.tcp.as_raw_fd(), &mut [0], flags),
+            Ok(1..) | Err(Errno::EAGAIN)
+        )
     }
 
     /// What was sent so far.
