@@ -23,7 +23,7 @@ use crate::kernel::tracee::{Stop, Tracee};
 /// How long a thread may take to stop. They take some ten microseconds.
 const PATIENCE: Duration = Duration::from_secs(2);
 const LOOK_EVERY: Duration = Duration::from_millis(50);
-const VFORK_PATIENCE: Duration = Duration::from_secs(5);
+const VFORK_PATIENCE: Duration = Duration::from_secs(2);
 /// How often a thread may be found in code that a mistctl before us has left.
 const TRIES: usize = 200;
 
@@ -377,8 +377,9 @@ fn wait_stopped(t: Tracee, pid: i32) -> Result<Option<Stop>> {
 fn wait_for_vfork(pid: i32) -> Result<()> {
     let begun = Instant::now();
     loop {
-        let waiting = thread_ids(pid)?.into_iter().find(|tid| in_vfork(pid, *tid));
-        let Some(tid) = waiting else { return Ok(()) };
+        let Some(tid) = vfork_of(pid) else {
+            return Ok(());
+        };
         if begun.elapsed() > VFORK_PATIENCE {
             return Err(Failure::Busy.because(format!(
                 "thread {tid} of process {pid} waits in vfork for its child to call exec or to end, and \
@@ -389,6 +390,12 @@ fn wait_for_vfork(pid: i32) -> Result<()> {
     }
 }
 
+/// The thread of a process that waits in vfork for its child, which has the same memory until then.
+pub fn vfork_of(pid: i32) -> Option<i32> {
+    let threads = thread_ids(pid).unwrap_or_default();
+    threads.into_iter().find(|tid| in_vfork(pid, *tid))
+}
+
 fn in_vfork(pid: i32, tid: i32) -> bool {
     const FORKS: [i64; 3] = [libc::SYS_vfork, libc::SYS_clone, libc::SYS_clone3];
     let read =
@@ -397,5 +404,7 @@ fn in_vfork(pid: i32, tid: i32) -> bool {
         .split_whitespace()
         .next()
         .and_then(|w| w.parse::<i64>().ok());
-    nr.is_some_and(|nr| FORKS.contains(&nr)) && read("wchan").contains("vfork")
+    // The function that waits may be part of the one that clones.
+    let waits = |place: &str| place.contains("vfork") || place.trim() == "kernel_clone";
+    nr.is_some_and(|nr| FORKS.contains(&nr)) && waits(&read("wchan"))
 }

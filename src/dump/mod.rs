@@ -13,6 +13,7 @@ mod ready;
 mod resume;
 mod run;
 mod session;
+mod sharing;
 mod survey;
 pub mod tables;
 mod threads;

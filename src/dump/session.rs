@@ -17,7 +17,7 @@ use super::maps::Flags;
 use super::tables::Tables;
 use super::{
     After, Carried, Options, Report, Round, Run, Sink, Tracker, carry, maps, memory, namespace,
-    process, survey,
+    process, sharing, survey,
 };
 use crate::error::Failure;
 use crate::image::memory::Backing;
@@ -98,6 +98,7 @@ impl Session {
                 flags = found;
             }
         }
+        sharing::check(&pids)?;
         // Nobody changes his own.
         let inside = namespace::is_inside(process::living_thread(opts.pid));
         let order = Order::look(&pids);

@@ -7,7 +7,6 @@ use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 
 const KCMP_FILE: libc::c_int = 0;
-const KCMP_FILES: libc::c_int = 2;
 const KCMP_EPOLL_TFD: libc::c_int = 7;
 
 /// struct kcmp_epoll_slot (linux/kcmp.h).
@@ -41,11 +40,21 @@ pub fn files(a: i32, i: RawFd, b: i32, j: RawFd) -> Result<Ordering> {
     ordering(r)
 }
 
-/// Whether two threads use one descriptor table.
-pub fn same_table(a: i32, b: i32) -> Result<bool> {
-    let r =
-        raw(a, b, KCMP_FILES, 0, 0).with_context(|| format!("kcmp(KCMP_FILES) of {a} and {b}"))?;
-    Ok(r == 0)
+/// What processes may have in common.
+#[derive(Debug, Clone, Copy)]
+pub enum Common {
+    Memory = 1,
+    Descriptors = 2,
+    /// Directories and umask.
+    Directories = 3,
+}
+
+/// Compares what two processes have, in an order that stays the same as long as this kernel runs. What has ended has
+/// nothing, and all that have nothing are equal.
+pub fn common(a: i32, b: i32, what: Common) -> Result<Ordering> {
+    let r = raw(a, b, what as libc::c_int, 0, 0)
+        .with_context(|| format!("kcmp({what:?}) of {a} and {b}"))?;
+    ordering(r)
 }
 
 /// Compares descriptor `fd` of process `a` with what epoll descriptor `epoll` of process `b` has registered

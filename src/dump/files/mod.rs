@@ -24,6 +24,7 @@ use anyhow::{Context, Result};
 use crate::dump::tables::Tables;
 use crate::error::{Classify, Failure};
 use crate::image::files::{Description, DescriptionId, External, Fd, Kind, Lock, LockClass, Owner};
+use crate::kernel::kcmp::Common;
 use crate::kernel::proc_file;
 use crate::kernel::{fds, kcmp, pidfd};
 pub use fdinfo::FdInfo;
@@ -565,7 +566,7 @@ fn numbers(tid: i32) -> Result<Vec<i32>> {
     Ok(numbers)
 }
 
-/// Refuses a process whose threads do not share one descriptor table (unshare(CLONE_FILES)).
+/// Refuses a process whose threads do not share one descriptor table and current directory (unshare(2)).
 fn one_table(pid: i32, tid: i32) -> Result<()> {
     let path = format!("/proc/{pid}/task");
     for entry in std::fs::read_dir(&path).with_context(|| path.clone())? {
@@ -576,10 +577,17 @@ fn one_table(pid: i32, tid: i32) -> Result<()> {
         // A dead leader has no table; a thread that is gone has none either.
         if other != tid
             && std::fs::read_dir(format!("/proc/{other}/fd")).is_ok_and(|mut d| d.next().is_some())
-            && !kcmp::same_table(tid, other)?
         {
+            let own = |what| Ok::<_, anyhow::Error>(kcmp::common(tid, other, what)?.is_ne());
+            let (name, flag) = if own(Common::Descriptors)? {
+                ("descriptor table", "CLONE_FILES")
+            } else if own(Common::Directories)? {
+                ("current directory", "CLONE_FS")
+            } else {
+                continue;
+            };
             return Err(Failure::Refused.because(format!(
-                "process {pid}: thread {other} has a descriptor table of its own (unshare CLONE_FILES), which cannot be carried"
+                "process {pid}: thread {other} has a {name} of its own (unshare {flag}), which cannot be carried"
             )));
         }
     }
