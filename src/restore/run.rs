@@ -43,6 +43,8 @@ struct Site<'a> {
     pids: &'a BTreeMap<i32, i32>,
     filler: Option<&'a Filler>,
     ours: Creds,
+    /// Whose parent is us, who leave.
+    orphan: Option<i32>,
 }
 
 /// A process that stands before its next instruction, and its threads but the leader (which may have ended).
@@ -192,6 +194,7 @@ fn restore(
         pids: &bodies.ids,
         filler: filler.as_ref(),
         ours,
+        orphan: (processes.first().map(|p| p.pid)).filter(|_| opts.detach && guest.is_none()),
     };
     let mut ready = Vec::new();
     for p in processes {
@@ -356,12 +359,13 @@ impl Site<'_> {
         signals::pending(body, &p.pending, None)?;
         layout::advise(body, p, changed)?;
         process::limits(body, p)?;
+        let orphaned = self.orphan == Some(p.pid);
         for (r, t) in others.iter_mut().zip(p.others()) {
-            threads::furnish(r, t, &self.ours)?;
+            threads::furnish(r, t, &self.ours, orphaned)?;
         }
         match (&p.ended_leader, p.leader()) {
             (Some(ended), _) => threads::furnish_ended(body, p, ended, &self.ours)?,
-            (None, Some(leader)) => threads::furnish(body, leader, &self.ours)?,
+            (None, Some(leader)) => threads::furnish(body, leader, &self.ours, orphaned)?,
             (None, None) => bail!("process {} has no threads", p.pid),
         }
         process::marks(body, p)?;

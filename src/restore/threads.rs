@@ -43,8 +43,8 @@ pub fn make(leader: &mut Remote, p: &Process, ids: &Ids) -> Result<Vec<Remote>> 
     Ok(all)
 }
 
-/// Everything of a thread but its registers.
-pub fn furnish(r: &mut Remote, t: &Thread, ours: &Creds) -> Result<()> {
+/// Everything of a thread but its registers. `orphaned`: its parent is us, who end when it runs.
+pub fn furnish(r: &mut Remote, t: &Thread, ours: &Creds, orphaned: bool) -> Result<()> {
     let what = |s: &str| format!("{s} of thread {}", t.tid);
     let comm = format!("{}\0", t.comm);
     r.must(
@@ -119,10 +119,18 @@ pub fn furnish(r: &mut Remote, t: &Thread, ours: &Creds) -> Result<()> {
     signals::pending(r, &t.pending, Some(r.inside))?;
     super::creds::set(r, &t.creds, ours)?;
     // Our own death no longer matters to it: until it is released it dies with its tracer.
+    let pdeathsig = if orphaned { 0 } else { t.pdeathsig };
+    if pdeathsig != t.pdeathsig {
+        r.warnings.push(format!(
+            "process {}: its parent is not restored with it: it no longer gets signal {} at its parent's end \
+             (PR_SET_PDEATHSIG)",
+            t.tid, t.pdeathsig
+        ));
+    }
     r.must(
         what("parent death signal"),
         libc::SYS_prctl,
-        &[libc::PR_SET_PDEATHSIG.into(), t.pdeathsig.into()],
+        &[libc::PR_SET_PDEATHSIG.into(), pdeathsig.into()],
     )?;
     r.flush()
 }
