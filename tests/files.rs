@@ -174,6 +174,9 @@ fn process(
         thp_disable: false,
         mdwe: 0,
         mce_kill: None,
+        membarrier: 0,
+        merge_memory: false,
+        lock_future: 0,
         notes: Vec::new(),
         ended_leader: None,
     }

@@ -207,6 +207,16 @@ fn ask_one<'a>(
         s.queries.calls(data)
     })?;
     let mut answers = vec![s.queries.answers(&batch, p)?];
+    if p.lock_future != 0 {
+        // How, our own new mapping tells.
+        let via = held.via();
+        let flags = maps::Flags::read(via)
+            .with_context(|| format!("reading the flags of mappings of process {via}"))?;
+        let ours = flags.at(area, area + batch::AREA).unwrap_or_default();
+        if ours.iter().any(|code| code == "lf") {
+            p.lock_future |= libc::MCL_ONFAULT as u32;
+        }
+    }
     for t in held.threads.iter().skip(1) {
         let b = batch.in_thread(t, ThreadAnswers::LEN, &queries::thread_calls)?;
         answers.push(ThreadAnswers::read(&b));

@@ -184,8 +184,9 @@ fn sysv(pid: i32, m: &Map, key: i32, tables: &mut Tables) -> Result<Backing> {
 }
 
 /// The flags that an image has (proc(5), VmFlags of /proc/PID/smaps).
-const CODES: [&str; 16] = [
+const CODES: [&str; 18] = [
     "mw", "gd", "lo", "sr", "rr", "dc", "de", "nr", "ac", "ht", "wf", "dd", "hg", "nh", "mg", "sf",
+    "lf", "sl",
 ];
 
 /// What /proc/PID/smaps alone tells of mappings. It costs a walk over all page tables.
@@ -235,7 +236,12 @@ impl Flags {
 
     /// Those of a mapping; none when it is not known.
     pub fn of(&self, v: &Vma) -> Option<&[String]> {
-        self.all.get(&(v.start, v.end)).map(Vec::as_slice)
+        self.at(v.start, v.end)
+    }
+
+    /// Those of the mapping that begins and ends there.
+    pub fn at(&self, start: u64, end: u64) -> Option<&[String]> {
+        self.all.get(&(start, end)).map(Vec::as_slice)
     }
 }
 

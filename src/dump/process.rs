@@ -267,6 +267,9 @@ fn empty(stat: &Stat) -> Process {
         thp_disable: false,
         mdwe: 0,
         mce_kill: None,
+        membarrier: 0,
+        merge_memory: false,
+        lock_future: 0,
         notes: Vec::new(),
         ended_leader: None,
     }

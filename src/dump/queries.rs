@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 
 use crate::image::process::Process;
 use crate::image::signals::{AltStack, ITimer, SigAction};
-use crate::kernel::arch::Call;
+use crate::kernel::arch::{Call, PAGE};
 use crate::kernel::batch::Batch;
 
 const SIGNALS: u64 = 64;
@@ -13,6 +13,7 @@ const TIMERS_MAX: usize = 128;
 
 const PR_GET_MDWE: u64 = 66;
 const PR_GET_THP_DISABLE: u64 = 42;
+const PR_GET_MEMORY_MERGE: u64 = 68;
 pub const PR_GET_TID_ADDRESS: u64 = 40;
 
 // Offsets in the batch's data area.
@@ -48,7 +49,27 @@ mod at {
     pub const SUBREAPER: usize = PRCTLS + 5;
     pub const BRK: usize = PRCTLS + 7;
     pub const CHILDREN: usize = PRCTLS + 10;
-    pub const TIMERS: usize = PRCTLS + 11;
+    pub const MEMBARRIER: usize = PRCTLS + 11;
+    pub const MERGE: usize = PRCTLS + 15;
+    pub const LOCKED: usize = PRCTLS + 16;
+    pub const TIMERS: usize = PRCTLS + 17;
+}
+
+/// What a process has registered for.
+mod membarrier {
+    /// GET_REGISTRATIONS; and, for kernels before 6.3, the expedited commands, which are refused without.
+    pub const CALLS: [u64; 4] = [1 << 9, 1 << 3, 1 << 5, 1 << 7];
+
+    pub fn registered(results: &[i64; 4]) -> u32 {
+        if let Ok(mask) = u32::try_from(results[0]) {
+            return mask;
+        }
+        // The registration of each has the next bit.
+        let commands = CALLS.iter().zip(results).skip(1);
+        commands.fold(0, |all, (c, r)| {
+            all | if *r == 0 { (c << 1) as u32 } else { 0 }
+        })
+    }
 }
 
 impl Queries {
@@ -80,6 +101,11 @@ impl Queries {
         let look = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT | libc::__WALL;
         let any = libc::P_ALL as u64;
         v.push(Call::new(libc::SYS_waitid, &[any, 0, 0, look as u64, 0]));
+        v.extend(membarrier::CALLS.map(|c| Call::new(libc::SYS_membarrier, &[c, 0, 0])));
+        v.push(prctl(PR_GET_MEMORY_MERGE, 0));
+        // Refused where the mapping that the data stands in, which is new, is locked.
+        let cold = libc::MADV_COLD as u64;
+        v.push(Call::new(libc::SYS_madvise, &[data, PAGE, cold]));
         for (i, id) in self.timers.iter().take(TIMERS_MAX).enumerate() {
             let at = data + AT_TIMERS + i as u64 * 32;
             v.push(Call::new(libc::SYS_timer_gettime, &[*id as u64, at]));
@@ -132,6 +158,12 @@ impl Queries {
         }
         p.child_subreaper = result(at::SUBREAPER) == 0 && word(AT_SUBREAPER) as i32 != 0;
         p.mm.brk = result(at::BRK) as u64;
+        p.membarrier = membarrier::registered(&std::array::from_fn(|i| result(at::MEMBARRIER + i)));
+        p.merge_memory = result(at::MERGE) == 1;
+        if result(at::LOCKED) == -i64::from(libc::EINVAL) {
+            p.lock_future = libc::MCL_FUTURE as u32;
+            self.locked = true;
+        }
         self.has_children = result(at::CHILDREN) != -i64::from(libc::ECHILD);
         for (i, t) in p.posix_timers.iter_mut().enumerate().take(TIMERS_MAX) {
             let at = AT_TIMERS + i as u64 * 32;

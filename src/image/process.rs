@@ -44,12 +44,25 @@ pub struct Process {
     /// PR_MCE_KILL_GET: what becomes of it when its memory fails.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mce_kill: Option<u32>,
+    /// What it has registered for with membarrier(2): MEMBARRIER_CMD_REGISTER_*.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub membarrier: u32,
+    /// PR_GET_MEMORY_MERGE: equal pages of all its mappings may be merged.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub merge_memory: bool,
+    /// How new mappings are locked: MCL_FUTURE, and MCL_ONFAULT, of mlockall(2).
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub lock_future: u32,
     /// SysV semaphore adjustments and the like are not carried; this lists what was left out, for people.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
     /// The leader has ended while other threads go on; `threads` holds those, and `comm` is its name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ended_leader: Option<EndedLeader>,
+}
+
+fn is_zero(n: &u32) -> bool {
+    *n == 0
 }
 
 impl Process {

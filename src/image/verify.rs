@@ -198,6 +198,11 @@ fn signals(p: &Process) -> Result<()> {
             timer.id
         );
     }
+    ensure!(
+        p.lock_future & !(libc::MCL_FUTURE | libc::MCL_ONFAULT) as u32 == 0,
+        "mlockall({:#x}) is impossible",
+        p.lock_future
+    );
     let mut seen = BTreeSet::new();
     for limit in &p.limits {
         ensure!(

@@ -189,6 +189,11 @@ impl Remote {
         self.push(what.into(), nr, args, false)
     }
 
+    /// Queues a call whose failure is of no account.
+    pub fn attempt(&mut self, nr: i64, args: &[Arg]) -> Result<()> {
+        self.push(String::new(), nr, args, false)
+    }
+
     /// Queues a call on a structure that holds its own addresses: `make` is told where its `len` bytes will
     /// be, and gives them and the call.
     pub fn must_with(
@@ -282,8 +287,10 @@ impl Remote {
                 if q.must {
                     return Err(anyhow!(e).context(format!("process {}: {}", self.pid(), q.what)));
                 }
-                self.warnings
-                    .push(format!("process {}: {}: {e}", self.pid(), q.what));
+                if !q.what.is_empty() {
+                    self.warnings
+                        .push(format!("process {}: {}: {e}", self.pid(), q.what));
+                }
             }
         }
         Ok(())

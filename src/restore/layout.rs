@@ -400,6 +400,7 @@ pub fn advise(body: &mut Remote, p: &Process, changed: &ChangedFlags) -> Result<
         ("rr", libc::MADV_RANDOM),
     ];
     const MADV_GUARD_INSTALL: i32 = 102;
+    const MLOCK_ONFAULT: u64 = 1;
     for v in p.vmas.iter().filter(|v| !v.is_kernel()) {
         let flags = changed.get(&v.start).unwrap_or(&v.flags);
         let has = |code: &str| flags.iter().any(|flag| flag == code);
@@ -426,8 +427,43 @@ pub fn advise(body: &mut Remote, p: &Process, changed: &ChangedFlags) -> Result<
         if has("lo") {
             body.may(
                 format!("locking {:#x}-{:#x}", v.start, v.end),
-                libc::SYS_mlock,
-                &[v.start.into(), v.len().into()],
+                libc::SYS_mlock2,
+                &[v.start.into(), v.len().into(), MLOCK_ONFAULT.into()],
+            )?;
+            if !has("lf") {
+                // It fails where there is nothing to be had (no access, the end of a file, guards), and locks all the same.
+                body.attempt(libc::SYS_mlock, &[v.start.into(), v.len().into()])?;
+            }
+        }
+    }
+    if p.lock_future != 0 {
+        body.may(
+            "locking what it will map (mlockall)",
+            libc::SYS_mlockall,
+            &[u64::from(p.lock_future).into()],
+        )?;
+    }
+    if p.merge_memory {
+        const PR_SET_MEMORY_MERGE: u64 = 67;
+        body.may(
+            "merging equal pages (PR_SET_MEMORY_MERGE)",
+            libc::SYS_prctl,
+            &[PR_SET_MEMORY_MERGE.into(), 1u64.into()],
+        )?;
+    }
+    body.flush()
+}
+
+/// Seals what was sealed (mseal(2)): last, for nothing can be done to it any more.
+pub fn seal(body: &mut Remote, p: &Process, changed: &ChangedFlags) -> Result<()> {
+    const SYS_MSEAL: i64 = 462;
+    for v in p.vmas.iter().filter(|v| !v.is_kernel()) {
+        let flags = changed.get(&v.start).unwrap_or(&v.flags);
+        if flags.iter().any(|flag| flag == "sl") {
+            body.may(
+                format!("sealing {:#x}-{:#x}", v.start, v.end),
+                SYS_MSEAL,
+                &[v.start.into(), v.len().into(), 0u64.into()],
             )?;
         }
     }

@@ -103,6 +103,16 @@ pub fn surroundings(body: &mut Remote, p: &Process, m: &Manifest) -> Result<()> 
             ],
         )?;
     }
+    // While it has one thread the kernel need not wait for anybody.
+    for command in (0..u32::BITS).map(|bit| 1u64 << bit) {
+        if u64::from(p.membarrier) & command != 0 {
+            body.may(
+                "registering for membarrier",
+                libc::SYS_membarrier,
+                &[command.into(), 0u64.into(), 0u64.into()],
+            )?;
+        }
+    }
     body.flush()
 }
 

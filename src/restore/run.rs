@@ -369,6 +369,7 @@ impl Site<'_> {
             (None, None) => bail!("process {} has no threads", p.pid),
         }
         process::marks(body, p)?;
+        layout::seal(body, p, changed)?;
         signals::timers(body, p, &id_of)?;
         Ok(others)
     }
