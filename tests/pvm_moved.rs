@@ -10,6 +10,8 @@ mod scene;
 #[path = "shim/mod.rs"]
 mod stage;
 mod testhosts;
+#[path = "pvm_moved/woken.rs"]
+mod woken;
 
 use std::fs;
 use std::path::PathBuf;
@@ -25,7 +27,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 type Test = fn(&Scene) -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 14] = [
+    let tests: [(&str, Test); 15] = [
         ("its_last_words_and_its_status_arrive", last_words),
         ("its_environment_says_where_it_is", environment),
         ("sizes_are_its_pvmds_or_its_own", sizes),
@@ -49,6 +51,7 @@ fn main() -> ExitCode {
             "what_it_said_before_comes_before_what_it_says_after",
             output::in_order,
         ),
+        ("who_is_woken_is_a_task_already", woken::rebuilt),
     ];
     testhosts::main(tests, || Ok(()), |(), test| Scene::new(3)?.play(test))
 }
