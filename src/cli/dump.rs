@@ -203,7 +203,7 @@ fn dump(args: &Args, pid: i32, output: PathBuf) -> anyhow::Result<ExitCode> {
             store.keep_newest(keep as usize)?;
             // Silent, with warnings too: what they say is the same every time, and `show` says it.
             if args.json {
-                out::object(&report)?;
+                out::object(&report).with_context(|| done(args, &report))?;
             }
         }
         None => {
@@ -214,13 +214,15 @@ fn dump(args: &Args, pid: i32, output: PathBuf) -> anyhow::Result<ExitCode> {
                 )));
             }
             let report = mistctl::pvm::dump::run(&options(args, pid, output, None), args.away)?;
-            if args.json {
-                out::object(&report)?;
-            } else {
-                warn(&report);
-                out::note(&summary(&report));
-                out::print(&report.image.display().to_string())?;
-            }
+            let told = match args.json {
+                true => out::object(&report),
+                false => {
+                    warn(&report);
+                    out::note(&summary(&report));
+                    out::print(&report.image.display().to_string())
+                }
+            };
+            told.with_context(|| done(args, &report))?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -284,6 +286,20 @@ fn default_name(pid: i32) -> String {
     let comm = comm.trim_matches(|c| c == '.' || c == '-');
     let comm = if comm.is_empty() { "process" } else { comm };
     format!("{comm}-{pid}-{}", dated::name(SystemTime::now()))
+}
+
+/// What has been done, for whoever could not be told otherwise.
+fn done(args: &Args, report: &Report) -> String {
+    let then = match (args.kill, args.stop) {
+        (true, _) => "was killed",
+        (_, true) => "is stopped",
+        _ => "runs on",
+    };
+    format!(
+        "the image {} is complete, and process {} {then}",
+        report.image.display(),
+        report.pid
+    )
 }
 
 fn warn(report: &Report) {

@@ -188,13 +188,14 @@ fn fail(error: &anyhow::Error, json: bool) -> ExitCode {
         }
         false => "",
     };
-    if json {
-        let _ = out::object(&serde_json::json!({
+    let object = || {
+        out::object(&serde_json::json!({
             "error": format!("{error:#}{hint}"),
             "failure": failure.name(),
             "exit": failure.code(),
-        }));
-    } else {
+        }))
+    };
+    if !json || object().is_err() {
         out::note(&format!("mistctl: {error:#}{hint}"));
     }
     ExitCode::from(failure.code())

@@ -98,14 +98,17 @@ pub fn run(args: &Args, started: Instant) -> anyhow::Result<ExitCode> {
         outcome.report.bytes_memory += filling.wait().map_err(own_failure)?;
         outcome.report.total_us = started.elapsed().as_micros() as u64;
     }
-    if args.json {
-        let _ = out::object(&outcome.report);
-    } else {
-        tell(&outcome.report, args);
-    }
-    let (Some(pid), Some(signals)) = (child, signals) else {
-        return Ok(ExitCode::SUCCESS);
+    let told = match args.json {
+        true => out::object(&outcome.report),
+        false => tell(&outcome.report, args),
     };
+    let told = told.with_context(|| format!("the program runs, as process {}", outcome.report.pid));
+    let (Some(pid), Some(signals)) = (child, signals) else {
+        return told.map(|()| ExitCode::SUCCESS);
+    };
+    if let Err(e) = told {
+        out::note(&format!("mistctl: {e:#}"));
+    }
     let followed = signals.and_then(|s| s.follow(pid, terminal));
     if let Some(filling) = filling {
         filling.wait().map_err(own_failure)?;
@@ -150,17 +153,17 @@ fn restore_task(args: &Args, path: &Path, task: &PvmTask) -> anyhow::Result<Exit
         )));
     }
     let done = mistctl::pvm::restore::run(path, task, args.host.as_deref(), args.lazy)?;
-    if args.json {
-        out::object(&done)?;
-        return Ok(ExitCode::SUCCESS);
-    }
-    for w in &done.warnings {
-        out::note(&format!("mistctl: {}", out::shown(w)));
-    }
-    out::print(&format!(
-        "{} is on {} as {}",
-        done.virtual_tid, done.host, done.tid
-    ))?;
+    let state = format!("{} is on {} as {}", done.virtual_tid, done.host, done.tid);
+    let told = match args.json {
+        true => out::object(&done),
+        false => {
+            for w in &done.warnings {
+                out::note(&format!("mistctl: {}", out::shown(w)));
+            }
+            out::print(&state)
+        }
+    };
+    told.context(state)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -201,11 +204,12 @@ fn own_failure(e: anyhow::Error) -> anyhow::Error {
     }
 }
 
-fn tell(report: &Report, args: &Args) {
+fn tell(report: &Report, args: &Args) -> anyhow::Result<()> {
     for w in &report.warnings {
         out::note(&format!("mistctl: {}", out::shown(w)));
     }
-    if args.detach {
-        let _ = out::print(&report.pid.to_string());
+    match args.detach {
+        true => out::print(&report.pid.to_string()),
+        false => Ok(()),
     }
 }

@@ -39,6 +39,29 @@ fn a_process_that_a_debugger_holds_is_busy_with_4() {
 }
 
 #[test]
+fn what_cannot_be_printed_is_said_and_shows_in_the_exit_code() {
+    if !engine() {
+        return;
+    }
+    let dir = temp();
+    let i = dir.path().join("i");
+    let mut target = Sleeper::new();
+    let full = |args: &[&str]| {
+        let full = fs::OpenOptions::new().write(true).open("/dev/full");
+        Ran(mistctl().args(args).stdout(full.unwrap()).output().unwrap()).ends_with(1)
+    };
+    let killed = format!("process {} was killed", target.pid());
+    full(&["dump", "--kill", &target.pid(), "-o", path(&i)]).says(&[path(&i), &killed]);
+    target.0.wait().unwrap();
+    for json in [&[][..], &["--json"]] {
+        let args = [&["restore", "--detach", "--same-pid", path(&i)], json].concat();
+        full(&args).says(&["the program runs, as process", &target.pid(), "No space"]);
+        let pid = Pid::from_raw(target.0.id() as i32);
+        kill(pid, Signal::SIGKILL).unwrap();
+    }
+}
+
+#[test]
 fn without_a_name_dump_picks_one_and_prints_it() {
     if !engine() {
         return;
