@@ -410,6 +410,38 @@ fn a_process_of_ones_own_that_runs_as_another_is_refused_with_5() {
 }
 
 #[test]
+fn a_child_that_proc_does_not_show_is_not_left_out_of_a_tree() {
+    if !root() {
+        return;
+    }
+    let nobody = "setpriv --reuid 65534 --regid 65534 --clear-groups";
+    let hidden = "mount -t proc -o hidepid=invisible proc /proc";
+    // The shell's child stays root's.
+    let parent = format!("{hidden} && {{ sleep 1000 & exec {nobody} sleep 1000; }}");
+    let target = Sleeper::of(Command::new("unshare").args(["-m", "sh", "-c", &parent]));
+    let uid = format!("Uid:\t{NOBODY}\t{NOBODY}\t");
+    wait_for("setpriv has set the uid", LIMIT, || {
+        let of = |name: &str| fs::read_to_string(format!("/proc/{}/{name}", target.pid()));
+        Ok((of("status")?.contains(&uid) && of("comm")? == "sleep\n").then_some(()))
+    })
+    .unwrap();
+    let children = format!("/proc/{0}/task/{0}/children", target.pid());
+    let child = fs::read_to_string(children).unwrap().trim().to_owned();
+    let dir = temp();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    as_nobody(dir.path(), None).unwrap();
+    let output = Command::new("nsenter")
+        .args(["-m", "-t", &target.pid()])
+        .args(nobody.split_whitespace())
+        .args([path(&dir.path().join("mistctl")), "dump", "--tree"])
+        .args([&target.pid(), "-o", path(&dir.path().join("i"))])
+        .output()
+        .unwrap();
+    kill(Pid::from_raw(child.parse().unwrap()), Signal::SIGKILL).unwrap();
+    Ran(output).ends_with(5).says(&[&child, "hidepid"]);
+}
+
+#[test]
 fn set_user_id_root_is_refused_with_5() {
     if !root() {
         return;

@@ -273,27 +273,31 @@ fn interrupt(t: &Tracee) -> Result<()> {
 }
 
 fn seize(pid: i32, tid: i32) -> Result<Option<Tracee>> {
-    match Tracee::seize(tid, 0) {
-        Ok(t) => Ok(Some(t)),
-        Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(None),
-        Err(e) => {
-            let status = procfs::process::Process::new(tid)
-                .and_then(|p| p.status())
-                .ok();
-            match status {
-                // A leader that called pthread_exit: it is carried by its other threads.
-                Some(s) if s.state.starts_with('Z') => Ok(None),
-                Some(s) if s.tracerpid != 0 => Err(Failure::Busy.because(format!(
-                    "process {pid} is being traced by process {} (a debugger or another mistctl); \
-                     nothing was changed, try again when that has ended",
-                    s.tracerpid
-                ))),
-                Some(_) => Err(Failure::Refused.with(anyhow!(e).context(format!(
+    let mut again = false;
+    loop {
+        let e = match Tracee::seize(tid, 0) {
+            Ok(t) => return Ok(Some(t)),
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
+            Err(e) => e,
+        };
+        let status = procfs::process::Process::new(tid).and_then(|p| p.status());
+        match status.ok() {
+            // A leader that called pthread_exit: it is carried by its other threads.
+            Some(s) if s.state.starts_with('Z') => return Ok(None),
+            Some(s) if s.tracerpid != 0 => {
+                if let Some(tracer) = process::tracer(tid) {
+                    return Err(process::is_traced(pid, tracer));
+                }
+            }
+            // Somebody may have let it go since.
+            Some(_) if !again => again = true,
+            Some(_) => {
+                return Err(Failure::Refused.with(anyhow!(e).context(format!(
                     "process {pid} may not be traced by you; run mistctl as root or as its owner \
                      (`mistctl check` tells what is missing)"
-                )))),
-                None => Ok(None),
+                ))));
             }
+            None => return Ok(None),
         }
     }
 }

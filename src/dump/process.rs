@@ -1,7 +1,7 @@
 //! What threads of a process share, as /proc shows it; and what cannot be carried.
 
-use crate::kernel::proc_file;
 use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use procfs::ProcError;
@@ -12,6 +12,7 @@ use super::tables::Tables;
 use super::{namespace, queries, ready, threads};
 use crate::error::{Classify, Failure};
 use crate::image::process::{EndedLeader, Limit, MmLayout, Process, State};
+use crate::kernel::{proc_file, waker};
 
 /// Refuses what no dump can carry, before anything is stopped. What was read of its mappings for that.
 pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<Flags> {
@@ -19,8 +20,9 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<Flags> {
     let asked_for = inside.first() == Some(&pid);
     let status = match Proc::new(pid).and_then(|p| p.status()) {
         Ok(s) => s,
-        // A child that came and went.
-        Err(ProcError::NotFound(_)) if !asked_for => return Ok(Flags::default()),
+        Err(ProcError::NotFound(_)) if !asked_for => {
+            return came_and_went(pid).map(|()| Flags::default());
+        }
         Err(e @ ProcError::NotFound(_)) => {
             return Err(e)
                 .or_failure(Failure::NoSuchProcess)
@@ -91,13 +93,8 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<Flags> {
         ));
     }
     let flags = ready::wait(via)?;
-    let status = Proc::new(via).and_then(|p| p.status()).unwrap_or(status);
-    if status.tracerpid != 0 {
-        return Err(Failure::Busy.because(format!(
-            "process {pid} is being traced by process {} (a debugger or another mistctl); nothing \
-             was changed, try again when that has ended",
-            status.tracerpid
-        )));
+    if let Some(tracer) = tracer(via) {
+        return Err(is_traced(pid, tracer));
     }
     crate::kernel::caps::caller()?.may_dump(pid)?;
     let first = inside.first().map_or(via, |first| living_thread(*first));
@@ -148,6 +145,39 @@ pub fn ending_or(pid: i32, e: anyhow::Error) -> anyhow::Error {
     match is_ending(pid) {
         true => Failure::NoSuchProcess.with(e.context(format!("process {pid} is just ending"))),
         false => e,
+    }
+}
+
+/// Who traces a thread, once nobody does any more who does so for a moment only: a mist-waker, which ends its call.
+pub fn tracer(tid: i32) -> Option<i32> {
+    const MOMENT: Duration = Duration::from_secs(1);
+    const LOOK_EVERY: Duration = Duration::from_micros(200);
+    let begun = Instant::now();
+    loop {
+        let status = Proc::new(tid).and_then(|p| p.status()).ok()?;
+        let tracer = Some(status.tracerpid).filter(|pid| *pid != 0)?;
+        let name = proc_file::text(format!("/proc/{tracer}/comm")).unwrap_or_default();
+        if name.trim_end().as_bytes() != waker::NAME.to_bytes() || begun.elapsed() > MOMENT {
+            return Some(tracer);
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+}
+
+pub fn is_traced(pid: i32, by: i32) -> anyhow::Error {
+    Failure::Busy.because(format!(
+        "process {pid} is being traced by process {by} (a debugger or another mistctl); nothing \
+         was changed, try again when that has ended"
+    ))
+}
+
+/// A child that /proc does not show has come and gone, or is there and not shown to us.
+pub fn came_and_went(pid: i32) -> Result<()> {
+    match nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), None) {
+        Err(nix::errno::Errno::ESRCH) => Ok(()),
+        _ => Err(Failure::Refused.because(format!(
+            "process {pid}, a descendant, is not to be seen in /proc (is it another user's, and /proc mounted with hidepid?): it would be missing after a restore; run mistctl as root"
+        ))),
     }
 }
 
@@ -351,4 +381,54 @@ fn limits(pid: i32) -> Result<Vec<Limit>> {
         }
     }
     Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+    use std::sync::mpsc::channel;
+
+    use nix::sys::ptrace;
+    use nix::sys::wait::waitpid;
+    use nix::unistd::{Pid, gettid};
+
+    use super::*;
+
+    #[test]
+    fn who_ends_a_call_is_waited_for_and_nobody_else() {
+        for (name, waits) in [("mist-waker", true), ("debugger", false)] {
+            let mut target = Command::new("sleep")
+                .arg("1000")
+                .stdin(Stdio::null())
+                .spawn()
+                .unwrap();
+            let pid = Pid::from_raw(target.id() as i32);
+            let (held, is_held) = channel();
+            let (found, is_found) = channel();
+            let me = gettid();
+            let tracer_thread = std::thread::Builder::new().name(name.to_owned());
+            let tracer_thread = tracer_thread.spawn(move || {
+                ptrace::seize(pid, ptrace::Options::empty()).unwrap();
+                ptrace::interrupt(pid).unwrap();
+                waitpid(pid, None).unwrap();
+                held.send(()).unwrap();
+                let call = format!("/proc/self/task/{me}/syscall");
+                let sleeps = format!("{} ", libc::SYS_clock_nanosleep);
+                // Until it is waited for, or given up.
+                while is_found.try_recv().is_err()
+                    && !proc_file::text(&call).is_ok_and(|c| c.starts_with(&sleeps))
+                {
+                    std::thread::yield_now();
+                }
+                ptrace::detach(pid, None).unwrap();
+            });
+            is_held.recv().unwrap();
+            let tracer = tracer(pid.as_raw());
+            let _ = found.send(());
+            tracer_thread.unwrap().join().unwrap();
+            target.kill().unwrap();
+            target.wait().unwrap();
+            assert_eq!(tracer.is_none(), waits, "{name}: {tracer:?}");
+        }
+    }
 }

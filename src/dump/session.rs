@@ -462,8 +462,10 @@ fn stop_all(
             let stat = procfs::process::Process::new(pid).and_then(|p| p.stat());
             let zombie = match stat {
                 Ok(s) => s.state == 'Z' && s.num_threads <= 1,
-                // A child that came and went.
-                Err(procfs::ProcError::NotFound(_)) if pid != opts.pid => continue,
+                Err(procfs::ProcError::NotFound(_)) if pid != opts.pid => {
+                    process::came_and_went(pid)?;
+                    continue;
+                }
                 Err(procfs::ProcError::NotFound(_)) => {
                     return Err(
                         Failure::NoSuchProcess.because(format!("there is no process {pid}"))

@@ -27,7 +27,7 @@ use super::tracee::{Stop, Tracee};
 use super::{calls, fds, guardian, pidfd, proc_file};
 
 /// Name of the process (/proc/PID/comm).
-const NAME: &std::ffi::CStr = c"mist-waker";
+pub const NAME: &std::ffi::CStr = c"mist-waker";
 /// How often it looks which of the calls are over.
 const LOOK_EVERY: i64 = 1_000_000_000;
 /// And at how many before it sees whose time is up.
