@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::mem::offset_of;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -15,6 +16,12 @@ use crate::kernel::maps::{self, Map};
 
 /// What libpvm's `struct Pvmtracer` begins with: three ints of traces, three of output.
 const TRACER: usize = 24;
+
+/// What the kernel puts behind the name of a file that is not there any more.
+const DELETED: &[u8] = b" (deleted)";
+
+/// Bytes no shim has.
+const LARGEST: usize = 64 << 20;
 
 /// Where something of a task's goes: tid, context, tag.
 pub type Goes = (u32, u32, i32);
@@ -48,30 +55,16 @@ impl TaskBlock {
     /// When /proc cannot be read, or the shim is of another version than this mistctl.
     pub fn find(pid: i32) -> Result<Option<TaskBlock>> {
         let maps = maps::read(pid).with_context(|| format!("cannot read /proc/{pid}/maps"))?;
-        let Some((base, library)) = maps.iter().find_map(shim_mapping) else {
+        let Some((at, library)) = published(pid, &maps)? else {
             return Ok(None);
         };
-        // The file may have been replaced on disk since; the process's own view of it has not.
-        let seen = PathBuf::from(format!("/proc/{pid}/root{}", library.display()));
-        let bytes = fs::read(&seen)
-            .with_context(|| format!("cannot read the shim of pid {pid}, {}", library.display()))?;
-        let offset = symbol(&bytes).with_context(|| {
-            format!(
-                "{} (loaded by pid {pid}) has no symbol {BLOCK_SYMBOL}",
-                library.display()
-            )
-        })?;
         let mem_path = format!("/proc/{pid}/mem");
         let memory = File::options()
             .read(true)
             .write(true)
             .open(&mem_path)
             .with_context(|| format!("cannot open {mem_path}; is pid {pid} yours?"))?;
-        let found = TaskBlock {
-            pid,
-            at: base + offset,
-            memory,
-        };
+        let found = TaskBlock { pid, at, memory };
         let mut head = [0; 16];
         found.read(0, &mut head)?;
         let mut expected = block::MAGIC.to_vec();
@@ -356,10 +349,49 @@ fn marker(start: usize, slot: usize) -> Result<usize> {
     Ok(start + 8 * slot)
 }
 
-/// The start of the first mapping of a file whose name is the shim's, and its path.
-fn shim_mapping(map: &Map) -> Option<(u64, &Path)> {
-    let path = map.shown()?;
-    (path.file_name()? == "libmistshim.so").then_some((map.start, path))
+/// Where the shim has its block, and the shim's path.
+fn published(pid: i32, maps: &[Map]) -> Result<Option<(u64, &Path)>> {
+    for map in maps {
+        let Some(library) = map.shown() else {
+            continue;
+        };
+        if library.file_name().is_some_and(|n| n == "libmistshim.so") {
+            let seen = PathBuf::from(format!("/proc/{pid}/root{}", library.display()));
+            let bytes = fs::read(&seen).with_context(|| {
+                format!("cannot read the shim of pid {pid}, {}", library.display())
+            })?;
+            let offset = symbol(&bytes).with_context(|| {
+                format!(
+                    "{} (loaded by pid {pid}) has no symbol {BLOCK_SYMBOL}",
+                    library.display()
+                )
+            })?;
+            return Ok(Some((map.start + offset, library)));
+        }
+        // Another was installed in its place, or the task came with its own: then it has any name.
+        if map.offset == 0
+            && library.as_os_str().as_bytes().ends_with(DELETED)
+            && let Some(offset) = unlinked(pid, map)
+        {
+            return Ok(Some((map.start + offset, library)));
+        }
+    }
+    Ok(None)
+}
+
+/// Where in a mapped file that has no name any more the block is, if it is a shim.
+fn unlinked(pid: i32, map: &Map) -> Option<u64> {
+    let path = format!("/proc/{pid}/map_files/{:x}-{:x}", map.start, map.end);
+    let file = File::open(path).ok()?;
+    let mut magic = [0; 4];
+    file.read_exact_at(&mut magic, 0).ok()?;
+    if magic != *goblin::elf::header::ELFMAG {
+        return None;
+    }
+    let len = file.metadata().ok()?.len();
+    let mut bytes = vec![0; usize::try_from(len).ok().filter(|len| *len <= LARGEST)?];
+    file.read_exact_at(&mut bytes, 0).ok()?;
+    symbol(&bytes)
 }
 
 /// Where in the loaded library the block is.

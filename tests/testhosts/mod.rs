@@ -252,6 +252,17 @@ impl Installed {
         Ok(installed)
     }
 
+    /// The same once more, in its place, as scripts/install does.
+    pub fn again(&self) -> Result<()> {
+        for name in ["bin/mistctl", "lib/libmistshim.so"] {
+            let path = self.0.path().join(name);
+            let fresh = path.with_extension("fresh");
+            fs::copy(&path, &fresh).with_context(|| format!("{}", path.display()))?;
+            fs::rename(&fresh, &path)?;
+        }
+        self.set_capabilities()
+    }
+
     /// The program, as every host sees it.
     pub fn path(&self) -> String {
         self.0.path().join("bin/mistctl").display().to_string()

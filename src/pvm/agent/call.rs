@@ -1,5 +1,6 @@
 //! Those who ask agents: commands, over a PVM connection of their own.
 
+use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -168,8 +169,23 @@ pub(super) fn on_host(client: &mut Client, host: &Host) -> Result<(Tid, bool)> {
 }
 
 /// mistctl's own path, by which tasks that are agents are known, too.
-fn program() -> Result<PathBuf> {
-    std::env::current_exe().context("cannot tell where mistctl is")
+///
+/// # Errors
+/// When it is not to be found there any more.
+pub(super) fn program() -> Result<PathBuf> {
+    let own = std::env::current_exe().context("cannot tell where mistctl is")?;
+    // What the kernel calls it once another was installed in its place.
+    let Some(path) = own.as_os_str().as_bytes().strip_suffix(b" (deleted)") else {
+        return Ok(own);
+    };
+    let path = PathBuf::from(OsStr::from_bytes(path));
+    match path.exists() {
+        true => Ok(path),
+        false => bail!(
+            "{} is not there any more; install mistctl there again",
+            path.display()
+        ),
+    }
 }
 
 /// Tells all agents of each other, and the new ones what the others know.

@@ -15,7 +15,7 @@ use pvm_abi::place;
 
 use super::control::{Answer, Failed, Landing};
 use super::lines::Lines;
-use super::{Agent, ENDED, Ticket};
+use super::{Agent, ENDED, Ticket, call};
 use crate::error::Failure;
 use crate::kernel::pidfd;
 use crate::pvm::land::protocol::{Commit, Order, Source, ToAgent, ToLander};
@@ -185,8 +185,8 @@ impl Landings {
             .recursive(true)
             .create(dir)
             .with_context(|| format!("cannot make {}", dir.display()))?;
-        let own = std::env::current_exe().context("cannot tell where mistctl is")?;
-        symlink(own, &link).with_context(|| format!("cannot make {}", link.display()))?;
+        symlink(call::program()?, &link)
+            .with_context(|| format!("cannot make {}", link.display()))?;
         Ok(link)
     }
 

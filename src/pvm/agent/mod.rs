@@ -56,6 +56,8 @@ const LOOK: Duration = Duration::from_millis(1);
 const CONNECTED: i32 = 4;
 /// Tag of pvmd's notices of landers and agents that have ended.
 const ENDED: i32 = TAG + 1;
+/// Our own program, also when another has been installed in its place.
+const OWN: &str = "/proc/self/exe";
 /// Tag of its notices of hosts that were added.
 const ADDED: i32 = TAG + 2;
 
@@ -495,9 +497,8 @@ impl Agent {
     }
 
     fn start_helper(&self, args: &[&str]) -> Result<i32> {
-        let own = std::env::current_exe().context("cannot tell where mistctl is")?;
-        let child = Command::new(&own).args(args).stdin(Stdio::null()).spawn();
-        let child = child.with_context(|| format!("cannot start {}", own.display()))?;
+        let child = Command::new(OWN).args(args).stdin(Stdio::null()).spawn();
+        let child = child.context("cannot start another mistctl")?;
         Ok(child.id() as i32)
     }
 

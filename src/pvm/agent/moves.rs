@@ -12,7 +12,7 @@ use pvm_abi::table::{Entry, State};
 
 use super::control::{Answer, Failed, Outcome, Peer, Request, What};
 use super::lines::Lines;
-use super::{Agent, Asker, Ticket, no_task};
+use super::{Agent, Asker, OWN, Ticket, no_task};
 use crate::error::Failure;
 use crate::kernel::pidfd;
 use crate::pvm::local;
@@ -120,12 +120,11 @@ impl Agent {
 
     fn start_mover(&self, job: Job, ticket: Ticket) -> Result<Move> {
         let (ours, theirs) = UnixStream::pair().context("socketpair")?;
-        let own = std::env::current_exe().context("cannot tell where mistctl is")?;
-        let child = Command::new(&own)
+        let child = Command::new(OWN)
             .arg("mover")
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .spawn()
-            .with_context(|| format!("cannot start {}", own.display()))?;
+            .context("cannot start a mover")?;
         let mut line = Lines::new(ours)?;
         line.say(&ToMover::Job(job.clone()))?;
         Ok(Move {
