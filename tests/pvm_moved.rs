@@ -5,6 +5,8 @@ mod common;
 mod ends;
 #[path = "pvm_moved/output.rs"]
 mod output;
+#[path = "pvm_moved/rounds.rs"]
+mod rounds;
 #[path = "testhosts/scene.rs"]
 mod scene;
 #[path = "shim/mod.rs"]
@@ -27,7 +29,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 type Test = fn(&Scene) -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 15] = [
+    let tests: [(&str, Test); 16] = [
         ("its_last_words_and_its_status_arrive", last_words),
         ("its_environment_says_where_it_is", environment),
         ("sizes_are_its_pvmds_or_its_own", sizes),
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
             output::in_order,
         ),
         ("who_is_woken_is_a_task_already", woken::rebuilt),
+        ("gates_are_open_until_the_last_round", rounds::open),
     ];
     testhosts::main(tests, || Ok(()), |(), test| Scene::new(3)?.play(test))
 }

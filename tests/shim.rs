@@ -6,6 +6,8 @@ mod answers;
 mod common;
 #[path = "shim/gates.rs"]
 mod gates;
+#[path = "shim/manager.rs"]
+mod manager;
 #[path = "shim/names.rs"]
 mod names;
 #[path = "shim/notices.rs"]
@@ -127,6 +129,7 @@ fn main() -> ExitCode {
         ("nothing that pvmd has is defined anew", exports),
         ("what it publishes", published),
         ("a new pvmd has a new table", new_pvmd),
+        ("a resource manager is asked, and heard", manager::answers),
         ("errors name the task by V", own::errors),
     ])
 }
