@@ -104,6 +104,12 @@ PRIVILEGES
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
     let started = Instant::now();
+    mistctl::kernel::stack::with_room(|| parse_and_run(started)).unwrap_or_else(|e| fail(&e, false))
+}
+
+/// Apart from where room is made for it: not even its variables are on the stack before.
+#[inline(never)]
+fn parse_and_run(started: Instant) -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) => return usage(&e),

@@ -28,6 +28,7 @@ pub mod sock_diag;
 pub mod socket;
 pub mod socket_timeout;
 pub mod sockopt;
+pub mod stack;
 pub mod tcp_repair;
 pub mod time_ns;
 pub mod timer_list;

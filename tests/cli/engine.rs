@@ -524,3 +524,28 @@ fn a_restore_waits_for_the_ids_of_who_was_just_killed() {
     let pid = Pid::from_raw(target.0.id() as i32);
     kill(pid, Signal::SIGKILL).unwrap();
 }
+
+#[test]
+fn a_small_stack_of_the_callers_is_enough() {
+    if !engine() {
+        return;
+    }
+    let dir = temp();
+    let i = dir.path().join("i");
+    let mut target = Sleeper::new();
+    let run = |limit, args: &[&str]| Ran(after(limit).args(args).output().unwrap()).ends_with(0);
+    let dump = ["dump", "--kill", &target.pid(), "-o", path(&i)];
+    run("ulimit -s 64", &dump);
+    target.0.wait().unwrap();
+    // Which the program's may exceed.
+    let restore = ["restore", "--detach", "--same-pid", path(&i)];
+    run("ulimit -S -s 64", &restore);
+    let limits = fs::read_to_string(format!("/proc/{}/limits", target.pid())).unwrap();
+    let stack = |text: &str| {
+        let line = text.lines().find(|l| l.starts_with("Max stack size"));
+        line.unwrap_or_default().to_owned()
+    };
+    let ours = fs::read_to_string("/proc/self/limits").unwrap();
+    assert_eq!(stack(&limits), stack(&ours));
+    kill(Pid::from_raw(target.0.id() as i32), Signal::SIGKILL).unwrap();
+}

@@ -468,6 +468,33 @@ pub fn xfeatures() -> u64 {
     u64::from(high) << 32 | u64::from(low)
 }
 
+/// Calls a function on another stack, which ends at `top`, a multiple of 16.
+///
+/// # Safety
+/// Below `top` there is memory enough that nobody else uses, and behind it a page of zeros. The function does not unwind, and may be called with
+/// `data`.
+pub unsafe fn call_on(
+    top: usize,
+    function: extern "C" fn(*mut core::ffi::c_void),
+    data: *mut core::ffi::c_void,
+) {
+    // SAFETY: the function keeps r12, as every C function does, and so our stack pointer; what else it may change is
+    // said. Its stack is aligned as the ABI wants it.
+    unsafe {
+        core::arch::asm!(
+            "mov r12, rsp",
+            "mov rsp, {top}",
+            "call {function}",
+            "mov rsp, r12",
+            top = in(reg) top,
+            function = in(reg) function,
+            in("rdi") data,
+            out("r12") _,
+            clobber_abi("C"),
+        );
+    }
+}
+
 core::arch::global_asm!(
     ".pushsection .text.mist_stub,\"ax\",@progbits",
     ".globl mist_syscall_stub",
