@@ -177,6 +177,7 @@ fn process(
         membarrier: 0,
         merge_memory: false,
         lock_future: 0,
+        semaphores: Vec::new(),
         notes: Vec::new(),
         ended_leader: None,
     }

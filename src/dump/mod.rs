@@ -12,6 +12,7 @@ mod queries;
 mod ready;
 mod resume;
 mod run;
+mod semaphores;
 mod session;
 mod sharing;
 mod survey;

@@ -300,6 +300,7 @@ fn empty(stat: &Stat) -> Process {
         membarrier: 0,
         merge_memory: false,
         lock_future: 0,
+        semaphores: Vec::new(),
         notes: Vec::new(),
         ended_leader: None,
     }

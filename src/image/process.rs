@@ -53,7 +53,10 @@ pub struct Process {
     /// How new mappings are locked: MCL_FUTURE, and MCL_ONFAULT, of mlockall(2).
     #[serde(default, skip_serializing_if = "is_zero")]
     pub lock_future: u32,
-    /// SysV semaphore adjustments and the like are not carried; this lists what was left out, for people.
+    /// System V semaphores that its end gives back (SEM_UNDO of semop(2)).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub semaphores: Vec<SemaphoreUndo>,
+    /// What was left out, for people.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
     /// The leader has ended while other threads go on; `threads` holds those, and `comm` is its name.
@@ -76,6 +79,14 @@ impl Process {
         let first = usize::from(self.leader().is_some());
         self.threads.get(first..).unwrap_or_default()
     }
+}
+
+/// What is added to the semaphores of a set when the process ends.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SemaphoreUndo {
+    pub set: i32,
+    /// Of each semaphore.
+    pub adjustments: Vec<i16>,
 }
 
 /// What remains of a main thread that has ended before its process.

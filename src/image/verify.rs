@@ -198,6 +198,11 @@ fn signals(p: &Process) -> Result<()> {
             timer.id
         );
     }
+    // Linux's largest SEMMSL; and far more sets than anybody has.
+    ensure!(
+        p.semaphores.len() <= 4096 && p.semaphores.iter().all(|s| s.adjustments.len() <= 65536),
+        "its semaphores are too many"
+    );
     ensure!(
         p.lock_future & !(libc::MCL_FUTURE | libc::MCL_ONFAULT) as u32 == 0,
         "mlockall({:#x}) is impossible",

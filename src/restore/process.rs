@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use super::files::Built;
 use crate::image::process::Process;
@@ -114,6 +114,41 @@ pub fn surroundings(body: &mut Remote, p: &Process, m: &Manifest) -> Result<()> 
         }
     }
     body.flush()
+}
+
+/// Takes the System V semaphores again that the end of the process has given back, or none of a set.
+pub fn semaphores(body: &mut Remote, p: &Process) -> Result<()> {
+    const SEM_UNDO: i16 = 0x1000;
+    for undo in &p.semaphores {
+        // struct sembuf: number, operation, flags.
+        let mut operations = Vec::new();
+        for (number, adjustment) in undo.adjustments.iter().enumerate() {
+            if *adjustment != 0 {
+                operations.extend((number as u16).to_ne_bytes());
+                operations.extend(adjustment.saturating_neg().to_ne_bytes());
+                operations.extend((SEM_UNDO | libc::IPC_NOWAIT as i16).to_ne_bytes());
+            }
+        }
+        let count = operations.len() as u64 / 6;
+        let result = body.call(
+            libc::SYS_semop,
+            &[undo.set.into(), Arg::In(&operations), count.into()],
+        )?;
+        let what = format!(
+            "process {}: taking the System V semaphores of set {} that it held",
+            p.pid, undo.set
+        );
+        if result == -i64::from(libc::EAGAIN) {
+            bail!(
+                "{what}: somebody else has them now; restore it when they are free (ipcs -s -i {})",
+                undo.set
+            );
+        }
+        if let Err(e) = crate::kernel::body::check("semop", result) {
+            body.warnings.push(format!("{what}: {e:#}"));
+        }
+    }
+    Ok(())
 }
 
 /// Limits, and what would be in the way of rebuilding when set before.

@@ -357,6 +357,7 @@ impl Site<'_> {
         let id_of = |old: i32| ids.get(&old).copied().unwrap_or(old);
         process::in_body(body, p, self.built, &id_of)?;
         signals::pending(body, &p.pending, None)?;
+        process::semaphores(body, p)?;
         layout::advise(body, p, changed)?;
         process::limits(body, p)?;
         let orphaned = self.orphan == Some(p.pid);
