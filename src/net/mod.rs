@@ -396,7 +396,18 @@ fn check_carried(m: &Met) -> Result<()> {
             (libc::SOCK_STREAM, 262) => "an MPTCP socket".to_owned(),
             (kind, protocol) => format!("an internet socket of type {kind}, protocol {protocol}"),
         },
-        libc::AF_NETLINK if m.protocol == libc::NETLINK_ROUTE => return Ok(()),
+        // Those that keep nothing for a socket but its address and groups.
+        libc::AF_NETLINK
+            if matches!(
+                m.protocol,
+                libc::NETLINK_ROUTE
+                    | libc::NETLINK_SOCK_DIAG
+                    | libc::NETLINK_AUDIT
+                    | libc::NETLINK_KOBJECT_UEVENT
+            ) =>
+        {
+            return Ok(());
+        }
         libc::AF_NETLINK => format!("a netlink socket of protocol {}", m.protocol),
         libc::AF_PACKET => "a packet socket".to_owned(),
         libc::AF_VSOCK => "a vsock socket".to_owned(),

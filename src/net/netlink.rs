@@ -1,5 +1,4 @@
-//! Route netlink sockets: address and groups. Answers that were not read are lost, with a warning: they
-//! told of this host's interfaces.
+//! Netlink sockets: address and groups. What was not read is lost, with a warning: it told of this host.
 
 use anyhow::{Context, Result};
 

@@ -1,4 +1,4 @@
-// Route netlink sockets: bound, in a group, and used before and after.
+// Netlink sockets: bound, in a group, and used before and after; those that daemons keep for audit, and for devices.
 #include "mist.h"
 #include <linux/netlink.h>
 #include <linux/rtnetlink.h>
@@ -30,6 +30,10 @@ int main(void)
     MUST(getsockname(s, (void *)&a, &n));
     int before = links(s, 1);
     int unbound = MUST(socket(AF_NETLINK, SOCK_DGRAM | SOCK_NONBLOCK, NETLINK_ROUTE));
+    int audit = socket(AF_NETLINK, SOCK_RAW, NETLINK_AUDIT); // not in every kernel
+    int events = MUST(socket(AF_NETLINK, SOCK_RAW, NETLINK_KOBJECT_UEVENT));
+    struct sockaddr_nl kernel = {.nl_family = AF_NETLINK, .nl_groups = 1};
+    MUST(bind(events, (void *)&kernel, sizeof kernel));
 
     mist_ready();
     mist_wait();
@@ -42,5 +46,14 @@ int main(void)
     CHECK("cloexec", FD_CLOEXEC, fcntl(s, F_GETFD));
     fcntl(unbound, F_SETFL, 0);
     CHECK("links by the unbound one", before, links(unbound, 3));
+    n = sizeof got;
+    CALL(getsockname(events, (void *)&got, &n));
+    CHECK("groups of the one for devices", 1, got.nl_groups);
+    int protocol = 0;
+    n = sizeof protocol;
+    if (audit >= 0) {
+        CALL(getsockopt(audit, SOL_SOCKET, SO_PROTOCOL, &protocol, &n));
+        CHECK("the one for audit", NETLINK_AUDIT, protocol);
+    }
     mist_pass();
 }
