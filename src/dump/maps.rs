@@ -74,6 +74,12 @@ fn vma(pid: i32, m: &Map, tables: &mut Tables) -> Result<Vma> {
                     "let the program destroy it first",
                 ));
             }
+            if path.starts_with("/secretmem") {
+                return Err(refuse(
+                    "secret memory (memfd_secret), which nobody else can read",
+                    "let the program unmap it first",
+                ));
+            }
             let mut huge = path == "/anon_hugepage (deleted)";
             if !huge || m.shared {
                 (v.backing, huge) = behind(pid, m, &path, tables)?;

@@ -34,6 +34,13 @@ pub fn read(pid: i32, held: &Held) -> Result<Thread> {
             t.tid
         )));
     }
+    if t.has_user_dispatch() {
+        return Err(Failure::Refused.because(format!(
+            "thread {} of process {pid} gets its own system calls as signals (PR_SET_SYSCALL_USER_DISPATCH, as under \
+             Wine), which cannot be carried",
+            t.tid
+        )));
+    }
     let status = status(pid, t.tid)?;
     unfiltered(pid, &status)?;
     let (robust_list, robust_list_len) = t.robust_list()?;

@@ -13,6 +13,7 @@ const PTRACE_GETSIGMASK: u32 = 0x420a;
 const PTRACE_SETSIGMASK: u32 = 0x420b;
 const PTRACE_PEEKSIGINFO: u32 = 0x4209;
 const PTRACE_GET_RSEQ_CONFIGURATION: u32 = 0x420f;
+const PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG: u32 = 0x4211;
 const NT_X86_XSTATE: usize = 0x202;
 /// Room for every xstate component known, AMX included (11 KiB), and then some.
 const XSTATE_MAX: usize = 32 * 1024;
@@ -269,6 +270,20 @@ impl Tracee {
                 return Ok(all);
             }
         }
+    }
+
+    /// Whether the program gets its own system calls as signals (PR_SET_SYSCALL_USER_DISPATCH).
+    pub fn has_user_dispatch(&self) -> bool {
+        // struct ptrace_sud_config: mode, selector, offset, length.
+        let mut config = [0u64; 4];
+        let got = request(
+            PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG,
+            self.tid,
+            size_of_val(&config),
+            &raw mut config as usize,
+        );
+        // Kernels before 6.4 do not tell.
+        got.is_ok() && config[0] != 0
     }
 
     /// None when no rseq area is registered.

@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 
 use super::{FdInfo, Seen};
 use crate::dump::tables::Tables;
+use crate::error::Failure;
 use crate::image::files::{Kind, TimerFd};
 use crate::kernel::fds;
 
@@ -27,7 +28,11 @@ pub(super) fn kind(seen: &Seen<'_>, pids: &BTreeSet<i32>, tables: &mut Tables) -
         _ if seen.info.text("Pid").is_ok() => pid(seen, pids),
         _ => Err(refused(seen, name)),
     }
-    .with_context(|| seen.place.to_string())
+    .map_err(|e| match Failure::of(&e) {
+        // It says where.
+        Failure::Refused => e,
+        _ => e.context(seen.place.to_string()),
+    })
 }
 
 fn event(seen: &Seen<'_>) -> Result<Kind> {
