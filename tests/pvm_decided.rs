@@ -32,6 +32,8 @@ enum Ends {
     HostAndMover,
     /// The host's pvmd is killed. Who asks after its tasks waits until others declare it dead.
     Pvmd,
+    /// The agent of the host that the task leaves. The mover does what is decided.
+    Agent,
 }
 
 fn main() -> ExitCode {
@@ -41,6 +43,10 @@ fn main() -> ExitCode {
         ("so_does_a_host_that_leaves", Ends::Host),
         ("and_when_the_mover_dies_too", Ends::HostAndMover),
         ("so_does_a_host_without_a_pvmd", Ends::Pvmd),
+        (
+            "without_the_agent_it_is_said_where_the_task_is",
+            Ends::Agent,
+        ),
     ];
     let play = |(): &(), ends: Ends| {
         let scene = Scene::new(2)?;
@@ -81,6 +87,7 @@ fn goes_on(scene: &Scene, ends: Ends) -> Result<()> {
         Ends::Task | Ends::TaskAndMover => kill("h1", "-f -- '[ ]land --agent|[/]bin/actor '")?,
         Ends::Host | Ends::HostAndMover => scene.hosts.console("delete h1").map(drop)?,
         Ends::Pvmd => kill("h1", "-x pvmd")?,
+        Ends::Agent => kill("h0", "-f -- '[/]mistctl agent$'")?,
     }
     if mover_too {
         kill("h0", "-f -- '[ ]mover$'")?;
@@ -103,9 +110,15 @@ fn goes_on(scene: &Scene, ends: Ends) -> Result<()> {
     let why = match ends {
         Ends::Task => "was not moved, and runs on: what was to become the task ended, on h1",
         Ends::TaskAndMover | Ends::HostAndMover => "the mover has died",
+        Ends::Agent => "the task runs on h1",
         Ends::Host | Ends::Pvmd => "was not moved, and runs on: h1 has left the virtual machine",
     };
     ensure!(said.contains(why), "{said}");
+    if ends == Ends::Agent {
+        ensure!(scene.present(me)? & 0x3ffc_0000 == 0x80000);
+        ensure!(boss.enrol() == me);
+        return Ok(());
+    }
     // It goes on, by its old tid, and once.
     ensure!(boss.ask("pstat 40fff") != "");
     wait_for("its gate to open", LIMIT, || {

@@ -1,18 +1,22 @@
 //! `mistctl migrate`: a task goes to another host.
 
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use mistctl::error::Failure;
 use mistctl::pvm::agent::control::{Answer, Moved, Request};
-use mistctl::pvm::agent::{Caller, ensure};
+use mistctl::pvm::agent::{Caller, Gone, ensure};
+use mistctl::pvm::client::{Client, Pvmd};
 use mistctl::pvm::tid::Tid;
 
 use super::{out, ps};
 
 /// How long a move may take, however large the task and slow the link.
 const LIMIT: Duration = Duration::from_secs(24 * 3600);
+/// How long one may take to come to its end when its agent has ended, and how often that is looked at.
+const ENDING: Duration = Duration::from_secs(60);
+const LOOK: Duration = Duration::from_millis(20);
 
 /// Move a running PVM task to another host
 ///
@@ -65,13 +69,60 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         to: args.host.clone(),
         agents: agents.clone(),
     };
-    let answer = Caller::new(&mut client).ask(Tid(agent.tid), request, LIMIT)?;
+    let answer = match Caller::new(&mut client).ask(Tid(agent.tid), request, LIMIT) {
+        Ok(answer) => answer,
+        Err(e) if e.is::<Gone>() => {
+            let found = whereabouts(&pvmd, &mut client, args.tid);
+            return Err(e.context(match found {
+                Some(host) => {
+                    format!("the move has come to its end all the same: the task runs on {host}")
+                }
+                None => unknown(args, &agent.name),
+            }));
+        }
+        Err(e) if client.hosts().is_err() => {
+            let here = "this host is in the virtual machine no more, so the rest is not heard here";
+            return Err(e.context(format!("{here}: {}", unknown(args, &agent.name))));
+        }
+        Err(e) => return Err(e),
+    };
     let Answer::Moved(moved) = answer else {
         bail!("the agent of {} answers {answer:?}", agent.name);
     };
     client.exit()?;
     print(args, &moved)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What can be said of a move of which nothing more is heard.
+fn unknown(args: &Args, from: &str) -> String {
+    format!(
+        "task {} runs on {from} as before, or on {} if that was decided already; `mistctl ps` tells",
+        args.tid, args.host
+    )
+}
+
+/// On which host a task is when its move is over, whose agent has ended: nobody decides it any more. None if that is not
+/// to be found out.
+fn whereabouts(pvmd: &Pvmd, client: &mut Client, tid: Tid) -> Option<String> {
+    // The agent that follows brings it to its end, if the mover does not.
+    ensure(client).ok()?;
+    let until = Instant::now() + ENDING;
+    while Instant::now() < until {
+        let table = ps::table_of(pvmd).ok().flatten()?;
+        let v = table.v_of(tid.0).unwrap_or(tid.0);
+        let present = match table.entry(v) {
+            Some(entry) if entry.state.is_closed() => None,
+            entry => Some(Tid(entry.map_or(v, |entry| entry.r))),
+        };
+        if let Some(r) = present {
+            let hosts = client.hosts().ok()?;
+            let host = hosts.into_iter().find(|host| host.tid.host() == r.host())?;
+            return client.lives(r).ok()?.then_some(host.name);
+        }
+        std::thread::sleep(LOOK);
+    }
+    None
 }
 
 fn print(args: &Args, moved: &Moved) -> anyhow::Result<()> {

@@ -81,7 +81,7 @@ impl<'c> Caller<'c> {
 
 /// The task that was asked has ended.
 #[derive(Debug)]
-struct Gone(Tid);
+pub struct Gone(Tid);
 
 impl std::fmt::Display for Gone {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

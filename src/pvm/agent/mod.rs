@@ -14,7 +14,7 @@ mod names;
 mod output;
 mod settle;
 
-pub use call::{Caller, ensure};
+pub use call::{Caller, Gone, ensure};
 pub use compare::look;
 pub use settle::{conclude, hand_over_mailbox, inquire, settle};
 

@@ -13,13 +13,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::Agent;
 use super::protocol::Source;
-use crate::pvm::stream::{self, Key, Stream};
+use crate::pvm::stream::{self, KNOCK, Key, Stream};
 
 /// How long a mover may take until it connects: files are compared meanwhile.
 const PATIENCE: Duration = Duration::from_secs(360);
-
-/// How long who knocks may take to show that he knows the key.
-const KNOCK: Duration = Duration::from_secs(2);
 
 /// An image to restore.
 pub enum Arrived {

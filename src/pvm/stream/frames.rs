@@ -29,6 +29,10 @@ const LENGTH: usize = 2;
 const REKEY: u64 = 1 << 20;
 /// How long a handshake may take: nothing is computed in it that takes long.
 const HANDSHAKE: Duration = Duration::from_secs(10);
+/// How long who knocks may take to show that he knows the key. Nothing tells a stranger who says nothing from a mover whose
+/// packets are lost, and while one is heard nobody else comes in: the least that three packets lost one after the other
+/// need. A mover that is sent away says so, and the task goes on where it is.
+pub const KNOCK: Duration = Duration::from_secs(2);
 
 /// What was sent.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -107,8 +111,7 @@ impl Stream {
             let Ok((tcp, from)) = listener.accept() else {
                 continue; // it is gone again
             };
-            // Short: meanwhile nobody else can come in.
-            let limit = left.min(Duration::from_secs(2));
+            let limit = left.min(KNOCK);
             if tcp.set_read_timeout(Some(limit)).is_err() {
                 continue;
             }

@@ -19,6 +19,6 @@ mod key;
 mod rate;
 
 pub use content::{ImageSender, receive, receive_changed_flags};
-pub use frames::{Frame, Stream, Totals};
+pub use frames::{Frame, KNOCK, Stream, Totals};
 pub use header::LONGEST;
 pub use key::Key;
