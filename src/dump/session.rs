@@ -26,7 +26,7 @@ use crate::image::{ChangedFlags, FORMAT_NAME, FORMAT_VERSION, Fd, Manifest, Orig
 use crate::kernel::batch::{Snapshot, Twin};
 use crate::kernel::guardian::Guardian;
 use crate::kernel::sched::Urgent;
-use crate::kernel::{caps, pidfd, socket};
+use crate::kernel::{caps, fds, pidfd, socket};
 
 /// Processes that stand still, and what is known of them. Dropped, it lets them go on as if nothing had happened.
 ///
@@ -363,7 +363,7 @@ impl Session {
             .looked
             .as_mut()
             .context("the processes have not been looked at")?;
-        Ok(Manifest {
+        let manifest = Manifest {
             format: FORMAT_NAME.to_owned(),
             version: FORMAT_VERSION,
             origin: self.origin.clone(),
@@ -373,7 +373,14 @@ impl Session {
             files: std::mem::take(&mut self.tables.files),
             shared_memory: std::mem::take(&mut self.tables.shared_memory),
             pvm: self.pvm.take(),
-        })
+        };
+        let (needed, allowed) = (manifest.descriptors_to_restore(), fds::allow_all());
+        if needed > allowed {
+            self.tables.warnings.push(format!(
+                "a restore needs up to {needed} descriptors, and only {allowed} are allowed here: raise the limit before it (ulimit -Hn)"
+            ));
+        }
+        Ok(manifest)
     }
 
     /// Ends it: `after` says what becomes of the processes that still stand. To be called when what was dumped is

@@ -63,6 +63,21 @@ pub struct Manifest {
     pub pvm: Option<pvm::PvmTask>,
 }
 
+impl Manifest {
+    /// The lowest number that is above those of all descriptors.
+    pub fn above_descriptors(&self) -> i32 {
+        let numbers = self.processes.iter().flat_map(|p| &p.fds).map(|f| f.fd);
+        numbers.max().unwrap_or(2).saturating_add(1).max(64)
+    }
+
+    /// How many descriptors a restore has at a time, at most: what it builds goes above those of the programs.
+    pub fn descriptors_to_restore(&self) -> u64 {
+        const OTHERS: usize = 64;
+        let built = self.descriptions.len() + self.sockets.len() + self.shared_memory.len();
+        self.above_descriptors().max(0) as u64 + (built + OTHERS) as u64
+    }
+}
+
 /// The host, kernel and moment a checkpoint was made at.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Origin {

@@ -4,6 +4,7 @@ use std::ffi::CStr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
+use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
 
 /// fcntl(2) commands of linux/fcntl.h that libc lacks.
 const F_SETOWN_EX: libc::c_int = 15;
@@ -78,6 +79,17 @@ pub fn close_all_but(keep: &[BorrowedFd<'_>]) {
         from = fd + 1;
     }
     close(from, u32::MAX);
+}
+
+/// Lets us have as many descriptors as we may; how many these are.
+pub fn allow_all() -> rlim_t {
+    match getrlimit(Resource::RLIMIT_NOFILE) {
+        Ok((_, hard)) => {
+            let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+            hard
+        }
+        Err(_) => rlim_t::MAX,
+    }
 }
 
 /// A duplicate with a number of at least `floor`, close-on-exec.

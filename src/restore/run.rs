@@ -27,7 +27,7 @@ use crate::image::{DescriptionId, Manifest, Origin};
 use crate::kernel::remote::{AREA, Remote};
 use crate::kernel::time_ns::{self, Offsets};
 use crate::kernel::undertaker::Undertaker;
-use crate::kernel::{body, caps};
+use crate::kernel::{body, caps, fds};
 use crate::net::Restorer;
 use crate::net::makers::Makers;
 
@@ -112,7 +112,9 @@ fn restore(
         Some(guest) => guest.replaced()?,
         None => Replaced::default(),
     };
-    let floor = floor(manifest);
+    // Of what is built here each body keeps what the image says.
+    fds::allow_all();
+    let floor = manifest.above_descriptors();
     let mut shared = SharedObjects::new(&image, floor)?;
     let mut makers = match &guest {
         // What we make names us, who are the program.
@@ -458,18 +460,6 @@ fn set_clocks(origin: &Origin, here: bool, report: &mut Report) -> Result<bool> 
         return Ok(false);
     }
     Ok(true)
-}
-
-/// Where our own descriptors go: above every number of the programs.
-fn floor(m: &Manifest) -> i32 {
-    let top = m
-        .processes
-        .iter()
-        .flat_map(|p| &p.fds)
-        .map(|f| f.fd)
-        .max()
-        .unwrap_or(2);
-    top.saturating_add(1).max(64)
 }
 
 fn descriptors(

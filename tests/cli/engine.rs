@@ -549,3 +549,28 @@ fn a_small_stack_of_the_callers_is_enough() {
     assert_eq!(stack(&limits), stack(&ours));
     kill(Pid::from_raw(target.0.id() as i32), Signal::SIGKILL).unwrap();
 }
+
+#[test]
+fn a_restore_may_have_as_many_descriptors_as_the_hard_limit_allows() {
+    if !engine() {
+        return;
+    }
+    let dir = temp();
+    let i = dir.path().join("i");
+    let open = "for ((i = 10; i < 610; i++)); do eval \"exec $i</dev/null\"; done; exec sleep 1000";
+    let mut target = Sleeper::of(Command::new("bash").args(["-c", open]));
+    let comm = format!("/proc/{}/comm", target.pid());
+    wait_for("the descriptors are open", LIMIT, || {
+        Ok((fs::read_to_string(&comm)? == "sleep\n").then_some(()))
+    })
+    .unwrap();
+    let run = |limit, args: &[&str]| Ran(after(limit).args(args).output().unwrap()).ends_with(0);
+    let other = dir.path().join("other");
+    let dump = ["dump", &target.pid(), "-o", path(&other)];
+    run("ulimit -n 1024", &dump).says(&["1024 are allowed"]);
+    run("true", &["dump", "--kill", &target.pid(), "-o", path(&i)]);
+    target.0.wait().unwrap();
+    let restore = ["restore", "--detach", "--same-pid", path(&i)];
+    run("ulimit -S -n 1024", &restore);
+    kill(Pid::from_raw(target.0.id() as i32), Signal::SIGKILL).unwrap();
+}

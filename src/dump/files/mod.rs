@@ -137,15 +137,7 @@ impl FileDumper {
     /// For a dump of these processes, whose descriptors were looked at before they stood.
     pub fn new(pids: &[i32], order: Order) -> Self {
         // A duplicate of every description is held until the end. Not worth an error before it runs short.
-        if let Ok((_, hard)) =
-            nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
-        {
-            let _ = nix::sys::resource::setrlimit(
-                nix::sys::resource::Resource::RLIMIT_NOFILE,
-                hard,
-                hard,
-            );
-        }
+        fds::allow_all();
         Self {
             pids: pids.iter().copied().collect(),
             open: Vec::new(),
