@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 
@@ -11,7 +11,7 @@ use super::files::{FileDumper, Order};
 use super::hold::HeldProcess;
 use super::queries::{self, Queries, ThreadAnswers};
 use super::tables::Tables;
-use super::{After, Options, Report, Sink, maps, memory, process, semaphores, threads};
+use super::{After, Options, Report, Sink, late, maps, memory, process, semaphores, threads};
 use crate::image::memory::Backing;
 use crate::image::process::{Process, State};
 use crate::image::{Description, Origin, Socket, SpaceId};
@@ -204,6 +204,7 @@ fn ask_one<'a>(
         Twin::Copy if s.queries.is_init => Twin::None,
         wanted => wanted,
     };
+    let begun = Instant::now();
     let (batch, cloned) = batch::start(held.leader(), &held.mem, tail, area, twin, &|data| {
         s.queries.calls(data)
     })?;
@@ -225,6 +226,7 @@ fn ask_one<'a>(
     for (t, a) in p.threads.iter_mut().zip(&answers) {
         threads::complete(t, a);
     }
+    late::signals(held, p, begun)?;
     Ok((batch, cloned))
 }
 

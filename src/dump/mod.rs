@@ -3,6 +3,7 @@
 mod carry;
 pub mod files;
 mod hold;
+mod late;
 mod look;
 mod maps;
 mod memory;
