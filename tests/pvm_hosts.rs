@@ -172,6 +172,25 @@ fn come_and_go(scene: &Scene) -> Result<()> {
     migrate(scene, v, "h1")?;
     talk(&mut second, &mut worker)?;
     talk(&mut boss, &mut worker)?;
+    // One that is cut off keeps nobody from seeing what is on the others.
+    for other in ["h0", "h1"] {
+        scene.hosts.verb(&["cut", "h2", other])?;
+    }
+    let command = format!("timeout 25 {} ps --json", scene.mistctl.path());
+    let listing = scene.hosts.exec("h0", &command);
+    for other in ["h0", "h1"] {
+        scene.hosts.verb(&["join", "h2", other])?;
+    }
+    let listing: Value = serde_json::from_str(&listing?)?;
+    ensure!(listing["silent"] == serde_json::json!(["h2"]), "{listing}");
+    let tasks = listing["tasks"].as_array().context("no tasks")?;
+    ensure!(
+        tasks
+            .iter()
+            .any(|task| task["virtual_tid"] == format!("t{v:x}").as_str()),
+        "{listing}"
+    );
+    ensure!(tasks.len() == 3, "{listing}");
     for actor in [second, worker, boss] {
         actor.leave();
     }

@@ -29,7 +29,7 @@ use super::out;
 /// sleeping, waiting, stopped, traced or zombie. FOR is how long the task has been where it is.
 ///
 /// What other hosts see of their tasks their agents tell, which are started for it when they are not there. "-" is what
-/// is not known.
+/// is not known. A host that does not answer is named ("silent" in JSON).
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Print one JSON object; "since" is in seconds since 1970, "memory" in bytes
@@ -40,6 +40,8 @@ pub struct Args {
 #[derive(Debug, Serialize)]
 struct Listing {
     hosts: Vec<Host>,
+    /// Those that did not answer: what is on them is not known.
+    silent: Vec<String>,
     tasks: Vec<Row>,
 }
 
@@ -75,8 +77,13 @@ fn list() -> anyhow::Result<Listing> {
     let (pvmd, mut client) = enrol()?;
     let own = client.tid();
     let hosts = client.hosts()?;
-    let elsewhere = seen_elsewhere(&mut client, &hosts);
-    let mut tasks = client.tasks(Tid::NONE)?;
+    let (mut tasks, silent) = answered(&mut client, &hosts)?;
+    let mut elsewhere = HashMap::new();
+    // The pvmds may not let more of our questions through before they have given that host up.
+    if silent.is_empty() {
+        elsewhere = seen_elsewhere(&mut client, &hosts);
+        tasks = client.tasks(Tid::NONE)?;
+    }
     client.exit()?;
     // One that is just enrolling has no tid yet.
     tasks.retain(|task| task.tid.is_task() && task.tid != own);
@@ -90,7 +97,36 @@ fn list() -> anyhow::Result<Listing> {
         rows.extend(row(task, &hosts, seen.as_ref(), table.as_ref()));
     }
     rows.sort_by_key(|row| row.virtual_tid);
-    Ok(Listing { hosts, tasks: rows })
+    Ok(Listing {
+        hosts,
+        silent,
+        tasks: rows,
+    })
+}
+
+/// The tasks of all hosts that answer, and the names of the others: the pvmds wait for these for minutes.
+fn answered(client: &mut Client, hosts: &[Host]) -> anyhow::Result<(Vec<Task>, Vec<String>)> {
+    const PATIENCE: Duration = Duration::from_secs(5);
+    let patience = client.set_patience(PATIENCE);
+    let (mut tasks, mut silent) = (Vec::new(), Vec::new());
+    for host in hosts {
+        match client.tasks(host.tid) {
+            Ok(there) => tasks.extend(there),
+            // Our own pvmd.
+            Err(e) if host.tid.host() == client.tid().host() => return Err(e),
+            Err(_) => {
+                out::note(&format!(
+                    "mistctl: {} has not answered within {} s, and its tasks are not known: it is down, or cut off; PVM \
+                     gives such a host up after some minutes, and until then may keep others waiting",
+                    host.name,
+                    PATIENCE.as_secs()
+                ));
+                silent.push(host.name.clone());
+            }
+        }
+    }
+    client.set_patience(patience);
+    Ok((tasks, silent))
 }
 
 /// What the agents of other hosts see of their tasks, by tid. Where there is none to be had, nothing is.
@@ -292,6 +328,7 @@ mod tests {
             parent: Some(Tid(0x80001)),
         };
         Listing {
+            silent: Vec::new(),
             hosts: Vec::new(),
             tasks: vec![here, there],
         }

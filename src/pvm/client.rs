@@ -175,9 +175,9 @@ impl Client {
         })
     }
 
-    /// How long the pvmd may take for an answer from now on.
-    pub fn set_patience(&mut self, patience: Duration) {
-        self.patience = patience;
+    /// How long the pvmd may take for an answer from now on; returns how long it might until now.
+    pub fn set_patience(&mut self, patience: Duration) -> Duration {
+        std::mem::replace(&mut self.patience, patience)
     }
 
     /// Asks to be told when `about` ends, by a message that every libpvm discards unseen: it may stay in the

@@ -128,7 +128,12 @@ pub(super) fn on_host(client: &mut Client, host: &Host) -> Result<(Tid, bool)> {
     let program = program()?;
     let until = Instant::now() + STARTING;
     loop {
-        let tasks = client.tasks(host.tid)?;
+        let tasks = client.tasks(host.tid).with_context(|| {
+            format!(
+                "asking host {} (when one is down or cut off, PVM gives it up after some minutes; try again then)",
+                host.name
+            )
+        })?;
         for task in &tasks {
             let name = task.program.as_bytes();
             if name != program.as_os_str().as_bytes() {
