@@ -12,6 +12,7 @@ use crate::pvm::agent::control::{Answer, Known, Landing, Peer, Request};
 use crate::pvm::agent::{Caller, ensure};
 use crate::pvm::client::{Client, Pvmd};
 use crate::pvm::contexts;
+use crate::pvm::mailbox::packed;
 use crate::pvm::tid::Tid;
 use crate::pvm::tids;
 use crate::pvm::virtual_machine::Host;
@@ -62,6 +63,7 @@ pub fn run(path: &Path, task: &PvmTask, host: Option<&str>, lazy: bool) -> Resul
         agents,
         host,
     };
+    landing.alone(v)?;
     landing.refuse_living(v)?;
     contexts::use_up(&mut landing.client, &landing.agents, &task.contexts)
         .context("cannot use up the contexts that the task may know")?;
@@ -139,6 +141,21 @@ impl Restore {
             self.ask(agent.tid, request.clone(), PATIENCE)?;
         }
         Ok(())
+    }
+
+    /// Of two that restore a task at once neither would see the other's: who is first has this entry until it ends.
+    fn alone(&mut self, v: Tid) -> Result<()> {
+        let (own, name) = (self.client.tid(), format!("mist.restore.{v}"));
+        let Err(e) = self.client.mailbox_put(own, &name, 0, 0, &packed(own, &[])) else {
+            return Ok(());
+        };
+        match self.client.mailbox_names(&name)?.first() {
+            Some(other) => Err(Failure::Busy.because(format!(
+                "another mistctl ({}) is restoring task {v}; `mistctl ps` shows where it is then",
+                other.owner
+            ))),
+            None => Err(e),
+        }
     }
 
     /// Two tasks of one name there must not be.
