@@ -2,8 +2,10 @@
 //!
 //! A userfaultfd in WP_ASYNC mode, made inside the process and held by us alone, lets the kernel note writes. A
 //! round first protects the pages that were written, then reads them: what is written from then on is in the next
-//! round. A mapping that is not registered (new, grown, moved) is registered and read whole. Dropped, it leaves
-//! nothing behind: the last copy of the userfaultfd unregisters everything.
+//! round. In between the process stands still for a moment: a call that had its pages before (O_DIRECT, some files of
+//! FUSE, process_vm_writev) writes to them past the protection, and has ended then. A mapping that is not registered
+//! (new, grown, moved) is registered and read whole. Dropped, it leaves nothing behind: the last copy of the
+//! userfaultfd unregisters everything.
 
 use anyhow::{Context, Result};
 
@@ -102,7 +104,8 @@ impl Tracker {
     /// round gives all.
     ///
     /// # Errors
-    /// When the process has ended or executed another program, and those of `take`.
+    /// When the process has ended or executed another program, those of [`HeldProcess::stop`], and those
+    /// of `take`.
     pub fn round(&mut self, take: &mut Take) -> Result<Round> {
         let mut round = Round::default();
         if self.uffd.is_none() {
@@ -111,6 +114,7 @@ impl Tracker {
         let pagemap = Pagemap::open(self.via)?;
         let maps = maps::read(self.via).map_err(|_| self.gone())?;
         let owed = union(&std::mem::take(&mut self.owed), &[]);
+        let mut found = Vec::new();
         for m in &maps {
             let (start, end) = (m.start, m.end);
             let special =
@@ -127,7 +131,18 @@ impl Tracker {
             }
             round.looked_through += end - start;
             let behind = behind(m.inode != 0);
-            self.mapping(&pagemap, ((start, end), behind), &owed, &mut round, take)?;
+            self.protect(&pagemap, ((start, end), behind), &owed, &mut found)?;
+        }
+        let found = union(&found, &[]);
+        if !found.is_empty() {
+            // Owed should a thread stay in its call.
+            let owed = self.owed.len();
+            self.owed.extend(&found);
+            HeldProcess::stop(self.pid)?.release()?;
+            self.owed.truncate(owed);
+        }
+        for (start, end) in found {
+            self.read(start, end, &mut round, take)?;
         }
         if self.mem.is_over() {
             return Err(self.gone());
@@ -142,15 +157,21 @@ impl Tracker {
         ))
     }
 
-    /// Reads what has changed in one mapping, and all of it where that is owed.
-    fn mapping(
+    /// Protects what has changed in one mapping, and all of it where that is owed; adds it to `found`.
+    fn protect(
         &mut self,
         pagemap: &Pagemap,
         ((start, end), behind): (Run, Behind),
         owed: &[Run],
-        round: &mut Round,
-        take: &mut Take,
+        found: &mut Vec<Run>,
     ) -> Result<()> {
+        let mut note = |from, to| {
+            match found.last_mut() {
+                Some(last) if last.1 == from => last.1 = to,
+                _ => found.push((from, to)),
+            }
+            Ok(())
+        };
         let all = Tracked {
             only_written: false,
             protect: true,
@@ -163,9 +184,7 @@ impl Tracker {
         let parts = owed.iter().map(|(from, to)| (*from, *to, all));
         let mut known = true;
         for (from, to, how) in parts.chain([(start, end, written)]) {
-            known &= pagemap.tracked(from, to, how, &mut |from, to| {
-                self.read(from, to, round, take)
-            })?;
+            known &= pagemap.tracked(from, to, how, &mut note)?;
         }
         if known {
             return Ok(());
@@ -176,10 +195,7 @@ impl Tracker {
             None => false,
         };
         // It may be gone, or another one, by now.
-        let known = registered
-            && pagemap.tracked(start, end, all, &mut |from, to| {
-                self.read(from, to, round, take)
-            })?;
+        let known = registered && pagemap.tracked(start, end, all, &mut note)?;
         if !known {
             self.owed.push((start, end));
         }
