@@ -263,6 +263,21 @@ fn there_and_back(stage: &Stage) -> Result<()> {
         );
         before = now;
     }
+    // Whoever ends the command is told that the move goes on without it.
+    let program = stage.installed.path();
+    let interrupted = format!(
+        "{program} migrate {} {} 2>&1 & p=$!; until pgrep -xf '[^ ]* mover' >/tmp/movers; do :; done; kill $p; wait $p; \
+         test $? = 143",
+        first.v, first.host
+    );
+    let said = stage.hosts.exec("h0", &interrupted)?;
+    ensure!(said.contains("goes on without"), "{said}");
+    wait_for("the move", LIMIT, || {
+        let now = stage.task(&first.v)?;
+        Ok((now.host == first.host).then_some(()))
+    })?;
+    stage.migrate(&first.v, "h0")?;
+    before = stage.task(&first.v)?;
     // By the tid that it has now it is found as well.
     let moved = stage.json("h1", &format!("migrate --json {} h1", before.tid))?;
     ensure!(

@@ -3,12 +3,13 @@
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use mistctl::error::Failure;
 use mistctl::pvm::agent::control::{Answer, Moved, Request};
 use mistctl::pvm::agent::{Caller, Gone, ensure};
 use mistctl::pvm::client::{Client, Pvmd};
 use mistctl::pvm::tid::Tid;
+use nix::sys::signal::{SigSet, Signal};
 
 use super::{out, ps};
 
@@ -69,6 +70,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         to: args.host.clone(),
         agents: agents.clone(),
     };
+    say_when_ended(args)?;
     let answer = match Caller::new(&mut client).ask(Tid(agent.tid), request, LIMIT) {
         Ok(answer) => answer,
         Err(e) if e.is::<Gone>() => {
@@ -123,6 +125,38 @@ fn whereabouts(pvmd: &Pvmd, client: &mut Client, tid: Tid) -> Option<String> {
         std::thread::sleep(LOOK);
     }
     None
+}
+
+/// Should a signal end us from here on: the agent moves the task without us, and whoever sent it is to know.
+fn say_when_ended(args: &Args) -> anyhow::Result<()> {
+    let status = procfs::process::Process::myself().and_then(|own| own.status());
+    let ignored = status.context("reading our status")?.sigign;
+    let mut set = SigSet::empty();
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        if ignored & (1 << (signal as i32 - 1)) == 0 {
+            set.add(signal);
+        }
+    }
+    set.thread_block().context("blocking signals")?;
+    let (json, tid, host) = (args.json, args.tid, args.host.clone());
+    std::thread::spawn(move || {
+        let Ok(signal) = set.wait() else {
+            return;
+        };
+        let code = 128 + signal as i32;
+        let why = format!(
+            "ended by {signal}; the move of {tid} to {host} goes on without this command, or comes to nothing and leaves the \
+             task where it is: `mistctl ps` shows it"
+        );
+        out::note(&format!("mistctl: {why}"));
+        if json {
+            let _ = out::object(
+                &serde_json::json!({"error": why, "failure": Failure::Failed.name(), "exit": code}),
+            );
+        }
+        std::process::exit(code);
+    });
+    Ok(())
 }
 
 fn print(args: &Args, moved: &Moved) -> anyhow::Result<()> {
