@@ -19,7 +19,7 @@ pub fn open(scene: &Scene) -> Result<()> {
     )?;
     let moving = Move::begin(scene, v, "h1")?;
     wait_for("its memory to be on the way", LIMIT, || {
-        let queued = "ss -tnpH | awk '$3 > 100000' | grep -q mistctl";
+        let queued = "ss -tnpH | awk '$3 > 100000' | grep -q .";
         Ok(scene.hosts.root("h0", queued).ok())
     })?;
     for host in ["h0", "h1"] {
