@@ -16,8 +16,12 @@ use anyhow::{Result, ensure};
 use common::{wait_child, wait_for};
 use mistctl::pvm::shimabi::table::State;
 use scene::Scene;
+use stage::Actor;
 
 const LIMIT: Duration = Duration::from_secs(60);
+
+/// The part of a tid that is its host's.
+const HOST: u32 = 0x3ffc_0000;
 
 /// What ends.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -36,40 +40,93 @@ enum Ends {
     Agent,
 }
 
+type Test = fn() -> Result<()>;
+
 fn main() -> ExitCode {
-    let tests = [
-        ("a_target_that_dies_leaves_the_task", Ends::Task),
-        ("it_does_so_when_the_mover_dies_too", Ends::TaskAndMover),
-        ("so_does_a_host_that_leaves", Ends::Host),
-        ("and_when_the_mover_dies_too", Ends::HostAndMover),
-        ("so_does_a_host_without_a_pvmd", Ends::Pvmd),
-        (
-            "without_the_agent_it_is_said_where_the_task_is",
-            Ends::Agent,
-        ),
+    let tests: [(&str, Test); 7] = [
+        ("a_target_that_dies_leaves_the_task", || goes_on(Ends::Task)),
+        ("it_does_so_when_the_mover_dies_too", || {
+            goes_on(Ends::TaskAndMover)
+        }),
+        ("so_does_a_host_that_leaves", || goes_on(Ends::Host)),
+        ("and_when_the_mover_dies_too", || {
+            goes_on(Ends::HostAndMover)
+        }),
+        ("so_does_a_host_without_a_pvmd", || goes_on(Ends::Pvmd)),
+        ("without_the_agent_it_is_said_where_the_task_is", || {
+            goes_on(Ends::Agent)
+        }),
+        ("hosts_that_lose_each_other_do_not_both_have_it", || {
+            Scene::new(3)?.play(lost_to_each_other)
+        }),
     ];
-    let play = |(): &(), ends: Ends| {
-        let scene = Scene::new(2)?;
-        scene.play(|scene| goes_on(scene, ends))
-    };
-    testhosts::main(tests, || Ok(()), play)
+    testhosts::main(tests, || Ok(()), |(), test| test())
 }
 
-fn goes_on(scene: &Scene, ends: Ends) -> Result<()> {
+fn goes_on(ends: Ends) -> Result<()> {
+    Scene::new(2)?.play(|scene| left_behind(scene, ends))
+}
+
+/// Tasks whose output goes to `boss`. When that moves, it goes to another incarnation behind the decision, and each of
+/// them is waited for in vain, a second long.
+fn children(scene: &Scene, boss: &mut Actor, host: &str) -> Result<Vec<(Actor, u32)>> {
+    let mut children = Vec::new();
+    for n in 0..5 {
+        let (child, tid) = scene.worker(boss, host, &format!("child{n}"))?;
+        // PvmMboxWaitForInfo and PvmMboxReadAndDelete
+        child.tell("get later 0 48");
+        children.push((child, tid));
+    }
+    Ok(children)
+}
+
+/// Neither has left the virtual machine: its master has both, and knows who lives.
+fn lost_to_each_other(scene: &Scene) -> Result<()> {
+    scene.hosts.console("add h2")?;
+    let mut boss = scene.actor("h1", "boss")?;
+    boss.ask("catchout");
+    let me = boss.enrol();
+    ensure!(scene.present(me)? == me);
+    let children = children(scene, &mut boss, "h1")?;
+    let (mut one, mut two) = (scene.actor("h1", "one")?, scene.actor("h2", "two")?);
+    let (h1, h2) = (one.enrol() & HOST, two.enrol() & HOST);
+    let (mistctl, log) = (scene.mistctl.path(), scene.path("move"));
+    let command = format!("{mistctl} migrate t{me:x} h2 >{} 2>&1", log.display());
+    let mut migrate = scene.hosts.command("h0", &command).spawn()?;
+    wait_for("the decision", LIMIT, || {
+        scene.is_in(State::Decided, "h1", me)
+    })?;
+    // What their pvmds would find out in three minutes.
+    ensure!(two.ask(&format!("fail {h1:x}")) == "1");
+    ensure!(one.ask(&format!("fail {h2:x}")) == "1");
+    // Stopped, traced and zombies do not run.
+    let runs = |host: &str| -> Result<(usize, usize)> {
+        let states =
+            "for pid in $(pgrep -f 'bin/[a]ctor .*/boss.in'); do ps -o stat= -p $pid; done; true";
+        let states = scene.hosts.root(host, states)?;
+        let (stand, run): (Vec<&str>, Vec<&str>) =
+            states.lines().partition(|s| s.starts_with(['T', 't', 'Z']));
+        Ok((run.len(), stand.len()))
+    };
+    wait_for("one of the two to go on", LIMIT, || {
+        let (here, there) = (runs("h1")?, runs("h2")?);
+        ensure!(here.0 == 0 || there.0 == 0, "both go on");
+        Ok((here.0 + there.0 == 1 && here.1 + there.1 == 0).then_some(()))
+    })?;
+    wait_child(&mut migrate, "the move", LIMIT)?;
+    ensure!(boss.ask("getenv HOME").starts_with('/'));
+    drop(children);
+    Ok(())
+}
+
+fn left_behind(scene: &Scene, ends: Ends) -> Result<()> {
     let mover_too = matches!(ends, Ends::TaskAndMover | Ends::HostAndMover);
     let mut boss = scene.actor("h0", "boss")?;
     boss.ask("catchout");
     let me = boss.enrol();
     ensure!(scene.present(me)? == me);
     ensure!(boss.ask("put mine text 0") == "0");
-    // What they print goes to another incarnation from then on: each is waited for in vain, a second long.
-    let mut children = Vec::new();
-    for n in 0..8 {
-        let (child, tid) = scene.worker(&mut boss, "h0", &format!("child{n}"))?;
-        // PvmMboxWaitForInfo and PvmMboxReadAndDelete
-        child.tell("get later 0 48");
-        children.push((child, tid));
-    }
+    let mut children = children(scene, &mut boss, "h0")?;
     let mut other = scene.actor("h0", "other")?;
     let log = scene.path("move");
     let mistctl = scene.mistctl.path();

@@ -181,19 +181,24 @@ impl Client {
     }
 
     /// Asks to be told when `about` ends, by a message that every libpvm discards unseen: it may stay in the
-    /// connection when that is given away.
+    /// connection when that is given away. When its pvmd has not said so, but is taken for dead itself, a notice of the host
+    /// comes before it: hosts fail for whoever waits longest first (hostfailentry, pvmd.c).
     ///
     /// # Errors
     /// When the connection breaks.
     pub fn notify_unseen(&mut self, about: Tid) -> Result<()> {
         const TASK_EXIT: i32 = 1;
-        let body = Body::new()
-            .int(TASK_EXIT)
-            .int(CTX_TC)
-            .uint(tc::NOOP)
-            .int(1)
-            .uint(about.0);
-        self.tell(tm::NOTIFY, body)
+        const HOST_DELETE: i32 = 2;
+        for (what, tid) in [(HOST_DELETE, about.host()), (TASK_EXIT, about)] {
+            let body = Body::new()
+                .int(what)
+                .int(CTX_TC)
+                .uint(tc::NOOP)
+                .int(1)
+                .uint(tid.0);
+            self.tell(tm::NOTIFY, body)?;
+        }
+        Ok(())
     }
 
     /// The pid of the pvmd, where it can be told: socket(7), SO_PEERCRED names the process that began to listen,

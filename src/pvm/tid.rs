@@ -33,6 +33,11 @@ impl Tid {
         (self.0 & TID_HOST) >> HOST_SHIFT
     }
 
+    /// Whether it is of the host of the master pvmd, which is the first one.
+    pub fn is_master(self) -> bool {
+        self.host_index() == 1
+    }
+
     /// The tid of the host, as `pvm_config` gives it.
     pub fn host(self) -> Tid {
         Tid(self.0 & TID_HOST)

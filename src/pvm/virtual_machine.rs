@@ -135,17 +135,17 @@ impl Client {
         said_of_life(tid, &answer)
     }
 
-    /// Whether it is sure that no process is this task any more, nor will become it: its own pvmd says so, or is of this
-    /// virtual machine no more. One that does not answer is waited for: it does, or is declared dead in the end.
+    /// Whether a task lives, if its host is in the virtual machine for the own pvmd. A pvmd that does not answer is waited
+    /// for: it does, or is taken for dead in the end.
     ///
     /// # Errors
     /// When the own pvmd has ended, or cannot tell.
-    pub fn has_gone(&mut self, tid: Tid) -> Result<bool> {
+    pub fn lives_here(&mut self, tid: Tid) -> Result<Option<bool>> {
         let wait = self.begin_lives(tid)?;
         let answer = self.answer(tm::PSTAT, wait, None)?;
-        match said_of_life(tid, &answer) {
-            Err(_) if !self.has_host(tid)? => Ok(true),
-            lives => lives.map(|lives| !lives),
+        match self.has_host(tid)? {
+            true => said_of_life(tid, &answer).map(Some),
+            false => Ok(None),
         }
     }
 

@@ -11,7 +11,7 @@ use crate::pvm::local::Seen;
 /// Tag of control messages: "MIST".
 pub const TAG: i32 = 0x4d49_5354;
 /// Version of what is in them. Agents of another version refuse.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 /// Longest message that is taken.
 pub const LONGEST: usize = 4 << 20;
 
@@ -89,6 +89,8 @@ pub enum Request {
     Settle(Outcome),
     /// What has become of this move of a task of your host?
     Fate { v: u32, next: u32 },
+    /// Has this incarnation ended, or its host left, as far as your pvmd knows?
+    Gone { r: u32 },
     /// What tasks of your host print goes to incarnation `r` of their collector `v` from here on; answer when your pvmd
     /// knows.
     Redirect { v: u32, r: u32 },
@@ -215,6 +217,10 @@ pub enum Answer {
     /// Whether it is decided that the task goes on as the new incarnation; none while that is open.
     Fate {
         moved: Option<bool>,
+    },
+    /// None when that cannot be told yet.
+    Gone {
+        gone: Option<bool>,
     },
     Table {
         entries: Vec<Known>,

@@ -16,7 +16,7 @@ mod settle;
 
 pub use call::{Caller, Gone, ensure};
 pub use compare::look;
-pub use settle::{conclude, hand_over_mailbox, inquire, settle};
+pub use settle::{conclude, hand_over_mailbox, has_gone, inquire, settle, until_known};
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, DirBuilder};
@@ -41,7 +41,7 @@ use crate::pvm::local::{self, Seen};
 use crate::pvm::mailbox::{MULTI_INSTANCE, packed};
 use crate::pvm::table::TidTable;
 use crate::pvm::tid::Tid;
-use crate::pvm::virtual_machine::{Notify, Task, noticed};
+use crate::pvm::virtual_machine::{Notify, Task, noticed, said_of_life};
 use crate::pvm::wire::{Body, Message, tc, tm};
 use control::{Answer, Envelope, Failed, Known, LONGEST, Outcome, Request, TAG, VERSION, What};
 use gates::{Closing, Look};
@@ -122,6 +122,8 @@ struct Agent {
     settling: HashMap<i32, Outcome>,
     /// Questions after the two incarnations of a task.
     looks: Vec<Look>,
+    /// Questions of others, by our wait ids.
+    asked: HashMap<u32, (Ticket, Tid)>,
     next: u64,
 }
 
@@ -176,6 +178,7 @@ impl Agent {
             watched: HashSet::new(),
             settling: HashMap::new(),
             looks: Vec::new(),
+            asked: HashMap::new(),
             next: 1,
             dir,
         })
@@ -249,7 +252,13 @@ impl Agent {
             return self.marker(message);
         }
         if message.ctx == CTX_TM as u32 && message.tag == tm::PSTAT {
-            return self.lives(message);
+            return match self.asked.remove(&message.wait) {
+                Some((ticket, r)) => {
+                    let gone = said_of_life(r, message).ok().map(|lives| !lives);
+                    self.answer(ticket, Ok(Answer::Gone { gone }))
+                }
+                None => self.lives(message),
+            };
         }
         if message.ctx != 0 || message.tag != TAG as u32 || message.body.len() > LONGEST {
             return Ok(());
@@ -394,6 +403,7 @@ impl Agent {
             Request::Fate { v, next } => Ok(Some(Answer::Fate {
                 moved: self.fate(v, next),
             })),
+            Request::Gone { r } => self.gone(ticket, Tid(r)),
             Request::OpenGate { v, r } => {
                 self.open_gate(v, r)?;
                 Ok(Some(Answer::Done))
@@ -428,6 +438,16 @@ impl Agent {
                 self.migrate(ticket, tid, &to, agents).map(|()| None)
             }
         }
+    }
+
+    /// Whether an incarnation has gone: what our pvmd says, which is the master's, counts for all (see [`has_gone`]).
+    fn gone(&mut self, ticket: Ticket, r: Tid) -> Result<Option<Answer>> {
+        if !self.client.has_host(r)? {
+            return Ok(Some(Answer::Gone { gone: Some(true) }));
+        }
+        let wait = self.client.begin_lives(r)?;
+        self.asked.insert(wait, (ticket, r));
+        Ok(None)
     }
 
     fn known(&self) -> Answer {
@@ -485,7 +505,7 @@ impl Agent {
 
     /// New hosts need to know who is where: the agent of the master's host sees to their agents.
     fn hosts_added(&mut self) -> Result<()> {
-        if self.own.host_index() == 1 {
+        if self.own.is_master() {
             self.start_agents();
         }
         Ok(())

@@ -19,6 +19,8 @@ const TRIES: u32 = 5;
 /// How long a task that was killed may take to end, and how often that is looked at.
 const ENDING: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(5);
+/// How often it is asked what nobody can say yet.
+const ASK_AGAIN: Duration = Duration::from_millis(200);
 
 /// Tells the agents of all hosts what came of a move, and the lander if it came to nothing. Agents that have ended
 /// are started again.
@@ -98,7 +100,7 @@ pub fn conclude(client: &mut Client, outcome: &Outcome) -> Result<()> {
 /// ended, or its host left, which is for ever. Whoever finds that out comes to the same, whatever the table says.
 fn goes_on(client: &mut Client, outcome: &Outcome) -> Result<bool> {
     let (from, next) = (Tid(outcome.from), Tid(outcome.next));
-    if !client.has_gone(next)? {
+    if !until_known(client, next)? {
         return Ok(false);
     }
     let tasks = client.tasks(from.host())?;
@@ -112,6 +114,45 @@ fn goes_on(client: &mut Client, outcome: &Outcome) -> Result<bool> {
         let _ = pidfd::send_signal(process.as_fd(), libc::SIGCONT);
     }
     Ok(true)
+}
+
+/// Whether it is sure that no process is an incarnation any more, nor will become it; none when nobody can say yet. Its own
+/// pvmd says so, or that is of the virtual machine no more. Two pvmds that have lost each other say that of each other: what
+/// the master's says counts then, and who has lost that one ends.
+///
+/// # Errors
+/// When the own pvmd has ended, or cannot tell, or the master's host has no agent that does.
+pub fn has_gone(client: &mut Client, r: Tid) -> Result<Option<bool>> {
+    if let Some(lives) = client.lives_here(r)? {
+        return Ok(Some(!lives));
+    }
+    if client.tid().is_master() {
+        return Ok(Some(true));
+    }
+    let hosts = client.hosts()?;
+    let master = hosts.iter().find(|host| host.tid.is_master());
+    let master = master.context("the master's host is not in the virtual machine")?;
+    let (agent, _) = on_host(client, master)?;
+    match Caller::new(client).ask(agent, Request::Gone { r: r.0 }, PATIENCE)? {
+        Answer::Gone { gone } => Ok(gone),
+        other => bail!("the agent of {} answers {other:?}", master.name),
+    }
+}
+
+/// The same, when that is known.
+///
+/// # Errors
+/// When the own pvmd has ended.
+pub fn until_known(client: &mut Client, r: Tid) -> Result<bool> {
+    loop {
+        match has_gone(client, r) {
+            Ok(Some(gone)) => return Ok(gone),
+            Ok(None) => {}
+            // Without a pvmd nothing more will be known; without the master's there soon is none.
+            Err(e) => drop(client.hosts().map_err(|_| e)?),
+        }
+        std::thread::sleep(ASK_AGAIN);
+    }
 }
 
 /// Entries of the mailbox that are one incarnation's become another's, which lives, too: most would vanish with the

@@ -2,7 +2,8 @@
 //!
 //! A move is committed when pvmd says that the old incarnation has ended. The notice comes in the task's own
 //! connection, behind what is unread there, and stays in it: libpvm discards it unseen. When it does not come in time,
-//! or nobody is left who would tell, the agent of the host that the task leaves is asked what is decided.
+//! or nobody is left who would tell, the agent of the host that the task leaves is asked what is decided. A notice that
+//! comes only because our pvmd takes that host for dead proves nothing: the master's knows (see [`agent::has_gone`]).
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -35,6 +36,14 @@ pub struct Waiting<'a> {
     /// The task, and this incarnation of it.
     pub v: u32,
     pub r: Tid,
+}
+
+/// Who it is that pvmd says has ended.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Said {
+    Task,
+    /// The host: of its tasks our pvmd knows nothing.
+    Host,
 }
 
 /// How often it is asked what is decided.
@@ -72,6 +81,7 @@ impl Waiting<'_> {
         parked: Option<BorrowedFd<'_>>,
     ) -> Result<()> {
         let until = Instant::now() + lease;
+        let mut host_lost = false;
         let mut ask_at = if agent.is_some() {
             until
         } else {
@@ -92,23 +102,38 @@ impl Waiting<'_> {
             epoll.add(parked, event).context("epoll_ctl")?;
         }
         loop {
-            if self.says(r1)? {
-                return Ok(());
+            match self.says(r1)? {
+                Some(Said::Task) => return Ok(()),
+                Some(Said::Host) if !host_lost => (host_lost, ask_at) = (true, Instant::now()),
+                _ => {}
             }
             let left = ask_at.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                match self.inquire(r1) {
-                    Ok(Some(false)) if !self.says(r1)? => bail!(
+                let asked = match host_lost {
+                    true => self.has_gone(r1),
+                    false => self.inquire(r1),
+                };
+                match asked {
+                    Ok(Some(true)) if host_lost => return Ok(()),
+                    Ok(_) if host_lost => {}
+                    Ok(Some(false)) if self.says(r1)?.is_none() => bail!(
                         "the move has failed: {r1} still runs where it was, and goes on there"
                     ),
                     // The notice comes, or there is no decision yet.
                     Ok(_) => {}
                     // Nothing comes from a pvmd that is no more. (Its end of the connection is ours, too: that says
                     // nothing.)
-                    Err(_) if self.pvmd.is_dead().unwrap_or(false) && !self.says(r1)? => bail!(
-                        "its pvmd has ended, and has not said that {r1} has: that goes on where it was"
-                    ),
-                    Err(e) if Instant::now() > until => return self.nobody_tells(r1, e),
+                    Err(_)
+                        if self.pvmd.is_dead().unwrap_or(false)
+                            && self.says(r1)? != Some(Said::Task) =>
+                    {
+                        bail!(
+                            "its pvmd has ended, and has not said that {r1} has: that goes on where it was"
+                        )
+                    }
+                    Err(e) if Instant::now() > until && !host_lost => {
+                        return self.nobody_tells(r1, e);
+                    }
                     Err(_) => {}
                 }
                 ask_at = Instant::now() + ASK_AGAIN;
@@ -127,7 +152,7 @@ impl Waiting<'_> {
             if let Some(line) = agent.as_deref_mut().filter(|_| told) {
                 match line.hear() {
                     // What pvmd says counts more.
-                    Ok(Some(ToLander::Abandon)) if !self.says(r1)? => {
+                    Ok(Some(ToLander::Abandon)) if self.says(r1)? != Some(Said::Task) => {
                         bail!("the agent has called it off")
                     }
                     Ok(Some(_)) => {}
@@ -142,11 +167,11 @@ impl Waiting<'_> {
         }
     }
 
-    /// Whether the notice of `r1`'s end is in the connection.
-    fn says(&self, r1: Tid) -> Result<bool> {
+    /// What the connection says of `r1`'s end.
+    fn says(&self, r1: Tid) -> Result<Option<Said>> {
         let there = fds::readable(self.connection).context("FIONREAD")?;
         if there <= self.before {
-            return Ok(false);
+            return Ok(None);
         }
         let mut bytes = vec![0; there - self.before];
         let set = |offset: i32| {
@@ -160,13 +185,26 @@ impl Waiting<'_> {
         let got = got.context("looking at the connection to the pvmd")?;
         let mut assembler = Assembler::new(bytes.len());
         assembler.push(bytes.get(..got).unwrap_or_default());
+        let mut said = None;
         while let Some(m) = assembler.message()? {
-            let notice = m.src.is_pvmd() && (m.ctx, m.tag) == (CTX_TC as u32, tc::NOOP);
-            if notice && m.reader().tid().is_ok_and(|tid| tid == r1) {
-                return Ok(true);
+            if !m.src.is_pvmd() || (m.ctx, m.tag) != (CTX_TC as u32, tc::NOOP) {
+                continue;
+            }
+            match m.reader().tid() {
+                Ok(tid) if tid == r1 => return Ok(said.or(Some(Said::Task))),
+                Ok(tid) if tid == r1.host() => said = Some(Said::Host),
+                _ => {}
             }
         }
-        Ok(false)
+        Ok(said)
+    }
+
+    /// Asks whether it has gone, by a connection of its own, too.
+    fn has_gone(&self, r1: Tid) -> Result<Option<bool>> {
+        let mut client = Client::enrol(self.pvmd, 0)?;
+        let gone = agent::has_gone(&mut client, r1);
+        let _ = client.exit();
+        gone
     }
 
     /// Asks what is decided, by a connection of its own, for in the task's the answers would stand.

@@ -451,7 +451,7 @@ impl<'j> Mover<'j> {
             warn("the task's entries of the mailbox", e);
         }
         // Without our own pvmd this host is none of the virtual machine: the task is what that has elsewhere.
-        if self.client.has_gone(r2).unwrap_or(false) {
+        if agent::until_known(&mut self.client, r2).unwrap_or(false) {
             let left = !self.client.has_host(r2).unwrap_or(true);
             self.take_back(link);
             let go_on = kill(Pid::from_raw(self.job.pid), Signal::SIGCONT);
