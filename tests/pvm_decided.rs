@@ -43,7 +43,7 @@ enum Ends {
 type Test = fn() -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 7] = [
+    let tests: [(&str, Test); 8] = [
         ("a_target_that_dies_leaves_the_task", || goes_on(Ends::Task)),
         ("it_does_so_when_the_mover_dies_too", || {
             goes_on(Ends::TaskAndMover)
@@ -57,7 +57,10 @@ fn main() -> ExitCode {
             goes_on(Ends::Agent)
         }),
         ("hosts_that_lose_each_other_do_not_both_have_it", || {
-            Scene::new(3)?.play(lost_to_each_other)
+            Scene::new(3)?.play(|scene| lost(scene, Lost::Both))
+        }),
+        ("a_task_whose_own_pvmd_is_killed_goes_on_elsewhere", || {
+            Scene::new(3)?.play(|scene| lost(scene, Lost::Source))
         }),
     ];
     testhosts::main(tests, || Ok(()), |(), test| test())
@@ -80,8 +83,16 @@ fn children(scene: &Scene, boss: &mut Actor, host: &str) -> Result<Vec<(Actor, u
     Ok(children)
 }
 
-/// Neither has left the virtual machine: its master has both, and knows who lives.
-fn lost_to_each_other(scene: &Scene) -> Result<()> {
+/// Who is taken for dead.
+#[derive(Clone, Copy, PartialEq)]
+enum Lost {
+    /// Source and target, by each other. Neither has left the virtual machine: its master has both, and knows who lives.
+    Both,
+    /// The source, whose pvmd is killed.
+    Source,
+}
+
+fn lost(scene: &Scene, lost: Lost) -> Result<()> {
     scene.hosts.console("add h2")?;
     let mut boss = scene.actor("h1", "boss")?;
     boss.ask("catchout");
@@ -89,6 +100,7 @@ fn lost_to_each_other(scene: &Scene) -> Result<()> {
     ensure!(scene.present(me)? == me);
     let children = children(scene, &mut boss, "h1")?;
     let (mut one, mut two) = (scene.actor("h1", "one")?, scene.actor("h2", "two")?);
+    let mut master = scene.actor("h0", "master")?;
     let (h1, h2) = (one.enrol() & HOST, two.enrol() & HOST);
     let (mistctl, log) = (scene.mistctl.path(), scene.path("move"));
     let command = format!("{mistctl} migrate t{me:x} h2 >{} 2>&1", log.display());
@@ -97,8 +109,16 @@ fn lost_to_each_other(scene: &Scene) -> Result<()> {
         scene.is_in(State::Decided, "h1", me)
     })?;
     // What their pvmds would find out in three minutes.
-    ensure!(two.ask(&format!("fail {h1:x}")) == "1");
-    ensure!(one.ask(&format!("fail {h2:x}")) == "1");
+    match lost {
+        Lost::Both => {
+            ensure!(two.ask(&format!("fail {h1:x}")) == "1");
+            ensure!(one.ask(&format!("fail {h2:x}")) == "1");
+        }
+        Lost::Source => {
+            scene.hosts.root("h1", "pkill -KILL -x pvmd")?;
+            ensure!(master.ask(&format!("fail {h1:x}")) == "1");
+        }
+    }
     // Stopped, traced and zombies do not run.
     let runs = |host: &str| -> Result<(usize, usize)> {
         let states =

@@ -131,9 +131,17 @@ impl Waiting<'_> {
                             "its pvmd has ended, and has not said that {r1} has: that goes on where it was"
                         )
                     }
-                    Err(e) if Instant::now() > until && !host_lost => {
-                        return self.nobody_tells(r1, e);
-                    }
+                    // The lease has ended, and there is nobody to ask: who lives is the task. A pvmd that does not answer
+                    // is taken for dead in the end.
+                    Err(e) if Instant::now() > until && !host_lost => match self.has_gone(r1) {
+                        Ok(Some(true)) => return Ok(()),
+                        Ok(Some(false)) => {
+                            return Err(e.context(format!(
+                                "{r1} still runs where it was when the lease ended, and nobody tells what is decided"
+                            )));
+                        }
+                        Ok(None) | Err(_) => {}
+                    },
                     Err(_) => {}
                 }
                 ask_at = Instant::now() + ASK_AGAIN;
@@ -214,18 +222,5 @@ impl Waiting<'_> {
         // It has been asked.
         let _ = client.exit();
         fate
-    }
-
-    /// The lease has ended, and there is nobody to ask: who lives is the task.
-    fn nobody_tells(&self, r1: Tid, why: anyhow::Error) -> Result<()> {
-        let mut client = Client::enrol(self.pvmd, 0)?;
-        let lives = client.lives(r1)?;
-        let _ = client.exit();
-        if lives {
-            return Err(why.context(format!(
-                "{r1} still runs where it was when the lease ended, and nobody tells what is decided"
-            )));
-        }
-        Ok(())
     }
 }
