@@ -17,6 +17,8 @@ use mistctl::kernel::{pidfd, sockopt};
 use mistctl::net::makers::Makers;
 use mistctl::net::{Options, Restorer, SocketDumper};
 
+#[path = "sockets/empties.rs"]
+mod empties;
 #[path = "sockets/scenes.rs"]
 mod scenes;
 #[path = "sockets/tcp.rs"]

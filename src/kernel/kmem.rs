@@ -18,6 +18,8 @@ use btf::{Btf, Bytes};
 
 /// What one copy brings at most, bytes.
 const MOST: usize = 64 * 1024;
+/// As for a field: all that is fetched costs, whatever was asked for.
+const FEW: usize = 64;
 
 const MAP_CREATE: libc::c_int = 0;
 const MAP_LOOKUP_ELEM: libc::c_int = 1;
@@ -33,9 +35,17 @@ const FUNC_PROBE_READ_KERNEL: i32 = 113;
 #[derive(Debug)]
 pub struct KernelMemory {
     btf: Btf,
-    map: OwnedFd,
-    read: OwnedFd,
+    few: Copier,
+    most: Copier,
     pages: OnceCell<Pages>,
+}
+
+/// Copies up to so many bytes by way of a map.
+#[derive(Debug)]
+struct Copier {
+    room: usize,
+    map: OwnedFd,
+    program: OwnedFd,
 }
 
 fn bpf(command: libc::c_int, attributes: &mut [u8]) -> io::Result<i64> {
@@ -90,7 +100,7 @@ const EXIT: u8 = 0x95;
 const MAP_VALUE: u8 = 2;
 
 /// Copies `len` bytes at `address` into the map, and tells the calling task.
-fn read_program(map: i32) -> Vec<[u8; 8]> {
+fn read_program(map: i32, room: usize) -> Vec<[u8; 8]> {
     vec![
         insn(MOV, 6, 1, 0, 0),
         insn(CALL, 0, 0, 0, FUNC_GET_CURRENT_TASK),
@@ -100,7 +110,7 @@ fn read_program(map: i32) -> Vec<[u8; 8]> {
         insn(LDX_DW, 2, 6, 8, 0),
         insn(LDX_DW, 3, 6, 0, 0),
         insn(JEQ_IMM, 2, 0, 3, 0),
-        insn(JGT_IMM, 2, 0, 2, MOST as i32),
+        insn(JGT_IMM, 2, 0, 2, room as i32),
         insn(CALL, 0, 0, 0, FUNC_PROBE_READ_KERNEL),
         insn(STX_DW, 6, 0, 24, 0),
         insn(MOV_IMM, 0, 0, 0, 0),
@@ -182,26 +192,18 @@ fn fetch(map: &OwnedFd, value: &mut [u8]) -> Result<()> {
     Ok(())
 }
 
-impl KernelMemory {
-    /// # Errors
-    /// A kernel without BTF or BPF; a missing privilege.
-    pub fn open() -> Result<Self> {
-        let btf = types()?;
-        let map = map_of(MOST)?;
-        let read = load(&read_program(map.as_raw_fd())).context("bpf(BPF_PROG_LOAD)")?;
-        Ok(Self {
-            btf,
-            map,
-            read,
-            pages: OnceCell::new(),
-        })
+impl Copier {
+    fn of(room: usize) -> Result<Self> {
+        let map = map_of(room)?;
+        let program = load(&read_program(map.as_raw_fd(), room)).context("bpf(BPF_PROG_LOAD)")?;
+        Ok(Self { room, map, program })
     }
 
     /// Copies into the map. Gives the task_struct of the thread that asks.
     fn copy(&self, address: u64, len: usize) -> Result<u64> {
         // As [`read_program`] has it: address, length; task_struct, result of the helper.
         let mut context = [address, len as u64, 0, 0];
-        run(&self.read, &mut context)?;
+        run(&self.program, &mut context)?;
         let [_, _, task, result] = context.map(|w| w as i64);
         if result < 0 {
             return Err(io::Error::from_raw_os_error(-result as i32))
@@ -209,18 +211,33 @@ impl KernelMemory {
         }
         Ok(task as u64)
     }
+}
+
+impl KernelMemory {
+    /// # Errors
+    /// A kernel without BTF or BPF; a missing privilege.
+    pub fn open() -> Result<Self> {
+        let btf = types()?;
+        Ok(Self {
+            btf,
+            few: Copier::of(FEW)?,
+            most: Copier::of(MOST)?,
+            pages: OnceCell::new(),
+        })
+    }
 
     /// Kernel memory at `address`.
     ///
     /// # Errors
     /// EFAULT: nothing is mapped there.
     pub fn read(&self, address: u64, len: usize) -> Result<Vec<u8>> {
+        let copier = if len <= FEW { &self.few } else { &self.most };
         let mut all = Vec::new();
-        let mut value = vec![0; MOST];
+        let mut value = vec![0; copier.room];
         while all.len() < len {
-            let n = (len - all.len()).min(MOST);
-            self.copy(address.wrapping_add(all.len() as u64), n)?;
-            fetch(&self.map, &mut value)?;
+            let n = (len - all.len()).min(copier.room);
+            copier.copy(address.wrapping_add(all.len() as u64), n)?;
+            fetch(&copier.map, &mut value)?;
             all.extend_from_slice(value.get(..n).unwrap_or_default());
         }
         Ok(all)
@@ -228,7 +245,7 @@ impl KernelMemory {
 
     /// The task_struct of the calling thread.
     pub fn current(&self) -> Result<u64> {
-        self.copy(0, 0)
+        self.few.copy(0, 0)
     }
 
     pub fn u64(&self, address: u64) -> Result<u64> {
@@ -248,6 +265,15 @@ impl KernelMemory {
             .offset(structure, field)
             .with_context(|| format!("this kernel's struct {structure} has no {field}"))?;
         Ok(address.wrapping_add(offset))
+    }
+
+    /// Where a field of one bit is in a structure: byte and mask.
+    pub fn flag(&self, structure: &str, field: &str) -> Result<(u64, u8)> {
+        let bit = self
+            .btf
+            .bit(structure, field)
+            .with_context(|| format!("this kernel's struct {structure} has no {field}"))?;
+        Ok((bit / 8, 1 << (bit % 8)))
     }
 
     /// The pointer in a field.

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+use super::messages::peek_messages;
 use super::options::{self, Phase};
-use super::unix::peek_messages;
 use super::{Diag, Met, SocketDumper, bytes};
 use crate::image::Bytes;
 use crate::image::sockets::{Inet, Socket};
@@ -107,9 +107,10 @@ pub(crate) fn read(
             ));
             return Ok(inet);
         }
-        let messages = peek_messages(&met.fd, false, &d.guardian, None)
+        let messages = peek_messages(d, met, false)
             .with_context(|| format!("{}: reading its queue", met.place()))?;
         inet.queue = messages
+            .all
             .into_iter()
             .map(|(data, r)| (Bytes(r.from), Bytes(data)))
             .collect();

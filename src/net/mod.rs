@@ -12,6 +12,7 @@
 mod inet;
 pub mod keeper;
 pub mod makers;
+mod messages;
 mod netlink;
 mod options;
 mod tcp;
@@ -96,6 +97,8 @@ pub struct SocketDumper {
     pub(crate) held: tcp::Held,
     /// Lives in the pid namespace of the dumped processes, when that is not ours.
     pub(crate) inside: Option<Maker>,
+    /// Inodes of sockets whose queues were read without kernel memory, and why.
+    pub(crate) unaided: HashMap<u64, String>,
     /// Made when it is needed; or why it cannot be had.
     unaccepted: OnceCell<Result<unaccepted::Reader, String>>,
 }
@@ -140,13 +143,15 @@ impl SocketDumper {
             warnings: Vec::new(),
             held: tcp::Held::default(),
             inside: None,
+            unaided: HashMap::new(),
             unaccepted: OnceCell::new(),
         }
     }
 
-    /// What reads connections that were not accepted yet, and why there is none.
+    /// What reads queues in kernel memory, or why it cannot be had.
     pub(crate) fn unaccepted(&self) -> Result<&unaccepted::Reader, String> {
-        let made = || unaccepted::Reader::new().map_err(|e| format!("{e:#}"));
+        let inside = self.inside.as_ref().map(Maker::pid);
+        let made = || unaccepted::Reader::new(inside).map_err(|e| format!("{e:#}"));
         self.unaccepted
             .get_or_init(made)
             .as_ref()

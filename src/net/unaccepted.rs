@@ -1,5 +1,6 @@
 //! Connections that a listening socket has not given out yet. No system call tells what is in them, and to accept
-//! one cannot be undone; so their queues are read where they are, in kernel memory.
+//! one cannot be undone; so their queues are read where they are, in kernel memory. Messages without bytes
+//! ([`super::messages`]) too.
 
 use std::os::fd::BorrowedFd;
 
@@ -8,14 +9,17 @@ use anyhow::{Context, Result, bail};
 use crate::image::Bytes;
 use crate::image::sockets::UnixMessage;
 use crate::kernel::kmem::KernelMemory;
+use crate::kernel::kmem::threads::Threads;
 
 /// More in one connection is not believed.
 const MOST_BYTES: usize = 1 << 30;
 const MOST_PIECES: usize = 1 << 20;
 
-/// Reads the queues of listening sockets.
+/// Reads queues.
 pub(crate) struct Reader {
-    kernel: KernelMemory,
+    pub(super) kernel: KernelMemory,
+    /// A process in the pid namespace of the dumped ones, when that is not ours.
+    inside: Option<i32>,
 }
 
 /// The accepting end of a TCP connection.
@@ -31,14 +35,15 @@ pub(crate) struct Child {
 impl Reader {
     /// # Errors
     /// No privilege, or a kernel that cannot.
-    pub fn new() -> Result<Self> {
+    pub fn new(inside: Option<i32>) -> Result<Self> {
         Ok(Self {
             kernel: KernelMemory::open()?,
+            inside,
         })
     }
 
     /// The struct sock behind a descriptor of this process.
-    fn sock(&self, fd: BorrowedFd<'_>) -> Result<u64> {
+    pub(super) fn sock(&self, fd: BorrowedFd<'_>) -> Result<u64> {
         let k = &self.kernel;
         let socket = k.pointer(k.file(fd)?, "file", "private_data")?;
         k.pointer(socket, "socket", "sk")
@@ -46,12 +51,17 @@ impl Reader {
 
     /// The buffers in the receive queue of a struct sock.
     fn queue(&self, sock: u64) -> Result<Vec<u64>> {
-        let head = self.kernel.field(sock, "sock", "sk_receive_queue")?;
+        self.list(self.kernel.field(sock, "sock", "sk_receive_queue")?)
+    }
+
+    /// The buffers in a struct sk_buff_head.
+    pub(super) fn list(&self, head: u64) -> Result<Vec<u64>> {
+        let next = self.kernel.field(0, "sk_buff", "next")?;
         let mut all = Vec::new();
         let mut at = self.kernel.u64(head)?;
         while at != head {
             all.push(at);
-            at = self.kernel.pointer(at, "sk_buff", "next")?;
+            at = self.kernel.u64(at.wrapping_add(next))?;
             if all.len() > MOST_PIECES {
                 bail!("a queue without an end");
             }
@@ -123,29 +133,46 @@ impl Reader {
 
     fn unix_message(&self, skb: u64) -> Result<UnixMessage> {
         let data = Bytes(self.bytes(skb)?);
-        let k = &self.kernel;
-        let cb = k.field(skb, "sk_buff", "cb")?;
-        if k.pointer(cb, "unix_skb_parms", "fp")? != 0 {
+        if self.carries_descriptors(skb)? {
             bail!("a descriptor is in flight in it");
         }
-        let pid = k.pointer(cb, "unix_skb_parms", "pid")?;
-        let number = |field| k.u32(k.field(cb, "unix_skb_parms", field)?);
-        let credentials = if pid == 0 {
-            None
-        } else {
-            Some((self.pid(pid)?, number("uid")?, number("gid")?))
-        };
         Ok(UnixMessage {
             data,
-            credentials,
+            credentials: self.sender(skb)?,
             ..UnixMessage::default()
         })
     }
 
-    /// The number of a struct pid in our own pid namespace.
+    /// Whether a unix socket's message has descriptors with it.
+    pub(super) fn carries_descriptors(&self, skb: u64) -> Result<bool> {
+        let k = &self.kernel;
+        let cb = k.field(skb, "sk_buff", "cb")?;
+        Ok(k.pointer(cb, "unix_skb_parms", "fp")? != 0)
+    }
+
+    /// The credentials in a unix socket's message: pid, uid, gid.
+    pub(super) fn sender(&self, skb: u64) -> Result<Option<(i32, u32, u32)>> {
+        let k = &self.kernel;
+        let cb = k.field(skb, "sk_buff", "cb")?;
+        let pid = k.pointer(cb, "unix_skb_parms", "pid")?;
+        let number = |field| k.u32(k.field(cb, "unix_skb_parms", field)?);
+        if pid == 0 {
+            return Ok(None);
+        }
+        Ok(Some((self.pid(pid)?, number("uid")?, number("gid")?)))
+    }
+
+    /// The number of a struct pid in our own pid namespace, or inside.
     fn pid(&self, pid: u64) -> Result<i32> {
         let k = &self.kernel;
-        let own = k.pointer(k.current()?, "task_struct", "thread_pid")?;
+        let task = match self.inside {
+            None => k.current()?,
+            Some(tid) => {
+                let threads = Threads::get().context("kernel memory cannot be read")?;
+                threads.find(tid)?.0
+            }
+        };
+        let own = k.pointer(task, "task_struct", "thread_pid")?;
         let level = u64::from(k.u32(k.field(own, "pid", "level")?)?);
         let numbers = k.field(pid, "pid", "numbers")?;
         let number = numbers + level * k.size("upid")?;

@@ -7,7 +7,7 @@ mod pieces;
 mod restore;
 
 pub use dump::peek_bytes;
-pub(crate) use dump::{in_flight, peek_messages, read, read_queue};
+pub(crate) use dump::{PeekOffset, in_flight, read, read_queue};
 pub(crate) use fill::fill;
 pub(crate) use restore::{Plan, build};
 

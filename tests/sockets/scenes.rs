@@ -154,6 +154,9 @@ pub fn play(scene: &str) -> Result<()> {
             wait()
         }
         "udp" => udp(),
+        "empties" => empties(),
+        "empty_senders" => empty_senders(),
+        "empty_udp" => empty_udp(),
         "tcp_pairs" => tcp_pairs(),
         "tcp_client" => {
             // Talks to the test: its port is in the environment.
@@ -214,6 +217,76 @@ fn listeners() -> Result<()> {
         all.extend([l, client, accepted, waiting]);
     }
     ready(&all.iter().collect::<Vec<_>>());
+    wait()
+}
+
+const TEXTS: [&[u8]; 6] = [b"", b"one", b"", b"", b"two", b""];
+
+/// To the first, third ... of these sockets, from the one behind it; to the last from one that is gone.
+fn empties() -> Result<()> {
+    let mut all = Vec::new();
+    let ended = [(DGRAM, false), (libc::SOCK_SEQPACKET, true)];
+    for (kind, ended) in [(libc::SOCK_SEQPACKET, false)].into_iter().chain(ended) {
+        let (a, b) = socket::pair(UNIX, kind, 0)?;
+        for text in TEXTS.iter().take(if ended { 5 } else { 6 }) {
+            send(&b, text)?;
+        }
+        if ended {
+            socket::shutdown(&b, 2)?;
+        }
+        all.extend([a, b]);
+    }
+    let (a, b) = socket::pair(UNIX, libc::SOCK_SEQPACKET, 0)?;
+    for text in &TEXTS[..5] {
+        send(&b, text)?;
+    }
+    drop(b);
+    all.push(a);
+    ready(&all.iter().collect::<Vec<_>>());
+    wait()
+}
+
+fn empty_senders() -> Result<()> {
+    let a = socket::socket(UNIX, DGRAM, 0)?;
+    let name = unix(b"\0mist-receiver");
+    socket::bind(&a, &name)?;
+    sockopt::set_int(&a, libc::SOL_SOCKET, libc::SO_PASSCRED, 1)?;
+    let friend = socket::socket(UNIX, DGRAM, 0)?;
+    socket::bind(&friend, &unix(b"\0mist-friend"))?;
+    socket::connect(&friend, &name)?;
+    send(&friend, b"")?;
+    let stranger = socket::socket(UNIX, DGRAM, 0)?;
+    socket::bind(&stranger, &unix(b"\0mist-stranger"))?;
+    send_to(&stranger, b"", &name)?;
+    drop(stranger);
+    send(&friend, b"x")?;
+    let nameless = socket::socket(UNIX, DGRAM, 0)?;
+    send_to(&nameless, b"", &name)?;
+    drop(nameless);
+    ready(&[&a, &friend]);
+    wait()
+}
+
+/// The last is of IPv6 and hears one of IPv4. Receivers, then senders.
+fn empty_udp() -> Result<()> {
+    let (mut receivers, mut senders) = (Vec::new(), Vec::new());
+    let (v4, v6) = (libc::AF_INET, libc::AF_INET6);
+    for (to, from) in [(v4, v4), (v6, v6), (v6, v4)] {
+        let a = socket::socket(to, DGRAM, 0)?;
+        let mut any = loopback(to);
+        any[4..].fill(0);
+        socket::bind(&a, &any)?;
+        let b = socket::socket(from, DGRAM, 0)?;
+        socket::bind(&b, &loopback(from))?;
+        let mut name = loopback(from);
+        name[2..4].copy_from_slice(&socket::local_name(&a)?[2..4]);
+        for text in TEXTS {
+            send_to(&b, text, &name)?;
+        }
+        receivers.push(a);
+        senders.push(b);
+    }
+    ready(&receivers.iter().chain(&senders).collect::<Vec<_>>());
     wait()
 }
 

@@ -118,6 +118,11 @@ impl Btf {
     /// Bytes from the beginning of a structure to one of its fields; those of its anonymous parts count. "a.b" is
     /// field b of the structure that is field a.
     pub fn offset(&self, structure: &str, field: &str) -> Option<u64> {
+        Some(self.bit(structure, field)? / 8)
+    }
+
+    /// As [`Btf::offset`], in bits: for a bit field.
+    pub fn bit(&self, structure: &str, field: &str) -> Option<u64> {
         let (mut at, mut sum) = (self.structure(structure)?, 0);
         for part in field.split('.') {
             let (offset, of_type) = self.find(at, part, DEEPEST)?;
@@ -130,7 +135,7 @@ impl Btf {
         Some(sum)
     }
 
-    /// Offset of a field, and the number of its type.
+    /// Offset of a field in bits, and the number of its type.
     fn find(&self, at: usize, field: &str, depth: u32) -> Option<(u64, u32)> {
         let info = self.word(at + 4)?;
         if !matches!(info >> 24 & 0x1f, STRUCT | UNION) {
@@ -141,7 +146,7 @@ impl Btf {
         for i in 0..(info & 0xffff) as usize {
             let member = at + TYPE + i * TYPE;
             let bits = self.word(member + 8)? & mask;
-            let offset = u64::from(bits / 8);
+            let offset = u64::from(bits);
             let name = self.word(member)?;
             if self.is_named(name, field) {
                 return Some((offset, self.word(member + 4)?));
@@ -196,6 +201,9 @@ mod tests {
         assert_eq!(btf.offset("sk_buff", "next"), Some(0));
         assert!(btf.offset("sk_buff", "len").is_some_and(|o| o > 16));
         assert_eq!(btf.offset("sk_buff", "no such field"), None);
+        // The one behind two single bits and one of two.
+        let bit = |field| btf.bit("sk_buff", field).unwrap();
+        assert_eq!(bit("peeked"), bit("cloned") + 4);
         let sleeper = |field| btf.offset("hrtimer_sleeper", field).unwrap();
         assert!(sleeper("timer.node.expires") < sleeper("timer.base"));
         assert_eq!(btf.offset("hrtimer_sleeper", "timer.node.nothing"), None);

@@ -76,7 +76,7 @@ impl Look {
 
 /// The task_struct of a thread: an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Task(pub(super) u64);
+pub struct Task(pub(crate) u64);
 
 /// Looks at threads. Root only, see [`super`].
 #[derive(Debug)]

@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 
 use anyhow::{Context, Result, bail};
 
+use super::pieces::Pieces;
 use super::{ESTABLISHED, LISTEN, display, is_path, name, strip};
 use crate::error::Failure;
 use crate::image::Bytes;
@@ -15,6 +16,7 @@ use crate::kernel::maker::Maker;
 use crate::kernel::sock_diag::UnixDiag;
 use crate::kernel::socket::{self, Received};
 use crate::kernel::sockopt::{self, Queue};
+use crate::net::messages::{Messages, Peeked, peek_messages};
 use crate::net::{Describe, Diag, Met, SocketDumper, bytes};
 
 /// Peeks what a unix socket has received, descriptors in flight included.
@@ -27,12 +29,13 @@ pub(crate) fn read_queue(
         return Ok(Vec::new());
     };
     let mut warning = None;
-    let messages = peek(met, &d.guardian, d.inside.as_ref(), &mut warning)
+    let messages = peek(d, met, &mut warning)
         .with_context(|| format!("{}: reading its queue", met.place()))?;
-    let (pid, dgram) = (met.pid, met.kind == libc::SOCK_DGRAM);
+    let (pid, ino, dgram) = (met.pid, met.ino, met.kind == libc::SOCK_DGRAM);
     d.warnings.extend(warning);
+    d.unaided.extend(messages.unaided.map(|why| (ino, why)));
     let mut queue = Vec::new();
-    for (data, received) in messages {
+    for (data, received) in messages.all {
         let mut descriptions = Vec::new();
         for fd in received.fds {
             descriptions.push(
@@ -67,24 +70,17 @@ pub(crate) fn in_flight(met: &Met) -> Vec<OwnedFd> {
     }
 }
 
-type Peeked = Vec<(Vec<u8>, Received)>;
-
-/// What is in the queue of a socket. `inside` sees senders by the ids that they have in its pid namespace, dead ones
-/// too.
-fn peek(
-    met: &Met,
-    guardian: &Guardian,
-    inside: Option<&Maker>,
-    warning: &mut Option<String>,
-) -> Result<Peeked> {
+/// What is in the queue of a socket. Senders are seen by the ids that they have inside, dead ones too.
+fn peek(d: &SocketDumper, met: &Met, warning: &mut Option<String>) -> Result<Messages> {
     let listening = sockopt::get_int(&met.fd, libc::SOL_SOCKET, libc::SO_ACCEPTCONN)?;
     let events = socket::poll_now(&met.fd).context("poll")?;
     if listening != 0 || events & libc::POLLIN == 0 {
-        return Ok(Vec::new());
+        return Ok(Messages::default());
     }
     if met.kind == libc::SOCK_STREAM {
         let total = sockopt::queued(&met.fd, Queue::In).context("ioctl(SIOCINQ)")? as usize;
-        return peek_stream(&met.fd, total, guardian, inside);
+        let all = peek_stream(&met.fd, total, &d.guardian, d.inside.as_ref())?;
+        return Ok(Messages { all, unaided: None });
     }
     if events & libc::POLLERR != 0 {
         // A receive would take the error away, and it cannot be put back.
@@ -92,9 +88,9 @@ fn peek(
             "{}: an error is pending on its socket; what it has received is not carried",
             met.place()
         ));
-        return Ok(Vec::new());
+        return Ok(Messages::default());
     }
-    peek_messages(&met.fd, events & libc::POLLRDHUP != 0, guardian, inside)
+    peek_messages(d, met, events & libc::POLLRDHUP != 0)
 }
 
 /// Holds SO_PEEK_OFF while we walk a queue; puts the program's own value back.
@@ -122,6 +118,11 @@ impl<'a> PeekOffset<'a> {
         };
         p.seek(0)?;
         Ok(p)
+    }
+
+    /// The next peeks see what stands in front, as without us.
+    pub fn leave(&self) -> io::Result<()> {
+        sockopt::set_int(self.fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, -1)
     }
 
     pub fn seek(&self, to: usize) -> io::Result<()> {
@@ -220,41 +221,6 @@ fn see_sender(fd: &OwnedFd, r: &mut Received, inside: Option<&Maker>) -> Result<
     Ok(())
 }
 
-/// Every message of a datagram or seqpacket socket.
-pub(crate) fn peek_messages(
-    fd: &OwnedFd,
-    ended: bool,
-    guardian: &Guardian,
-    inside: Option<&Maker>,
-) -> Result<Peeked> {
-    let mut all = Peeked::new();
-    let offset = PeekOffset::new(fd, guardian).context("setsockopt(SO_PEEK_OFF)")?;
-    let mut at = 0;
-    let mut buffer = vec![0u8; 256 * 1024];
-    loop {
-        let mut r = match socket::receive(fd, &mut buffer, libc::MSG_PEEK) {
-            Ok(r) => r,
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(all),
-            Err(e) => return Err(e).context("recvmsg(MSG_PEEK)"),
-        };
-        if r.flags & libc::MSG_TRUNC != 0 {
-            buffer.resize(buffer.len() * 2, 0);
-            offset.seek(at)?;
-            continue;
-        }
-        if r.len == 0 && ended {
-            return Ok(all); // end of a seqpacket connection
-        }
-        if inside.is_some() && r.credentials.is_some() {
-            offset.seek(at)?;
-            see_sender(fd, &mut r, inside)?;
-            offset.seek(at + r.len)?;
-        }
-        at += r.len;
-        all.push((buffer.get(..r.len).unwrap_or_default().to_vec(), r));
-    }
-}
-
 /// Names, peer and state of a unix socket whose queue has been read.
 pub(crate) fn read(
     d: &SocketDumper,
@@ -282,11 +248,13 @@ pub(crate) fn read(
         read_pending(d, met, x, &mut u, warnings)?;
     } else if met.kind == libc::SOCK_DGRAM {
         read_dgram_peer(d, met, x, &mut u)?;
+        see_passed(d, met, diag, &u, warnings)?;
     } else if x.state == ESTABLISHED {
         read_peer(d, met, diag, x, &mut u)?;
         if met.kind == libc::SOCK_STREAM {
             u.charged = sockopt::queued(&met.fd, Queue::Out).unwrap_or(0);
         }
+        see_passed(d, met, diag, &u, warnings)?;
     }
     if is_path(&u.name) && !u.accepted {
         u.file = read_file(met, &u.name, warnings);
@@ -383,6 +351,45 @@ fn read_peer(d: &SocketDumper, met: &Met, diag: &Diag, x: &UnixDiag, u: &mut Uni
             }
         }
     }
+    Ok(())
+}
+
+/// Says how many messages without bytes a walk has passed over: their sender is charged with them. Of senders outside,
+/// and of unconnected ones, nobody knows.
+fn see_passed(
+    d: &SocketDumper,
+    met: &Met,
+    diag: &Diag,
+    u: &Unix,
+    warnings: &mut Vec<String>,
+) -> Result<()> {
+    let (Some(why), Some(peer)) = (d.unaided.get(&met.ino), u.peer) else {
+        return Ok(());
+    };
+    let sender = diag.unix.get(&peer);
+    let Some(sender) = sender.filter(|s| s.peer.map(u64::from) == Some(met.ino)) else {
+        return Ok(());
+    };
+    let mut pieces = Pieces::of(met.kind);
+    let lengths = u.queue.iter().map(|m| m.data.len());
+    let found = lengths.map(|len| pieces.charge(len)).sum::<Result<usize>>();
+    // One may be larger than we may send.
+    let (Ok(found), Ok(one)) = (found, pieces.charge(0)) else {
+        return Ok(());
+    };
+    let passed = (sender.send_queue as usize).saturating_sub(found) / one.max(1);
+    if passed == 0 {
+        return Ok(());
+    }
+    let what = format!(
+        "{}: {passed} messages without bytes stand unread in its socket, where only kernel memory shows them ({why}): run mistctl as root, or let the program read first",
+        met.place()
+    );
+    if met.kind == libc::SOCK_SEQPACKET {
+        return Err(Failure::Refused.because(what));
+    }
+    // The sender may have sent to others too.
+    warnings.push(format!("{what}; they are not carried"));
     Ok(())
 }
 

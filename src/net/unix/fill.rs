@@ -50,7 +50,7 @@ fn queues(
     sending: &Sending<'_, '_>,
 ) -> Result<HashMap<usize, options::BufferSizes>> {
     let mut sizes = HashMap::new();
-    let mut pieces = Pieces::default();
+    let mut pieces = Pieces::of(libc::SOCK_STREAM);
     for (i, s) in sockets.iter().enumerate() {
         let Some(u) = of(s).filter(|u| u.outside.is_none()) else {
             continue;

@@ -14,9 +14,9 @@ use crate::net::options;
 /// More than the kernel puts into one buffer.
 const LONGEST: usize = 1 << 17;
 
-/// What pieces of some lengths are charged with here.
-#[derive(Default)]
+/// What pieces of some lengths, or messages, are charged with here.
 pub(super) struct Pieces {
+    kind: i32,
     pair: Option<(OwnedFd, OwnedFd)>,
     known: HashMap<usize, usize>,
     /// The lengths to choose from, longest first.
@@ -24,6 +24,16 @@ pub(super) struct Pieces {
 }
 
 impl Pieces {
+    /// Of sockets of this kind: SOCK_STREAM ...
+    pub fn of(kind: i32) -> Self {
+        Self {
+            kind,
+            pair: None,
+            known: HashMap::new(),
+            lengths: Vec::new(),
+        }
+    }
+
     /// What a piece of so many bytes is charged with.
     pub fn charge(&mut self, len: usize) -> Result<usize> {
         if let Some(charge) = self.known.get(&len) {
@@ -31,13 +41,15 @@ impl Pieces {
         }
         let pair = match &mut self.pair {
             Some(pair) => pair,
-            none => none.insert(socket::pair(libc::AF_UNIX, libc::SOCK_STREAM, 0)?),
+            none => none.insert(socket::pair(libc::AF_UNIX, self.kind, 0)?),
         };
-        options::enlarge_buffers(&pair.0, LONGEST);
+        options::enlarge_buffers(&pair.0, LONGEST.max(len));
         let mut left =
             socket::send(&pair.0, &vec![0; len], &Extra::default()).context("trying a send")?;
         let charge = sockopt::queued(&pair.0, Queue::Out).context("ioctl(SIOCOUTQ)")? as usize;
-        while left > 0 {
+        // A message without bytes is taken out too.
+        let mut first = self.kind != libc::SOCK_STREAM;
+        while std::mem::take(&mut first) || left > 0 {
             let got = socket::receive(&pair.1, &mut vec![0; left], 0).context("trying a send")?;
             left = left.saturating_sub(got.len.max(1));
         }
@@ -81,7 +93,7 @@ mod tests {
 
     #[test]
     fn pieces_are_charged_with_what_the_old_ones_were() {
-        let mut pieces = Pieces::default();
+        let mut pieces = Pieces::of(libc::SOCK_STREAM);
         for old in [1usize, 100, 777, 4096, 5000, 30_000] {
             let count = 200_000 / old.max(1000);
             let charge = count * pieces.charge(old).unwrap();
