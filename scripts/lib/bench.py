@@ -216,12 +216,21 @@ class Bench:
                 "ok": None if limit is None else value <= limit,
             })
 
+        def each(figure, name, beside, limit):
+            """The same, of what was measured beside it in the same round: the machine is not always as fast."""
+            ratios = [a / b for a, b in zip(self.figures[name], beside)]
+            median = statistics.median(ratios)
+            row(figure, min(ratios), median, limit, "x", "" if limit is None else "by the median")
+            if limit is not None:
+                rows[-1].update(ratio=round(median / limit, 3), ok=median <= limit)
+
         sizes = [s for s in ("8 MiB", "1 GiB", "4 GiB") if f"blackout {s}" in self.figures]
         reach = {"8 MiB": 3, "1 GiB": 30, "4 GiB": 110}
         for s in sizes:
             row(f"blackout, {s}", low(f"blackout {s}"), mid(f"blackout {s}"), reach[s], "ms", f"<= {reach[s]} ms")
             if f"fork {s}" in self.figures:
                 row(f"  a plain fork of as much, {s}", low(f"fork {s}"), mid(f"fork {s}"), None, "ms", "")
+                each(f"  of the fork in the same round, {s}", f"blackout {s}", self.figures[f"fork {s}"], None)
             row(f"  longest gap the program saw, {s}", low(f"gap {s}"), mid(f"gap {s}"), None, "ms", "")
         if "cow us a page" in self.figures:
             row("  copy-on-write afterwards", low("cow us a page"), mid("cow us a page"), None, "us/page", "")
@@ -230,6 +239,7 @@ class Bench:
             row("whole dump, 1 GiB", low("dump 1 GiB"), mid("dump 1 GiB"), 1.5 * low("plain write"), "ms",
                 "<= 1.5 x plain write")
             row("  a plain write", low("plain write"), mid("plain write"), None, "ms", "")
+            each("  of the write in the same round", "dump 1 GiB", self.figures["plain write"], 1.5)
         for s in sizes:
             if s == "8 MiB":
                 row(f"restore, {s}", low(f"restore {s}"), mid(f"restore {s}"), 15, "ms", "<= 15 ms")
@@ -238,6 +248,8 @@ class Bench:
             best = min(ways, key=ways.get)
             row(f"restore, {s}", low(f"restore {s}"), mid(f"restore {s}"), 1.25 * ways[best], "ms",
                 "<= 1.25 x fastest fill")
+            fills = zip(*(self.figures[f"fill {s}: {way}"] for way in ways))
+            each(f"  of the fastest fill in its round, {s}", f"restore {s}", [min(f) for f in fills], 1.25)
             for way in ways:
                 row(f"  {way}", ways[way], mid(f"fill {s}: {way}"), None, "ms", "")
         for s in sizes:
