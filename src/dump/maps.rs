@@ -212,15 +212,20 @@ impl Flags {
     pub fn read(pid: i32) -> io::Result<Self> {
         // What does not fit behind the mappings that the kernel has in its 4 KiB it throws away, and walks over again
         // for the next read: it must have as much as is asked for before that.
-        let mut lines = BufReader::with_capacity(2048, File::open(format!("/proc/{pid}/smaps"))?);
+        let gone = |e: &io::Error| e.raw_os_error() == Some(libc::ESRCH);
         let mut flags = Self::default();
+        let smaps = match File::open(format!("/proc/{pid}/smaps")) {
+            Err(e) if gone(&e) => return Ok(flags),
+            other => other?,
+        };
+        let mut lines = BufReader::with_capacity(2048, smaps);
         let (mut line, mut at) = (Vec::new(), None);
         loop {
             line.clear();
             match lines.read_until(b'\n', &mut line) {
                 Ok(0) => return Ok(flags),
                 Ok(_) => {}
-                Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Ok(flags),
+                Err(e) if gone(&e) => return Ok(flags),
                 Err(e) => return Err(e),
             }
             if let Some(codes) = line.strip_prefix(b"VmFlags:") {
