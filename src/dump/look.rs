@@ -11,7 +11,7 @@ use super::files::{FileDumper, Order};
 use super::hold::HeldProcess;
 use super::queries::{self, Queries, ThreadAnswers};
 use super::tables::Tables;
-use super::{After, Options, Report, Sink, late, maps, memory, process, semaphores, threads};
+use super::{After, Options, Report, Sink, late, maps, memory, process, threads};
 use crate::image::memory::Backing;
 use crate::image::process::{Process, State};
 use crate::image::{Description, Origin, Socket, SpaceId};
@@ -98,7 +98,6 @@ pub fn look(
                 p.state = State::Stopped { signal };
             }
             p.vmas = maps::read(held.via(), tables)?;
-            p.semaphores = semaphores::read(held.via());
             let tid = held.via();
             let fd = pidfd::open_thread(tid)?;
             files.process(*pid, tid, fd.as_fd(), tables, &mut sockets)?;

@@ -14,6 +14,7 @@ use super::files::Order;
 use super::hold::HeldProcess;
 use super::look::{self, Holds, Looked, Subject};
 use super::maps::Flags;
+use super::semaphores::Semaphores;
 use super::tables::Tables;
 use super::{
     After, Carried, Options, Report, Round, Run, Sink, Tracker, carry, maps, memory, namespace,
@@ -44,6 +45,7 @@ pub struct Session {
     opts: Options,
     /// Of their descriptors, before they stood.
     order: Order,
+    semaphores: Semaphores,
     /// But for the time.
     origin: Origin,
     /// The processes have a pid namespace of their own.
@@ -103,6 +105,7 @@ impl Session {
         let inside = namespace::is_inside(process::living_thread(opts.pid));
         let order = Order::look(&pids);
         let origin = look::origin()?;
+        let semaphores = Semaphores::prepare();
         let guardian = Guardian::start().context("starting the guardian process")?;
         let (pids, holds, stopped) = stop_all(opts, stop_first)?;
         Ok(Self {
@@ -117,6 +120,7 @@ impl Session {
             pids,
             opts: opts.clone(),
             order,
+            semaphores,
             origin,
             inside,
             guardian: Arc::new(guardian),
@@ -168,6 +172,11 @@ impl Session {
             std::mem::take(&mut self.order),
             self.inside,
         )?;
+        for (s, hold) in subjects.iter_mut().zip(&self.holds) {
+            if let Some(held) = hold {
+                s.process.semaphores = self.semaphores.read(held.via());
+            }
+        }
         let twin = match self.opts.after {
             After::Run => Twin::Copy,
             After::Kill if self.wants_heirs => Twin::Heir,

@@ -13,9 +13,12 @@ const MOST: usize = 65536;
 ///
 /// # Errors
 /// When kernel memory cannot be read, or the kernel keeps this otherwise.
-pub fn adjustments(tid: i32, sets: &[(i32, usize)]) -> Result<Vec<(i32, Vec<i16>)>> {
+pub fn adjustments(
+    kernel: &KernelMemory,
+    tid: i32,
+    sets: &[(i32, usize)],
+) -> Result<Vec<(i32, Vec<i16>)>> {
     let threads = Threads::get().context("kernel memory cannot be read")?;
-    let kernel = KernelMemory::open()?;
     let task = threads.find(tid)?;
     // struct sysv_sem holds this one pointer.
     let list = kernel.pointer(task.0, "task_struct", "sysvsem")?;
