@@ -291,13 +291,18 @@ fn killed_capture_that_was_to_kill_keeps_the_connection() {
         || {
             let (t, fds, mut peer) = peer_of_client()?;
             expect(&mut peer, b"hello from the target")?;
+            let own = t.fd(fds[0])?;
+            let cookie = sockopt::get(&own, libc::SOL_SOCKET, libc::SO_COOKIE, 8)?;
+            let cookie = u64::from_ne_bytes(cookie[..8].try_into()?);
+            drop(own);
             killed_capture(&t, fds[0], true)?;
             wait_readable(t.pidfd.as_fd()).context("the target's end")?;
             // Neither an end nor a reset reaches the peer.
             peer.write_all(b"anybody?")?;
             let e = peer.read(&mut [0; 8]).unwrap_err();
             assert_eq!(e.kind(), std::io::ErrorKind::WouldBlock);
-            Ok(())
+            // It would wait for a restore.
+            end_keeper(cookie)
         },
     );
 }
