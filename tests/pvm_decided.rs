@@ -128,11 +128,12 @@ fn lost(scene: &Scene, lost: Lost) -> Result<()> {
             states.lines().partition(|s| s.starts_with(['T', 't', 'Z']));
         Ok((run.len(), stand.len()))
     };
-    wait_for("one of the two to go on", LIMIT, || {
+    let there = wait_for("one of the two to go on", LIMIT, || {
         let (here, there) = (runs("h1")?, runs("h2")?);
         ensure!(here.0 == 0 || there.0 == 0, "both go on");
-        Ok((here.0 + there.0 == 1 && here.1 + there.1 == 0).then_some(()))
+        Ok((here.0 + there.0 == 1 && here.1 + there.1 == 0).then_some(there.0 == 1))
     })?;
+    ensure!(there, "it was decided that it goes");
     wait_child(&mut migrate, "the move", LIMIT)?;
     ensure!(boss.ask("getenv HOME").starts_with('/'));
     drop(children);
@@ -192,7 +193,7 @@ fn left_behind(scene: &Scene, ends: Ends) -> Result<()> {
     };
     ensure!(said.contains(why), "{said}");
     if ends == Ends::Agent {
-        ensure!(scene.present(me)? & 0x3ffc_0000 == 0x80000);
+        ensure!(scene.present(me)? & HOST == 0x80000);
         ensure!(boss.enrol() == me);
         return Ok(());
     }

@@ -471,8 +471,8 @@ pub fn xfeatures() -> u64 {
 /// Calls a function on another stack, which ends at `top`, a multiple of 16.
 ///
 /// # Safety
-/// Below `top` there is memory enough that nobody else uses, and behind it a page of zeros. The function does not unwind, and may be called with
-/// `data`.
+/// Below `top` there is memory enough that nobody else uses, and behind it a page of zeros. The function does not
+/// unwind, and may be called with `data`.
 pub unsafe fn call_on(
     top: usize,
     function: extern "C" fn(*mut core::ffi::c_void),
