@@ -272,6 +272,42 @@ fn what_has_part_of_its_bytes_waits_for_the_rest_of_its_time_only() -> Result<()
     Ok(())
 }
 
+#[test]
+fn however_many_calls_have_part_of_their_bytes_each_transfers_all() -> Result<()> {
+    for restored in [false, true] {
+        let Some(mut p) = Running::start("tests/calls/partial.c")? else {
+            return Ok(());
+        };
+        let maps = format!("/proc/{}/maps", p.child.id());
+        // Code that came from no file.
+        let added = || -> Result<bool> {
+            let text = std::fs::read_to_string(&maps)?;
+            let mut lines = text.lines().filter(|l| !l.ends_with("[vdso]"));
+            Ok(lines.any(|l| l.contains(" r-xp ") && l.contains(" 00:00 0")))
+        };
+        ensure!(!added()?, "the program has such mappings itself");
+        // Twice: what the second finds is what the first has made of them.
+        for image in ["first", "second"] {
+            p.dump(image, restored)?;
+            if restored {
+                let mut restore = common::mistctl();
+                restore.args(["restore", "-d"]).arg(p.path(image));
+                p.run(restore, "restore")?;
+            }
+        }
+        ensure!(added()?, "nothing was added for them");
+        std::fs::write(p.path("go"), "")?;
+        p.has("result")?;
+        let text = p.result()?;
+        ensure!(text == "8 8 8 8 8", "restored: {restored}, whole: {text}");
+        // What they had needed is gone when they are looked at again.
+        p.dump("third", false)?;
+        ensure!(!added()?, "what was added stays");
+        std::fs::write(p.path("end"), "")?;
+    }
+    Ok(())
+}
+
 /// Processes that are to end calls of this process's threads.
 fn wakers_of(pid: i32) -> Result<Vec<u32>> {
     let mut found = Vec::new();

@@ -148,6 +148,11 @@ impl HeldProcess {
         self.tail.returned_to()
     }
 
+    /// Mappings that are ours and no part of the program.
+    pub fn ours(&self) -> Vec<Range<u64>> {
+        self.tail.ours()
+    }
+
     /// The main thread, or, when that has ended, another.
     pub fn leader(&self) -> &Held {
         &self.threads[0]

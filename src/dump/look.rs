@@ -199,6 +199,9 @@ fn ask_one<'a>(
     let tail = held.tail();
     let area = hole(&p.vmas, batch::AREA)
         .with_context(|| format!("process {pid} has no room for {} bytes", batch::AREA))?;
+    let ours = held.ours();
+    p.vmas
+        .retain(|v| !ours.iter().any(|r| r.contains(&v.start)));
     let twin = match wanted {
         Twin::Copy if s.queries.is_init => Twin::None,
         wanted => wanted,

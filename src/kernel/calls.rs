@@ -195,7 +195,7 @@ pub fn asked(t: Transfer, r: &Regs, mem: &Mem) -> Result<(u64, Vec<(u64, u64)>)>
 }
 
 /// The trampoline at `at` for the rest of a call: what is left of its time-out, or of its bytes.
-/// None for calls that need none, or whose rest does not fit (more than [`VECTORS_MAX`] vectors).
+/// None for calls that need none.
 pub fn rest(
     at: u64,
     program: &Regs,
@@ -229,9 +229,6 @@ pub fn rest(
                 return Ok(None);
             }
             let vectors = skip(&vectors, done);
-            if vectors.len() > VECTORS_MAX {
-                return Ok(None);
-            }
             let n = vectors.len() as u64;
             let data: Vec<u8> = vectors
                 .iter()
@@ -263,9 +260,6 @@ pub fn rest(
         }
     }
 }
-
-/// Vectors that a trampoline carries at most.
-pub const VECTORS_MAX: usize = 8;
 
 fn skip(vectors: &[(u64, u64)], mut done: u64) -> Vec<(u64, u64)> {
     let mut all = Vec::new();

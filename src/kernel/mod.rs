@@ -1,5 +1,6 @@
 //! Every raw kernel interface, each a small safe type. The only place with `unsafe` outside the shim.
 
+pub mod annex;
 pub mod apart;
 pub mod arch;
 pub mod batch;

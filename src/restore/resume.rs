@@ -4,14 +4,16 @@
 //! restart codes, or ends it with EINTR where a signal has come meanwhile. For nanosleep, poll and
 //! futex with a time-out the kernel remembers when they end; so we let the thread begin such a call
 //! with the time it has left, and stop it in there. The rest goes through trampolines in the dead end
-//! of the vDSO, as in a dump.
+//! of the vDSO, or what is added to it, as in a dump.
 
 use anyhow::{Context, Result, bail};
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use crate::image::process::Process;
 use crate::image::threads::{Resume, Thread};
+use crate::kernel::annex;
 use crate::kernel::arch::{
     ERESTART_RESTARTBLOCK, ERESTARTNOHAND, ERESTARTNOINTR, ERESTARTSYS, Regs,
     trampoline::{self, Common},
@@ -58,14 +60,17 @@ pub fn set(
 ) -> Result<()> {
     let bytes = mem.read_vec(vdso.0, vdso.1.saturating_sub(vdso.0) as usize)?;
     let start = (vdso.0 + vdso::elf_len(&bytes)?).next_multiple_of(8);
+    let note = vdso.1.saturating_sub(annex::NOTE);
     // Signal handlers return to what is there already.
     let dead = bytes.get((start - vdso.0) as usize..).unwrap_or_default();
     let kept = dead.iter().position(|b| *b != 0);
     let mut place = Place {
         start,
         room: Room {
-            lowest: kept.map_or(vdso.1, |i| start + i as u64),
+            // Behind it stands where there is more room.
+            lowest: kept.map_or(note, |i| (start + i as u64).min(note)),
             floor: start + batch::ROOM,
+            annex: 0..0,
         },
         common: Common::default(),
         apart: BTreeMap::new(),
@@ -78,6 +83,9 @@ pub fn set(
                 place.common.may_want(*nr, &regs);
             }
         }
+    }
+    if let Some(leader) = threads.first() {
+        place.room.widen(leader, p, vdso.0, note)?;
     }
     let mut order: Vec<_> = threads.iter().zip(&p.threads).collect();
     order.sort_by_key(|(_, t)| loss(t));
@@ -121,16 +129,41 @@ fn loss(t: &Thread) -> (u8, Reverse<i64>) {
 struct Room {
     lowest: u64,
     floor: u64,
+    /// What is free of it.
+    annex: Range<u64>,
 }
 
 impl Room {
+    /// Where the vDSO has too little room for calls that have yet to transfer something, which would be seen, the
+    /// process gets more.
+    fn widen(&mut self, leader: &Remote, p: &Process, vdso: u64, note: u64) -> Result<()> {
+        let mut wanted = 0;
+        for t in &p.threads {
+            if let (Resume::Partial { .. }, Some(regs)) = (&t.resume, Regs::from_bytes(&t.regs))
+                && let Some(sketch) = calls::rest(0, &regs, &t.resume, 0, leader.mem())?
+            {
+                wanted += sketch.bytes.len() as u64;
+            }
+        }
+        if wanted > self.lowest.saturating_sub(self.floor) & !7 {
+            // Without it whoever finds none says so.
+            if let Ok(annex) = annex::add_to_rebuilt(leader, vdso, note, wanted) {
+                self.annex = annex::room(&annex);
+            }
+        }
+        Ok(())
+    }
+
     /// The address of a trampoline with so many bytes, which does not depend on the address. Others keep `spare` bytes.
     fn take(&mut self, len: usize, spare: u64) -> Option<u64> {
-        let at = self.lowest.checked_sub(len as u64)? & !7;
-        (at >= self.floor + spare).then(|| {
+        let below = |end: u64| Some(end.checked_sub(len as u64)? & !7);
+        if let Some(at) = below(self.lowest).filter(|at| *at >= self.floor + spare) {
             self.lowest = at;
-            at
-        })
+            return Some(at);
+        }
+        let at = below(self.annex.end).filter(|at| *at >= self.annex.start)?;
+        self.annex.end = at;
+        Some(at)
     }
 }
 

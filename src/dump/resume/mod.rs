@@ -9,137 +9,34 @@
 //! release, in trampolines, too; should we die before that, such a call waits its whole time again.
 
 mod deadlines;
+mod tail;
 
-use std::ops::Range;
 use std::os::unix::fs::FileTypeExt;
 
 use anyhow::Result;
 
 pub use deadlines::Watch;
+pub use tail::Tail;
 
 use crate::image::threads::Resume;
 use crate::kernel::arch::trampoline::{self, Common};
 use crate::kernel::arch::{self, ERESTARTNOHAND, NR_RESTART_SYSCALL, Regs};
-use crate::kernel::batch::{self, Held};
+use crate::kernel::batch::Held;
 use crate::kernel::calls::{self, Broken};
 use crate::kernel::mem::Mem;
 use crate::kernel::proc_file;
 use crate::kernel::socket_timeout::{self, Shortened, SocketTimeout};
 use crate::kernel::time_ns::host_monotonic_ns;
-use crate::kernel::vdso;
 use crate::kernel::waker::{self, Due};
 
 const EINTR: i64 = libc::EINTR as i64;
-
-/// The dead end of a process's vDSO, and what of it trampolines occupy.
-#[derive(Debug, Clone, Default)]
-pub struct Tail {
-    all: Range<u64>,
-    /// Where trampolines stand.
-    used: Vec<Range<u64>>,
-    /// Those that signal frames lead to.
-    frames: Vec<Range<u64>>,
-}
-
-impl Tail {
-    /// Empty when the process has no vDSO.
-    pub fn find(tid: i32, mem: &Mem) -> Self {
-        let all = vdso_tail(tid, mem).unwrap_or_default();
-        let mut tail = Self {
-            all,
-            ..Self::default()
-        };
-        // What an earlier dump has left may be in use; once the threads stand [`settle`] knows.
-        let from = tail.all.start + batch::ROOM;
-        let len = tail.all.end.saturating_sub(from) as usize;
-        if let Ok(old) = mem.read_vec(from, len)
-            && let Some(i) = old.iter().position(|b| *b != 0)
-        {
-            tail.used.push((from + i as u64) & !7..tail.all.end);
-        }
-        tail
-    }
-
-    /// What a batch may use.
-    pub fn free(&self) -> Range<u64> {
-        let lowest = self.used.iter().map(|r| r.start).min();
-        self.all.start..lowest.unwrap_or(self.all.end)
-    }
-
-    /// What an image carries, from low to high: signal handlers of the program return there.
-    pub fn returned_to(&self) -> Vec<Range<u64>> {
-        let mut all = self.frames.clone();
-        all.sort_unstable_by_key(|r| r.start);
-        all
-    }
-
-    fn holds(&self, rip: u64) -> bool {
-        self.all.contains(&rip)
-    }
-
-    /// The trampoline that somebody with these registers stands in, from there on.
-    fn keep(&mut self, regs: &Regs, mem: &Mem) -> Range<u64> {
-        let room = (self.all.end - regs.rip) as usize;
-        let code = mem.read_vec(regs.rip, room).unwrap_or_default();
-        let len = trampoline::extent(&code, regs).unwrap_or(room);
-        let end = (regs.rip + len as u64).min(self.all.end);
-        let kept = regs.rip.saturating_sub(2) & !7..end;
-        self.used.push(kept.clone());
-        kept
-    }
-
-    /// The address for `len` bytes: the highest there is. What the next batch needs stays free, and `room`.
-    fn take(&mut self, len: usize, room: u64) -> Option<u64> {
-        self.take_above(self.all.start.checked_add(batch::ROOM + room)?, len)
-    }
-
-    /// The same, above `floor`.
-    fn take_above(&mut self, floor: u64, len: usize) -> Option<u64> {
-        self.used
-            .sort_unstable_by_key(|r| std::cmp::Reverse(r.start));
-        let mut end = self.all.end;
-        let fits = |end: u64, below: u64| {
-            let at = end.checked_sub(len as u64)? & !7;
-            (at >= below.max(floor)).then_some(at)
-        };
-        let mut found = None;
-        for r in &self.used {
-            found = found.or_else(|| fits(end, r.end));
-            end = end.min(r.start);
-        }
-        let at = found.or_else(|| fits(end, floor))?;
-        self.used.push(at..at + len as u64);
-        Some(at)
-    }
-}
-
-fn vdso_tail(tid: i32, mem: &Mem) -> Option<Range<u64>> {
-    const AT_SYSINFO_EHDR: u64 = 33;
-    let auxv = proc_file::read(format!("/proc/{tid}/auxv")).ok()?;
-    let word = |b: &[u8]| b.try_into().map_or(0, u64::from_le_bytes);
-    let base = auxv
-        .chunks_exact(16)
-        .find(|c| word(&c[..8]) == AT_SYSINFO_EHDR)
-        .map(|c| word(&c[8..]))?;
-    let mut bytes = mem.read_vec(base, arch::PAGE as usize).ok()?;
-    // As long as there is more of it.
-    for i in 1..8 {
-        match mem.read_vec(base + i * arch::PAGE, arch::PAGE as usize) {
-            Ok(b) if vdso::elf_len(&bytes).is_err() => bytes.extend(b),
-            _ => break,
-        }
-    }
-    let len = vdso::elf_len(&bytes).ok()?;
-    Some(base + len..base + len.next_multiple_of(arch::PAGE))
-}
 
 /// What the stop did to a thread; its registers are put right at once. False for a thread that still
 /// runs code that a mistctl which died has left in the vDSO: let it finish that.
 pub fn first_act(held: &mut Held, mem: &Mem, tail: &mut Tail) -> Result<bool> {
     let mut seen = held.regs;
     if tail.holds(seen.rip) {
-        let room = (tail.all.end - seen.rip).min(trampoline::MOST as u64) as usize;
-        let code = mem.read_vec(seen.rip, room)?;
+        let code = tail.code(seen.rip, mem)?;
         let mut code = code.as_slice();
         if let [0x0f, 0x05, behind @ ..] = code {
             // On its way into the call.
@@ -248,8 +145,7 @@ fn waits(tid: i32, nr: u64, r: &Regs) -> bool {
 /// Once all threads stand: when their calls are to time out, and trampolines for what they have yet
 /// to transfer, so that from now on our death shows as little as our going on.
 pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -> Result<()> {
-    tail.used.clear();
-    tail.frames.clear();
+    tail.forget();
     for h in threads.iter() {
         if tail.holds(h.regs.rip) {
             tail.keep(&h.regs, mem);
@@ -313,6 +209,35 @@ pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -
             h.tracee.set_regs(&h.regs)?;
         }
     }
+    place_the_rest(threads, mem, tail)
+}
+
+/// Those for which the vDSO has no room get it elsewhere in the process; what nobody uses there any more goes.
+fn place_the_rest(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Result<()> {
+    let mut room = 0;
+    for h in threads.iter() {
+        if matches!(h.resume, Resume::Partial { .. })
+            && !tail.holds(h.regs.rip)
+            && let Some(sketch) = calls::rest(0, &h.program, &h.resume, 0, mem)?
+        {
+            room += sketch.bytes.len() as u64;
+        }
+    }
+    let Some(leader) = threads.first() else {
+        return Ok(());
+    };
+    // Without room the program sees a short count.
+    if tail.tidy(leader, mem).is_err() || room == 0 || tail.extend(leader, mem, room).is_err() {
+        return Ok(());
+    }
+    for h in threads.iter_mut() {
+        if matches!(h.resume, Resume::Partial { .. })
+            && !tail.holds(h.regs.rip)
+            && place(h, 0, mem, tail, false, 0)?
+        {
+            h.tracee.set_regs(&h.regs)?;
+        }
+    }
     Ok(())
 }
 
@@ -356,7 +281,7 @@ fn time_left(nr: u64, t: calls::Timeout, broken: Broken, program: &Regs, mem: &M
 /// A signal frame on a thread's stack may lead back into a trampoline: that one stays.
 fn keep_frames(h: &Held, mem: &Mem, tail: &mut Tail) {
     const FRAMES: u64 = 64 * 1024;
-    if tail.all.is_empty() || !in_use(mem, tail) {
+    if !tail.in_use(mem) {
         return;
     }
     let mut stack = vec![0; FRAMES as usize];
@@ -376,17 +301,9 @@ fn keep_frames(h: &Held, mem: &Mem, tail: &mut Tail) {
                 rip: value,
                 ..Regs::default()
             };
-            let kept = tail.keep(&there, mem);
-            tail.frames.push(kept);
+            tail.keep_frame(&there, mem);
         }
     }
-}
-
-/// Whether an earlier dump has left anything at the end of the tail.
-fn in_use(mem: &Mem, tail: &Tail) -> bool {
-    let len = (tail.all.end - tail.all.start) as usize;
-    mem.read_vec(tail.all.start, len)
-        .is_ok_and(|b| b.iter().any(|x| *x != 0))
 }
 
 /// Writes a trampoline for the rest of a thread's call and points the thread there.
@@ -406,7 +323,7 @@ fn place(
     let len = sketch.bytes.len();
     let at = match h.resume {
         // A short count would show; that the next dump may have to wait does not.
-        Resume::Partial { .. } if last => tail.take_above(tail.all.start, len),
+        Resume::Partial { .. } if last => tail.take_last(len),
         _ => tail.take(len, room),
     };
     let Some(at) = at else {
@@ -600,30 +517,5 @@ fn overwrite(t: calls::Timeout, r: &Regs, left: i64, mem: &Mem) -> Result<()> {
         calls::Timeout::Millis(_) => Ok(()),
         calls::Timeout::Timespec(i) => mem.write(r.arg(i), &calls::timespec(left)),
         calls::Timeout::Timeval(i) => mem.write(r.arg(i), &calls::timeval(left)),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_trampoline_goes_into_the_highest_gap_and_leaves_room_for_a_batch() {
-        let end = 4096 + batch::ROOM + 200;
-        let mut tail = Tail {
-            all: 4096..end,
-            ..Tail::default()
-        };
-        assert_eq!(tail.take(40, 0), Some((end - 40) & !7));
-        let first = tail.take(64, 0).unwrap();
-        assert_eq!(tail.take(40, 60), None);
-        let second = tail.take(40, 0).unwrap();
-        assert!(second + 40 <= first);
-        assert_eq!(tail.take(64, 0), None);
-        assert_eq!(tail.free(), 4096..second);
-        // The one in the middle has ended.
-        tail.used.retain(|r| r.start != first);
-        assert_eq!(tail.take(64, 0), Some(first));
-        assert!(Tail::default().take(8, 0).is_none());
     }
 }

@@ -25,6 +25,8 @@ use crate::kernel::mem::Mem;
 const STEPS_MAX: usize = 24;
 /// Bytes of a trampoline's code at most.
 pub const MOST: usize = 512;
+/// Says that the number of words behind a trampoline's code is in the two bytes that follow.
+const MANY: u8 = u8::MAX;
 
 /// What is to be written, and the registers that make use of it.
 #[derive(Debug)]
@@ -109,7 +111,15 @@ fn say_call(a: &mut Asm, program: &Regs) {
 fn leave(a: &mut Asm, program: &Regs, data: usize) {
     a.mov(R::Cx, program.rip);
     a.raw(&[0xff, 0xe1]); // jmp rcx
-    a.raw(&[data.div_ceil(8) as u8]); // for [`extent`]
+    // For [`extent`].
+    let words = data.div_ceil(8);
+    match u8::try_from(words) {
+        Ok(few) if few != MANY => a.raw(&[few]),
+        _ => {
+            a.raw(&[MANY]);
+            a.raw(&(words as u16).to_le_bytes());
+        }
+    }
     while !a.len().is_multiple_of(8) {
         a.raw(&[0xcc]);
     }
@@ -223,8 +233,13 @@ pub fn extent(code: &[u8], at: &Regs) -> Option<usize> {
         ..*at
     };
     let (_, behind) = follow(code, &broken)?;
-    let data = 8 * usize::from(*code.get(behind)?);
-    let start = at.rip.checked_add(behind as u64 + 1)?.next_multiple_of(8) - at.rip;
+    let (words, len) = match *code.get(behind..)? {
+        [MANY, a, b, ..] => (u16::from_le_bytes([a, b]).into(), 3),
+        [few, ..] => (usize::from(few), 1),
+        [] => return None,
+    };
+    let data = 8 * words;
+    let start = at.rip.checked_add(behind as u64 + len)?.next_multiple_of(8) - at.rip;
     Some(start as usize + data)
 }
 
@@ -353,6 +368,19 @@ mod tests {
         assert_eq!(t.bytes[(t.regs.r10 - 0x2000) as usize..], [1; 16]);
         assert_eq!(behind(&t, 0x2000, -4).rax, -4i64 as u64);
         assert_eq!(behind(&t, 0x2000, 0).r10, program().r10);
+        for bytes in [16, 2032, 2040, 2048, 16384] {
+            let t = emit(
+                0x2000,
+                &program(),
+                20,
+                &[(1, 0)],
+                Some(1),
+                &[1],
+                &vec![1; bytes],
+            );
+            assert_eq!(extent(&t.bytes[2..], &t.regs), Some(t.bytes.len() - 2));
+            assert_eq!(t.bytes[(t.regs.rsi - 0x2000) as usize..], vec![1; bytes]);
+        }
         let t = emit(0x2000, &program(), 45, &[], None, &[], &[]);
         assert_eq!(behind(&t, 0x2000, 5).rip, program().rip);
     }
