@@ -38,8 +38,14 @@ pub enum Resume {
     Run,
     /// It was in system call `nr`, which is issued again as it was.
     Again { nr: u64 },
-    /// It was in system call `nr` with a time-out of which `left_ns` are left.
-    Timed { nr: u64, left_ns: i64 },
+    /// It was in system call `nr` with a time-out of which `left_ns` are left. `again`: a connect on a TCP socket that
+    /// had been connecting before, which ends otherwise.
+    Timed {
+        nr: u64,
+        left_ns: i64,
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        again: bool,
+    },
     /// It had transferred `done` bytes of a call that goes on with the rest. Of its socket's time-out, where it has
     /// one, `left_ns` are left.
     Partial {
@@ -48,6 +54,22 @@ pub enum Resume {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         left_ns: Option<i64>,
     },
+}
+
+impl Resume {
+    /// In a call with a time-out of which is not known yet how much is left.
+    pub fn timed(nr: u64) -> Self {
+        Self::Timed {
+            nr,
+            left_ns: 0,
+            again: false,
+        }
+    }
+
+    /// Whether it is a connect that goes on with an earlier one.
+    pub fn connects_again(&self) -> bool {
+        matches!(self, Self::Timed { again: true, .. })
+    }
 }
 
 /// PTRACE_GET_RSEQ_CONFIGURATION.

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::arch::trampoline::{self, Trampoline};
+use super::arch::trampoline::{self, Seen, Trampoline};
 use super::arch::{ERESTART_RESTARTBLOCK, ERESTARTNOHAND, ERESTARTNOINTR, ERESTARTSYS, Regs};
 use super::mem::Mem;
 use crate::image::threads::Resume;
@@ -125,9 +125,10 @@ pub fn own_time_is_up(nr: u64) -> TimeIsUp {
     }
 }
 
-/// For a socket of this `domain`, whose time-out it is.
-pub fn time_is_up(nr: u64, domain: i32) -> TimeIsUp {
+/// For a socket of this `domain`, whose time-out it is. `again`: it had been connecting before this call.
+pub fn time_is_up(nr: u64, domain: i32, again: bool) -> TimeIsUp {
     let error = match nr as i64 {
+        libc::SYS_connect if again && domain != libc::AF_UNIX => libc::EALREADY,
         libc::SYS_connect if domain != libc::AF_UNIX => libc::EINPROGRESS,
         _ => libc::EAGAIN,
     };
@@ -204,18 +205,24 @@ pub fn rest(
     mem: &Mem,
 ) -> Result<Option<Trampoline>> {
     let left = left_ns.max(0) as u64;
-    let emit = |nr, args: &[(usize, u64)], done, in_data: &[usize], data: &[u8]| {
+    let emit = |nr, args: &[(usize, u64)], result, in_data: &[usize], data: &[u8]| {
         Ok(Some(trampoline::emit(
-            at, program, nr, args, done, in_data, data,
+            at, program, nr, args, result, in_data, data,
         )))
     };
     match *resume {
         Resume::Run | Resume::Again { .. } => Ok(None),
         Resume::Timed { nr, .. } => match timeout(nr, program) {
             None | Some((_, Broken::RestartBlock)) => Ok(None),
-            Some((Timeout::Millis(i), _)) => emit(nr, &[(i, millis(left_ns))], None, &[], &[]),
-            Some((Timeout::Timespec(i), _)) => emit(nr, &[(i, 0)], None, &[i], &timespec(left)),
-            Some((Timeout::Timeval(i), _)) => emit(nr, &[(i, 0)], None, &[i], &timeval(left)),
+            Some((Timeout::Millis(i), _)) => {
+                emit(nr, &[(i, millis(left_ns))], Seen::AsItIs, &[], &[])
+            }
+            Some((Timeout::Timespec(i), _)) => {
+                emit(nr, &[(i, 0)], Seen::AsItIs, &[i], &timespec(left))
+            }
+            Some((Timeout::Timeval(i), _)) => {
+                emit(nr, &[(i, 0)], Seen::AsItIs, &[i], &timeval(left))
+            }
         },
         Resume::Partial { nr, done, .. } => {
             let Some(t) = transfer(nr, program) else {
@@ -228,6 +235,7 @@ pub fn rest(
             if sum > i32::MAX as u32 {
                 return Ok(None);
             }
+            let sum = Seen::Added(sum);
             let vectors = skip(&vectors, done);
             let n = vectors.len() as u64;
             let data: Vec<u8> = vectors
@@ -238,23 +246,17 @@ pub fn rest(
             match t {
                 Transfer::Buffer(a, l) => {
                     let start = program.arg(a).wrapping_add(done);
-                    emit(nr, &[(a, start), (l, left)], Some(sum), &[], &[])
+                    emit(nr, &[(a, start), (l, left)], sum, &[], &[])
                 }
-                Transfer::Count(l) => emit(nr, &[(l, left)], Some(sum), &[], &[]),
-                Transfer::Vectors(a, l) => emit(nr, &[(a, 0), (l, n)], Some(sum), &[a], &data),
+                Transfer::Count(l) => emit(nr, &[(l, left)], sum, &[], &[]),
+                Transfer::Vectors(a, l) => emit(nr, &[(a, 0), (l, n)], sum, &[a], &data),
                 Transfer::Message(_) => match vectors.as_slice() {
                     // As one send: what else the message carried has gone with its first byte.
                     [(start, len)] => {
                         let args = [(1, *start), (2, *len), (3, program.arg(2)), (4, 0), (5, 0)];
-                        emit(libc::SYS_sendto as u64, &args, Some(sum), &[], &[])
+                        emit(libc::SYS_sendto as u64, &args, sum, &[], &[])
                     }
-                    _ => emit(
-                        libc::SYS_writev as u64,
-                        &[(1, 0), (2, n)],
-                        Some(sum),
-                        &[1],
-                        &data,
-                    ),
+                    _ => emit(libc::SYS_writev as u64, &[(1, 0), (2, n)], sum, &[1], &data),
                 },
             }
         }

@@ -4,7 +4,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 
-use super::socket;
+use super::{socket, sockopt};
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;
@@ -50,6 +50,10 @@ pub struct InetDiag {
     /// 0 is a socket without a descriptor: not accepted, orphaned, or in TIME_WAIT.
     pub ino: u32,
     pub shutdown: u8,
+    /// Since something was sent last, it was sent again so often.
+    pub retransmits: u8,
+    /// When its timer expires, milliseconds.
+    pub expires_ms: u32,
 }
 
 impl InetDiag {
@@ -187,8 +191,13 @@ impl SockDiag {
 
     /// Every socket of this family (AF_INET, AF_INET6) and protocol (IPPROTO_TCP, IPPROTO_UDP).
     pub fn inet(&self, family: i32, protocol: i32) -> io::Result<Vec<InetDiag>> {
+        self.inet_in(family, protocol, u32::MAX)
+    }
+
+    /// Those whose state's bit is among `states`.
+    fn inet_in(&self, family: i32, protocol: i32, states: u32) -> io::Result<Vec<InetDiag>> {
         let mut body = vec![family as u8, protocol as u8, 0, 0];
-        body.extend_from_slice(&u32::MAX.to_ne_bytes());
+        body.extend_from_slice(&states.to_ne_bytes());
         body.extend_from_slice(&[0; 48]);
         let mut all = Vec::new();
         self.ask(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, &body, |m| {
@@ -200,6 +209,8 @@ impl SockDiag {
                 send_queue: u32_at(m, 60),
                 ino: u32_at(m, 68),
                 shutdown: 0,
+                retransmits: m.get(3).copied().unwrap_or(0),
+                expires_ms: u32_at(m, 52),
             };
             if let Some(id) = m.get(4..52) {
                 d.id.copy_from_slice(id);
@@ -224,6 +235,32 @@ impl SockDiag {
         body.extend_from_slice(&socket.id);
         self.ask(SOCK_DESTROY, NLM_F_ACK, &body, |_| {})
     }
+}
+
+/// For how long a TCP socket of this network namespace has been trying to connect, which it still does: by when its first
+/// SYN was sent. Somewhat less where that was sent more than once, for timers expire late.
+pub fn connecting_ns(socket: &OwnedFd) -> Option<i64> {
+    const SYN_SENT: u8 = 2;
+    // struct tcp_info.
+    const AT_BACKOFF: usize = 4;
+    const AT_RTO: usize = 8;
+    let info = sockopt::get(socket, libc::IPPROTO_TCP, libc::TCP_INFO, 104).ok()?;
+    if info.first() != Some(&SYN_SENT) {
+        return None;
+    }
+    let ino = nix::sys::stat::fstat(socket).ok()?.st_ino;
+    let domain = sockopt::get_int(socket, libc::SOL_SOCKET, libc::SO_DOMAIN).ok()?;
+    let all = SockDiag::open()
+        .ok()?
+        .inet_in(domain, libc::IPPROTO_TCP, 1 << SYN_SENT);
+    let found = all.ok()?.into_iter().find(|d| u64::from(d.ino) == ino)?;
+    let backoff = info.get(AT_BACKOFF).copied().unwrap_or(0).min(30);
+    let now = i64::from(u32_at(&info, AT_RTO)) * 1000;
+    // The first time-outs are all the same (tcp_syn_linear_timeouts), each of those that follow is twice the one before.
+    let first = now >> backoff;
+    let same = i64::from(found.retransmits.saturating_sub(backoff));
+    let before = first * (same + (1 << backoff) - 1);
+    Some(before + now - i64::from(found.expires_ms) * 1_000_000)
 }
 
 /// Netlink attributes of a message, from `at` on.

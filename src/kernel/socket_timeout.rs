@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use super::calls::TimeIsUp;
 use super::guardian::{Guardian, Undo};
 use super::timer_list::Ticks;
-use super::{calls, pidfd, proc_file, sockopt};
+use super::{calls, pidfd, proc_file, sock_diag, sockopt};
 
 /// How long to wait for a thread to be back in its call. It does nothing else on the way there.
 const PATIENCE: Duration = Duration::from_millis(20);
@@ -21,6 +21,8 @@ pub struct SocketTimeout {
     socket: OwnedFd,
     option: i32,
     whole: [u8; 16],
+    /// It was connecting already when the call was made.
+    again: bool,
 }
 
 /// Sockets whose time-outs are changed for the moment in which calls read them: each once, however many threads of
@@ -87,8 +89,14 @@ impl SocketTimeout {
             socket,
             option,
             whole,
+            again: false,
         };
         Ok((s.whole_ns() > 0).then_some(s))
+    }
+
+    /// For a call on a socket that was connecting already when the call was made, or not.
+    pub fn connecting_again(self, again: bool) -> Self {
+        Self { again, ..self }
     }
 
     /// The program's own time-out, nanoseconds.
@@ -108,7 +116,15 @@ impl SocketTimeout {
     pub fn time_is_up(&self, nr: u64) -> TimeIsUp {
         let domain = sockopt::get(&self.socket, libc::SOL_SOCKET, libc::SO_DOMAIN, 4).ok();
         let domain = domain.and_then(|d| Some(i32::from_ne_bytes(d.try_into().ok()?)));
-        calls::time_is_up(nr, domain.unwrap_or(libc::AF_UNSPEC))
+        calls::time_is_up(nr, domain.unwrap_or(libc::AF_UNSPEC), self.again)
+    }
+
+    /// Whether a connect that has slept for so long is not the one that has sent the first SYN. One that timed out came
+    /// before by the whole time; the clocks of both are coarse by an eighth.
+    pub fn connects_again(&self, nr: u64, slept_ns: i64) -> bool {
+        nr as i64 == libc::SYS_connect
+            && sock_diag::connecting_ns(&self.socket)
+                .is_some_and(|age| age > slept_ns.saturating_add(self.whole_ns() / 2))
     }
 
     fn set(&self, value: &[u8; 16]) -> Result<()> {

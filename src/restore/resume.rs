@@ -80,7 +80,7 @@ pub fn set(
             let by_itself = matches!(calls::timeout(*nr, &regs), Some((_, Broken::RestartBlock)));
             // A call without a time-out of its own may have its socket's.
             if !by_itself {
-                place.common.may_want(*nr, &regs);
+                place.common.may_want(&t.resume, &regs);
             }
         }
     }
@@ -118,7 +118,7 @@ pub fn set(
 fn loss(t: &Thread) -> (u8, Reverse<i64>) {
     match t.resume {
         Resume::Partial { .. } => (0, Reverse(0)),
-        Resume::Timed { nr, left_ns } if calls::socket_option(nr).is_none() => {
+        Resume::Timed { nr, left_ns, .. } if calls::socket_option(nr).is_none() => {
             (1, Reverse(left_ns))
         }
         _ => (2, Reverse(0)),
@@ -194,18 +194,18 @@ impl Place {
     fn go_back(
         &mut self,
         tid: i32,
-        nr: u64,
+        resume: &Resume,
         regs: &mut Regs,
         how: TimeIsUp,
         left: i64,
         mem: &Mem,
     ) -> Result<bool> {
         let take = |len| self.room.take(len, 0);
-        let Some(there) = self.common.place(nr, regs, mem, take)? else {
+        let Some(there) = self.common.place(resume, regs, mem, take)? else {
             return Ok(false);
         };
         *regs = there;
-        self.ends(tid, nr, regs, how, left);
+        self.ends(tid, regs.orig_rax, regs, how, left);
         Ok(true)
     }
 }
@@ -225,7 +225,7 @@ fn go_on(
             regs.orig_rax = u64::MAX;
             return Ok(regs);
         }
-        Resume::Timed { nr, left_ns } => (nr, left_ns),
+        Resume::Timed { nr, left_ns, .. } => (nr, left_ns),
         Resume::Partial { nr, left_ns, .. } => (nr, left_ns.unwrap_or(0)),
         Resume::Again { nr } => (nr, 0),
     };
@@ -253,9 +253,10 @@ fn go_on(
                 let Ok(Some(s)) = socket else {
                     return Ok(regs);
                 };
+                let s = s.connecting_again(t.resume.connects_again());
                 let how = s.time_is_up(nr);
                 after.sockets.shorten(s, tracee.tid, nr, left)?;
-                place.go_back(tracee.tid, nr, &mut regs, how, left, mem)?;
+                place.go_back(tracee.tid, &t.resume, &mut regs, how, left, mem)?;
                 return Ok(regs);
             }
             Some(_) => {}
@@ -275,7 +276,7 @@ fn go_on(
     let spare = if timed { place.common.room() } else { 0 };
     let Some(at) = place.room.take(sketch.bytes.len(), spare) else {
         let how = calls::own_time_is_up(nr);
-        if timed && place.go_back(tracee.tid, nr, &mut regs, how, left, mem)? {
+        if timed && place.go_back(tracee.tid, &t.resume, &mut regs, how, left, mem)? {
             return Ok(regs);
         }
         after.warnings.push(format!(

@@ -26,7 +26,7 @@ pub fn doing(t: &Thread) -> String {
     match &t.resume {
         Resume::Run => "runs".to_owned(),
         Resume::Again { nr } => format!("waits in {}", call(*nr)),
-        Resume::Timed { nr, left_ns } => format!(
+        Resume::Timed { nr, left_ns, .. } => format!(
             "waits in {}, {:.3} s left",
             call(*nr),
             *left_ns as f64 / 1e9

@@ -66,7 +66,11 @@ pub fn first_act(held: &mut Held, mem: &Mem, tail: &mut Tail) -> Result<bool> {
                     left_ns: None,
                 }
             } else {
-                Resume::Timed { nr, left_ns: 0 }
+                Resume::Timed {
+                    nr,
+                    left_ns: 0,
+                    again: trampoline::leads_connect_again(code, &probe),
+                }
             };
             if -(held.regs.rax as i64) == EINTR && held.stopped_by.is_none() {
                 held.regs.rax = -ERESTARTNOHAND as u64;
@@ -94,17 +98,17 @@ pub fn first_act(held: &mut Held, mem: &Mem, tail: &mut Tail) -> Result<bool> {
             held.regs = held.program;
             held.tracee.set_regs(&held.regs)?;
             // With a time-out of its arguments or of its socket; [`settle`] finds out.
-            held.resume = Resume::Timed { nr, left_ns: 0 };
+            held.resume = Resume::timed(nr);
         }
     } else if calls::is_broken(&seen) {
         held.resume = Resume::Again { nr };
         if let Some((_, broken)) = calls::timeout(nr, &seen)
             && broken != Broken::Updated
         {
-            held.resume = Resume::Timed { nr, left_ns: 0 };
+            held.resume = Resume::timed(nr);
         }
         if nr == NR_RESTART_SYSCALL {
-            held.resume = Resume::Timed { nr, left_ns: 0 };
+            held.resume = Resume::timed(nr);
         }
     } else if result > 0
         && let Some(t) = calls::transfer(nr, &seen)
@@ -182,7 +186,16 @@ pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -
                     false => Ok(None),
                 };
                 match (socket, &h.resume) {
-                    (Ok(Some(s)), _) => (h.deadline, h.tick) = socket_end(h, &s, nr, watch),
+                    (Ok(Some(s)), _) => {
+                        (h.deadline, h.tick) = socket_end(h, &s, nr, watch);
+                        let left = h.deadline.map_or(0, |d| d - h.stopped_at);
+                        // Of one that we let go on before, it has been found out then.
+                        if let Resume::Timed { again, .. } = &mut h.resume
+                            && !tail.holds(h.regs.rip)
+                        {
+                            *again = s.connects_again(nr, s.whole_ns() - left);
+                        }
+                    }
                     (_, Resume::Partial { .. }) => {}
                     _ => h.resume = Resume::Again { nr },
                 }
@@ -192,7 +205,7 @@ pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -
     // For the others the time of those who were stopped first has gone on.
     let stood = threads.iter().map(|h| h.stopped_at).max().unwrap_or(0);
     for h in threads.iter_mut() {
-        if let Resume::Timed { nr, left_ns } = &mut h.resume {
+        if let Resume::Timed { nr, left_ns, .. } = &mut h.resume {
             *left_ns = match (h.deadline, calls::timeout(*nr, &h.program)) {
                 (Some(d), _) => (d - stood).max(0),
                 (None, Some((t, _))) => calls::argument(t, &h.program, mem).unwrap_or(0),
@@ -386,7 +399,7 @@ pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Renewed {
                     Some((t, _)) if tail.holds(h.regs.rip) => retime(t, h, left, mem, tail),
                     Some(_) => {
                         let placed = place(h, left, mem, tail, true, common.room());
-                        if !placed.unwrap_or(false) && go_back(h, nr, mem, tail, &mut common) {
+                        if !placed.unwrap_or(false) && go_back(h, mem, tail, &mut common) {
                             note(h, nr, now + left);
                             due.push(Due {
                                 tid: h.tracee.tid,
@@ -399,9 +412,11 @@ pub fn renew(threads: &mut [Held], mem: &Mem, tail: &mut Tail) -> Renewed {
                     }
                     None => {
                         let fd = h.program.arg(0) as i32;
-                        if let Ok(Some(s)) = SocketTimeout::of(h.tracee.tid, nr, fd)
+                        let socket = SocketTimeout::of(h.tracee.tid, nr, fd);
+                        if let Ok(Some(s)) = socket
+                            && let s = s.connecting_again(h.resume.connects_again())
                             && shorten(&mut sockets, s, h, nr, left).is_ok()
-                            && (tail.holds(h.regs.rip) || go_back(h, nr, mem, tail, &mut common))
+                            && (tail.holds(h.regs.rip) || go_back(h, mem, tail, &mut common))
                         {
                             note(h, nr, now + left);
                         }
@@ -452,11 +467,8 @@ fn shorten(sockets: &mut Shortened, s: SocketTimeout, h: &Held, nr: u64, left: i
 fn common(threads: &[Held], tail: &Tail) -> Common {
     let mut common = Common::default();
     for h in threads {
-        if let Resume::Timed { nr, .. } = h.resume
-            && tail.holds(h.regs.rip)
-            && h.noted.is_some()
-        {
-            common.knows(nr, &h.program, &h.regs);
+        if matches!(h.resume, Resume::Timed { .. }) && tail.holds(h.regs.rip) && h.noted.is_some() {
+            common.knows(&h.resume, &h.program, &h.regs);
         }
     }
     for h in threads {
@@ -468,15 +480,15 @@ fn common(threads: &[Held], tail: &Tail) -> Common {
             Some((_, Broken::RestartBlock))
         );
         if !by_itself && h.deadline.is_some() && !tail.holds(h.regs.rip) {
-            common.may_want(nr, &h.program);
+            common.may_want(&h.resume, &h.program);
         }
     }
     common
 }
 
 /// Lets a call go on as it is through a trampoline, so that it can be told from those which the program makes after it.
-fn go_back(h: &mut Held, nr: u64, mem: &Mem, tail: &mut Tail, common: &mut Common) -> bool {
-    match common.place(nr, &h.program, mem, |len| tail.take(len, 0)) {
+fn go_back(h: &mut Held, mem: &Mem, tail: &mut Tail, common: &mut Common) -> bool {
+    match common.place(&h.resume, &h.program, mem, |len| tail.take(len, 0)) {
         Ok(Some(regs)) => {
             h.regs = regs;
             true

@@ -19,6 +19,7 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 
 use super::{Asm, ERESTARTNOHAND, R, Regs};
+use crate::image::threads::Resume;
 use crate::kernel::mem::Mem;
 
 /// Instructions that [`run_out`] follows at most; a trampoline has fewer.
@@ -35,8 +36,18 @@ pub struct Trampoline {
     pub regs: Regs,
 }
 
+/// What the program sees of a call's result.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Seen {
+    AsItIs,
+    /// So much more, or so much instead of an error.
+    Added(u32),
+    /// That of a connect which is called again for one that was called once.
+    Connecting,
+}
+
 /// For a thread that is in a call with `program` registers: the call goes on with `args` (number of
-/// the argument, value) in place of its own. `done` is added to its result. `data` is kept behind the
+/// the argument, value) in place of its own. The program is to see its `result`. `data` is kept behind the
 /// code, and its address added to the values of the arguments in `in_data`.
 /// `at` is a multiple of 8.
 pub fn emit(
@@ -44,7 +55,7 @@ pub fn emit(
     program: &Regs,
     nr: u64,
     args: &[(usize, u64)],
-    done: Option<u32>,
+    result: Seen,
     in_data: &[usize],
     data: &[u8],
 ) -> Trampoline {
@@ -54,7 +65,7 @@ pub fn emit(
     regs.rip = at + a.len() as u64;
     regs.rax = -ERESTARTNOHAND as u64;
     regs.orig_rax = nr;
-    if let Some(done) = done {
+    if let Seen::Added(done) = result {
         a.mov_reg(R::Cx, R::Ax);
         a.raw(&[0x48, 0x0f, 0xc9]); // bswap rcx
         a.raw(&[0x0f, 0xb6, 0xc9]); // movzx ecx, cl: not 0 for errors only
@@ -65,7 +76,7 @@ pub fn emit(
         a.raw(&[0x48, 0x8d, 0x80]); // lea rax, [rax + done]
         a.raw(&done.to_le_bytes());
     }
-    if nr as i64 == libc::SYS_connect {
+    if result == Seen::Connecting {
         connected_again(&mut a);
     }
     for (i, value) in args {
@@ -128,26 +139,42 @@ fn leave(a: &mut Asm, program: &Regs, data: usize) {
 /// Trampolines for calls that go on as they are, each for all threads that make one call in one place.
 #[derive(Debug, Default)]
 pub struct Common {
-    /// By the call and where it leads.
-    known: BTreeMap<(u64, u64), u64>,
+    known: BTreeMap<Way, u64>,
     /// Bytes of those that may be wanted yet.
-    wanted: BTreeMap<(u64, u64), usize>,
+    wanted: BTreeMap<Way, usize>,
+}
+
+/// The call, whether it is a connect that had been called before, and where in the program it leads.
+type Way = (u64, bool, u64);
+
+fn way(how: &Resume, program: &Regs) -> Option<Way> {
+    match *how {
+        Resume::Timed { nr, again, .. } => Some((nr, again, program.rip)),
+        _ => None,
+    }
+}
+
+fn lead_back(at: u64, program: &Regs, (nr, again, _): Way) -> Trampoline {
+    let result = match nr as i64 == libc::SYS_connect && !again {
+        true => Seen::Connecting,
+        false => Seen::AsItIs,
+    };
+    emit(at, program, nr, &[], result, &[], &[])
 }
 
 impl Common {
     /// This one may be wanted: others leave it room.
-    pub fn may_want(&mut self, nr: u64, program: &Regs) {
-        let key = (nr, program.rip);
-        if !self.known.contains_key(&key) {
-            let len = emit(0, program, nr, &[], None, &[], &[]).bytes.len();
-            self.wanted.insert(key, len);
+    pub fn may_want(&mut self, how: &Resume, program: &Regs) {
+        if let Some(way) = way(how, program).filter(|way| !self.known.contains_key(way)) {
+            let len = lead_back(0, program, way).bytes.len();
+            self.wanted.insert(way, len);
         }
     }
 
     /// One of an earlier dump: a thread with these registers stands in it.
-    pub fn knows(&mut self, nr: u64, program: &Regs, regs: &Regs) {
-        if let Some(at) = regs.rip.checked_sub(SYSCALL_LEN) {
-            self.known.insert((nr, program.rip), at);
+    pub fn knows(&mut self, how: &Resume, program: &Regs, regs: &Regs) {
+        if let (Some(way), Some(at)) = (way(how, program), regs.rip.checked_sub(SYSCALL_LEN)) {
+            self.known.insert(way, at);
         }
     }
 
@@ -159,23 +186,25 @@ impl Common {
     /// Registers with which a thread goes on with its call. `take` finds room; None where there is none.
     pub fn place(
         &mut self,
-        nr: u64,
+        how: &Resume,
         program: &Regs,
         mem: &Mem,
         take: impl FnOnce(usize) -> Option<u64>,
     ) -> Result<Option<Regs>> {
-        let key = (nr, program.rip);
-        let emit = |at| emit(at, program, nr, &[], None, &[], &[]);
-        if let Some(at) = self.known.get(&key) {
-            return Ok(Some(emit(*at).regs));
-        }
-        let Some(at) = take(emit(0).bytes.len()) else {
+        let Some(way) = way(how, program) else {
             return Ok(None);
         };
-        let t = emit(at);
+        let lead = |at| lead_back(at, program, way);
+        if let Some(at) = self.known.get(&way) {
+            return Ok(Some(lead(*at).regs));
+        }
+        let Some(at) = take(lead(0).bytes.len()) else {
+            return Ok(None);
+        };
+        let t = lead(at);
         mem.write(at, &t.bytes)?;
-        self.known.insert(key, at);
-        self.wanted.remove(&key);
+        self.known.insert(way, at);
+        self.wanted.remove(&way);
         Ok(Some(t.regs))
     }
 }
@@ -223,6 +252,19 @@ pub fn noted(orig_rax: u64, now: i64) -> Option<i64> {
 /// code.
 pub fn run_out(code: &[u8], at: &Regs) -> Option<Regs> {
     follow(code, at).map(|(regs, _)| regs)
+}
+
+/// Whether a connect in a trampoline, whose `code` from its rip on this is, had been called before.
+pub fn leads_connect_again(code: &[u8], at: &Regs) -> bool {
+    let already = -i64::from(libc::EALREADY) as u64;
+    let out = run_out(
+        code,
+        &Regs {
+            rax: already,
+            ..*at
+        },
+    );
+    at.syscall() == Some(libc::SYS_connect as u64) && out.is_some_and(|r| r.rax == already)
 }
 
 /// How long a trampoline is from the `code` at a thread's rip to the end of its data.
@@ -344,7 +386,7 @@ mod tests {
     #[test]
     fn the_program_gets_its_registers_and_the_whole_count() {
         let args = [(1, 0x7fff_1234_5680), (2, 992), (3, 0)];
-        let t = emit(0x1000, &program(), 1, &args, Some(8), &[], &[]);
+        let t = emit(0x1000, &program(), 1, &args, Seen::Added(8), &[], &[]);
         assert_eq!(t.regs.orig_rax, 1);
         assert_eq!(
             (t.regs.rsi, t.regs.rdx, t.regs.r10),
@@ -362,7 +404,15 @@ mod tests {
 
     #[test]
     fn a_time_out_leaves_errors_alone() {
-        let t = emit(0x2000, &program(), 1, &[(3, 0)], None, &[3], &[1; 16]);
+        let t = emit(
+            0x2000,
+            &program(),
+            1,
+            &[(3, 0)],
+            Seen::AsItIs,
+            &[3],
+            &[1; 16],
+        );
         assert_eq!(t.regs.rip, 0x2002);
         assert_eq!(extent(&t.bytes[2..], &t.regs), Some(t.bytes.len() - 2));
         assert_eq!(t.bytes[(t.regs.r10 - 0x2000) as usize..], [1; 16]);
@@ -374,14 +424,14 @@ mod tests {
                 &program(),
                 20,
                 &[(1, 0)],
-                Some(1),
+                Seen::Added(1),
                 &[1],
                 &vec![1; bytes],
             );
             assert_eq!(extent(&t.bytes[2..], &t.regs), Some(t.bytes.len() - 2));
             assert_eq!(t.bytes[(t.regs.rsi - 0x2000) as usize..], vec![1; bytes]);
         }
-        let t = emit(0x2000, &program(), 45, &[], None, &[], &[]);
+        let t = emit(0x2000, &program(), 45, &[], Seen::AsItIs, &[], &[]);
         assert_eq!(behind(&t, 0x2000, 5).rip, program().rip);
     }
 
@@ -391,10 +441,13 @@ mod tests {
             orig_rax: libc::SYS_connect as u64,
             ..program()
         };
-        let t = emit(0x3000, &p, p.orig_rax, &[], None, &[], &[]);
-        assert_eq!(extent(&t.bytes[2..], &t.regs), Some(t.bytes.len() - 2));
-        for (says, said) in [(0, 0), (-4, -4), (-11, -11), (-114, -115), (-111, -111)] {
-            assert_eq!(behind(&t, 0x3000, says).rax as i64, said);
+        for (again, busy) in [(false, -115), (true, -114)] {
+            let t = lead_back(0x3000, &p, (p.orig_rax, again, p.rip));
+            assert_eq!(extent(&t.bytes[2..], &t.regs), Some(t.bytes.len() - 2));
+            for (says, said) in [(0, 0), (-4, -4), (-11, -11), (-114, busy), (-111, -111)] {
+                assert_eq!(behind(&t, 0x3000, says).rax as i64, said);
+            }
+            assert_eq!(leads_connect_again(&t.bytes[2..], &t.regs), again);
         }
     }
 
