@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Context, Result};
 
-use super::tables::Tables;
+use super::tables::{Tables, other_name};
 use crate::error::Failure;
 use crate::image::memory::{Backing, SharedKind, Vma};
 use crate::kernel::arch::TASK_SIZE;
@@ -148,6 +148,16 @@ fn behind(pid: i32, m: &Map, path: &str, tables: &mut Tables) -> Result<(Backing
             tables.content(memory, file);
         }
         return Ok((Backing::Shared { memory }, false));
+    }
+    if let Some(name) = other_name(path, &meta) {
+        let file = tables.file(&name, &meta, false);
+        return Ok((Backing::File { file }, huge(&meta)));
+    }
+    if meta.nlink() > 0 && shared {
+        return Err(Failure::Refused.because(format!(
+            "process {pid} maps {path} at {start:#x}-{end:#x} shared; that name is gone, and it has another that is not in the same directory (or its mount is hidden); \
+             put it back in its place (ln) before the dump"
+        )));
     }
     if meta.nlink() == 0 && shared || bare.starts_with("/memfd:") {
         let memory = tables.shared_file(file.as_fd(), path)?;

@@ -1,9 +1,10 @@
 //! What several parts of a dump name by index: files, and memory that is shared.
 
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{DirEntry, File};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{DirEntryExt, MetadataExt};
+use std::path::Path;
 
 use anyhow::{Context, Result};
 
@@ -120,6 +121,22 @@ impl Tables {
 
 fn nanos(seconds: i64, nanos: i64) -> i128 {
     i128::from(seconds) * 1_000_000_000 + i128::from(nanos)
+}
+
+/// A name that a file has still, of which `shown` is gone: files are often made under a name for the moment, linked to
+/// their own and unlinked, as sem_open(3) does. Only the directory of `shown` is searched; nothing tells of others.
+pub fn other_name(shown: &str, meta: &std::fs::Metadata) -> Option<String> {
+    if meta.nlink() == 0 || !meta.is_file() {
+        return None;
+    }
+    let bare = shown.strip_suffix(" (deleted)").unwrap_or(shown);
+    let entries = std::fs::read_dir(Path::new(bare).parent()?).ok()?;
+    let same = |e: &DirEntry| {
+        let found = || e.metadata().ok();
+        e.ino() == meta.ino() && found().is_some_and(|m| m.dev() == meta.dev())
+    };
+    let entry = entries.flatten().find(same)?;
+    entry.path().into_os_string().into_string().ok()
 }
 
 /// fstat(2).

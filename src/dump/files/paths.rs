@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use nix::sys::stat::{major, minor};
 
 use super::Seen;
-use crate::dump::tables::Tables;
+use crate::dump::tables::{Tables, other_name};
 use crate::image::files::{Kind, MessageQueue};
 
 /// Character devices that are the same on every machine (linux/major.h, admin-guide/devices.txt):
@@ -45,7 +45,20 @@ pub(super) fn kind(seen: &Seen<'_>, tables: &mut Tables) -> Result<Kind> {
     if fs.filesystem_type() == MQUEUE_MAGIC {
         return message_queue(seen);
     }
+    if let Some(name) = other_name(link, seen.meta) {
+        return Ok(Kind::Path {
+            file: tables.file(&name, seen.meta, false),
+            file_type,
+            rdev: 0,
+        });
+    }
     if seen.meta.nlink() > 0 {
+        if seen.info.flags & libc::O_ACCMODE != libc::O_RDONLY {
+            return Err(seen.place.refuse(
+                "its name is gone, and it has another that is not in the same directory (or its mount is hidden): what is written after a restore would not be there",
+                "put it back in its place (ln), or close it",
+            ));
+        }
         tables.warn(format!(
             "{}: has another name than it was opened by (or its mount is hidden); its content is carried, its identity is not",
             seen.place
