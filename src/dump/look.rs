@@ -197,8 +197,9 @@ fn ask_one<'a>(
     bytes[dead as usize..].fill(0);
     sink.put(p.space, vdso.start, &bytes)?;
     let tail = held.tail();
-    let area = hole(&p.vmas, batch::AREA)
-        .with_context(|| format!("process {pid} has no room for {} bytes", batch::AREA))?;
+    let area = s.queries.area();
+    let at = hole(&p.vmas, area.len)
+        .with_context(|| format!("process {pid} has no room for {} bytes", area.len))?;
     let ours = held.ours();
     p.vmas
         .retain(|v| !ours.iter().any(|r| r.contains(&v.start)));
@@ -207,16 +208,17 @@ fn ask_one<'a>(
         wanted => wanted,
     };
     let begun = Instant::now();
-    let (batch, cloned) = batch::start(held.leader(), &held.mem, tail, area, twin, &|data| {
-        s.queries.calls(data)
-    })?;
+    let (batch, cloned) =
+        batch::start(held.leader(), &held.mem, tail, (at, area), twin, &|data| {
+            s.queries.calls(data)
+        })?;
     let mut answers = vec![s.queries.answers(&batch, p)?];
     if p.lock_future != 0 {
         // How, our own new mapping tells.
         let via = held.via();
         let flags = maps::Flags::read(via)
             .with_context(|| format!("reading the flags of mappings of process {via}"))?;
-        let ours = flags.at(area, area + batch::AREA).unwrap_or_default();
+        let ours = flags.at(at, at + area.len).unwrap_or_default();
         if ours.iter().any(|code| code == "lf") {
             p.lock_future |= libc::MCL_ONFAULT as u32;
         }

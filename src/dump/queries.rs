@@ -5,11 +5,10 @@ use anyhow::{Context, Result};
 use crate::image::process::Process;
 use crate::image::signals::{AltStack, ITimer, SigAction};
 use crate::kernel::arch::{Call, PAGE};
-use crate::kernel::batch::Batch;
+use crate::kernel::batch::{Area, Batch};
 
 const SIGNALS: u64 = 64;
 const SIGACTION_SIZE: u64 = 32;
-const TIMERS_MAX: usize = 128;
 
 const PR_GET_MDWE: u64 = 66;
 const PR_GET_THP_DISABLE: u64 = 42;
@@ -73,6 +72,15 @@ mod membarrier {
 }
 
 impl Queries {
+    /// What the batch needs.
+    pub fn area(&self) -> Area {
+        Area::holding(self.calls(0).len(), self.data_len())
+    }
+
+    fn data_len(&self) -> u64 {
+        AT_TIMERS + 32 * self.timers.len() as u64
+    }
+
     pub fn calls(&self, data: u64) -> Vec<Call> {
         let mut v = Vec::new();
         for sig in 1..=SIGNALS {
@@ -106,7 +114,7 @@ impl Queries {
         // Refused where the mapping that the data stands in, which is new, is locked.
         let cold = libc::MADV_COLD as u64;
         v.push(Call::new(libc::SYS_madvise, &[data, PAGE, cold]));
-        for (i, id) in self.timers.iter().take(TIMERS_MAX).enumerate() {
+        for (i, id) in self.timers.iter().enumerate() {
             let at = data + AT_TIMERS + i as u64 * 32;
             v.push(Call::new(libc::SYS_timer_gettime, &[*id as u64, at]));
             v.push(Call::new(libc::SYS_timer_getoverrun, &[*id as u64]));
@@ -119,7 +127,7 @@ impl Queries {
     pub fn answers(&mut self, batch: &Batch, p: &mut Process) -> Result<ThreadAnswers> {
         let results = batch.results();
         let result = |i: usize| results.get(i).copied().unwrap_or(-1);
-        let data = batch.data(0, (AT_TIMERS + 32 * TIMERS_MAX as u64) as usize)?;
+        let data = batch.data(0, self.data_len() as usize)?;
         let word = |at: u64| word(&data, at);
         for sig in 1..=SIGNALS {
             let at = AT_ACTIONS + (sig - 1) * SIGACTION_SIZE;
@@ -165,7 +173,7 @@ impl Queries {
             self.locked = true;
         }
         self.has_children = result(at::CHILDREN) != -i64::from(libc::ECHILD);
-        for (i, t) in p.posix_timers.iter_mut().enumerate().take(TIMERS_MAX) {
+        for (i, t) in p.posix_timers.iter_mut().enumerate() {
             let at = AT_TIMERS + i as u64 * 32;
             let ns = |at| word(at) as i64 * 1_000_000_000 + word(at + 8) as i64;
             t.interval_ns = ns(at);

@@ -8,7 +8,7 @@
 //!
 //! ```text
 //! tail   leader's code | one thread's code | masks
-//! area   call table (32 KiB) | results and arguments (32 KiB)
+//! area   call table | results and arguments | a word of our own, and a thread's results: a page each
 //! ```
 
 use std::ops::Range;
@@ -18,20 +18,43 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::arch::{Asm, CALL_SIZE, Call, R, Regs};
+use super::arch::{Asm, CALL_SIZE, Call, PAGE, R, Regs};
 use super::mem::Mem;
 use super::sched;
 use super::tracee::{Stop, Tracee};
 use crate::image::threads::Resume;
 
-/// Bytes of the scratch area, and where its data half begins.
-pub const AREA: u64 = 64 * 1024;
-const DATA: u64 = 32 * 1024;
+/// Bytes of the two parts of a scratch area that has no more to hold.
+const PART: u64 = 32 * 1024;
+/// Pages at the end of the area: the leader's being a subreaper, and what a thread's calls write.
+const OWN: u64 = 2 * PAGE;
 /// Room for a thread's own code (two calls, the mask, the jump).
 const THREAD_ROOM: u64 = 400;
 /// Bytes of the vDSO's tail that a batch needs at most.
 pub const ROOM: u64 = 1040;
 const ALL_SIGNALS: u64 = !0;
+
+/// How large the scratch area of a batch is.
+#[derive(Debug, Clone, Copy)]
+pub struct Area {
+    /// Where what calls read and write begins; before it stands their table.
+    data: u64,
+    pub len: u64,
+}
+
+impl Area {
+    /// For `calls` calls that read and write `data` bytes.
+    #[must_use]
+    pub fn holding(calls: usize, data: u64) -> Self {
+        // One more call, and an empty one behind it.
+        let table = ((calls as u64 + 2) * CALL_SIZE as u64).next_multiple_of(PAGE);
+        let begin = table.max(PART);
+        Self {
+            data: begin,
+            len: begin + (data.next_multiple_of(PAGE) + OWN).max(PART),
+        }
+    }
+}
 
 /// A thread held in a PTRACE_EVENT_STOP, and how it will go on.
 #[derive(Debug, Clone)]
@@ -131,7 +154,8 @@ pub struct Batch<'a> {
     leader: &'a Held,
     mem: &'a Mem,
     tail: Range<u64>,
-    area: u64,
+    at: u64,
+    area: Area,
     mapped: bool,
     cloned: bool,
     results: Vec<i64>,
@@ -161,20 +185,20 @@ pub enum Cloned {
 /// How long the calls of a batch may take before we look whether its clone was refused.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-/// Runs the calls that `prepare` makes (given the address of the data area; at most 400 of them) in
-/// the leader, and makes a twin of the process.
+/// Runs the calls that `prepare` makes (given the address of the data area) in the leader, and makes a twin of the
+/// process.
 ///
-/// `tail` is dead executable memory, `area` a hole of [`AREA`] bytes in the address space.
+/// `tail` is dead executable memory, `at` a hole in the address space as long as `area`, which holds those calls.
 pub fn start<'a>(
     leader: &'a Held,
     mem: &'a Mem,
     tail: Range<u64>,
-    area: u64,
+    (at, area): (u64, Area),
     twin: Twin,
     prepare: &dyn Fn(u64) -> Vec<Call>,
 ) -> Result<(Batch<'a>, Cloned)> {
     let t = leader.tracee;
-    let code = leader_code(leader, &tail, area, twin);
+    let code = leader_code(leader, &tail, at, area, twin);
     let (asm, stub) = (code.asm, code.snapshot_stub);
     if asm.len() as u64 + THREAD_ROOM + 16 > tail.end - tail.start {
         bail!(
@@ -191,6 +215,7 @@ pub fn start<'a>(
         leader,
         mem,
         tail,
+        at,
         area,
         mapped: false,
         cloned: false,
@@ -200,7 +225,7 @@ pub fn start<'a>(
 
     step_calls(&t, 1)?;
     let got = t.regs()?.rax;
-    if got != area {
+    if got != at {
         batch.finish()?;
         bail!(
             "process {}: no room for a scratch area: {} (see its limits, and raise them: prlimit --pid {0} --as=unlimited --data=unlimited)",
@@ -209,15 +234,15 @@ pub fn start<'a>(
         );
     }
     batch.mapped = true;
-    let mut calls = prepare(area + DATA);
+    let mut calls = prepare(at + area.data);
     // Held behind the last one, it has not stored its result yet.
     calls.push(Call::new(libc::SYS_getpid, &[]));
     let mut table = Vec::with_capacity(calls.len() * CALL_SIZE);
     calls.iter().for_each(|c| c.encode(&mut table));
-    if table.len() as u64 >= DATA {
+    if table.len() as u64 >= area.data {
         bail!("a batch of {} calls is too long", calls.len());
     }
-    mem.write(area, &table)?;
+    mem.write(at, &table)?;
     let cloned = match twin {
         Twin::Copy | Twin::Heir => {
             t.cont(0)?;
@@ -231,7 +256,7 @@ pub fn start<'a>(
     batch.cloned = twin != Twin::None;
     park(&t)?;
     let mut table = vec![0; calls.len() * CALL_SIZE];
-    mem.read(area, &mut table)?;
+    mem.read(at, &mut table)?;
     batch.results = table
         .chunks_exact(CALL_SIZE)
         .map(|c| i64::from_le_bytes(c[64..72].try_into().unwrap_or_default()))
@@ -247,7 +272,7 @@ impl Batch<'_> {
 
     /// Bytes of the data area.
     pub fn data(&self, offset: u64, len: usize) -> Result<Vec<u8>> {
-        self.mem.read_vec(self.area + DATA + offset, len)
+        self.mem.read_vec(self.at + self.area.data + offset, len)
     }
 
     /// Runs up to two calls in another thread of the process; `prepare` is given the address of
@@ -259,7 +284,7 @@ impl Batch<'_> {
         prepare: &dyn Fn(u64) -> [Call; 2],
     ) -> Result<Vec<u8>> {
         // The last page of the area: the leader's results stay as they are.
-        let data = self.area + AREA - 4096;
+        let data = self.at + self.area.len - PAGE;
         let mask_at = leader_mask(&self.tail) + 8;
         let place = self.tail.end - THREAD_ROOM - 16;
         let mut a = Asm::new();
@@ -327,21 +352,21 @@ pub(super) fn set_mask(a: &mut Asm, at: u64) {
     );
 }
 
-fn leader_code(leader: &Held, tail: &Range<u64>, area: u64, twin: Twin) -> LeaderCode {
+fn leader_code(leader: &Held, tail: &Range<u64>, at: u64, area: Area, twin: Twin) -> LeaderCode {
     let rw = (libc::PROT_READ | libc::PROT_WRITE) as u64;
     let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE) as u64;
-    let subreaper = area + AREA - 8192;
+    let subreaper = at + area.len - OWN;
     let mut a = Asm::new();
-    a.syscall(libc::SYS_mmap, &[area, AREA, rw, flags, u64::MAX, 0]);
+    a.syscall(libc::SYS_mmap, &[at, area.len, rw, flags, u64::MAX, 0]);
     let failed = a.jump_if_error();
     // Nobody has put calls there yet if we are gone: the area is all zeros then.
-    a.interpreter(area);
+    a.interpreter(at);
     let stub = match twin {
         Twin::None => 0,
         Twin::Copy => clone_code(&mut a, subreaper, 0),
         Twin::Heir => clone_code(&mut a, subreaper, libc::CLONE_VM),
     };
-    a.syscall(libc::SYS_munmap, &[area, AREA]);
+    a.syscall(libc::SYS_munmap, &[at, area.len]);
     a.land_far(failed);
     set_mask(&mut a, leader_mask(tail));
     let (rax, rip) = leader.regs.resume_point();
