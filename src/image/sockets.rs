@@ -145,6 +145,26 @@ pub struct Inet {
     pub queue: Vec<(Bytes, Bytes)>,
     #[serde(default)]
     pub shutdown: u8,
+    /// Multicast groups joined.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub memberships: Vec<Membership>,
+    /// The interface that IPv4 multicast is sent by, where it was chosen by its index (IP_MULTICAST_IF).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub multicast_interface: Option<String>,
+}
+
+/// A multicast group that a socket receives.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Membership {
+    /// Its address: 4 or 16 bytes.
+    pub group: Bytes,
+    /// Name of the interface it was joined on.
+    pub interface: String,
+    /// What `sources` send is received, and nothing else; otherwise all but that.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub only: bool,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sources: Vec<Bytes>,
 }
 
 /// TCP in any state that is carried over.

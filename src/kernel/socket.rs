@@ -146,7 +146,7 @@ pub fn set_nonblocking(fd: impl AsFd, on: bool) -> io::Result<bool> {
 pub fn poll_now(fd: impl AsFd) -> io::Result<i16> {
     let mut p = libc::pollfd {
         fd: fd.as_fd().as_raw_fd(),
-        events: libc::POLLIN | libc::POLLOUT | libc::POLLRDHUP,
+        events: libc::POLLIN | libc::POLLOUT | libc::POLLRDHUP | libc::POLLPRI,
         revents: 0,
     };
     // SAFETY: one pollfd.

@@ -4,16 +4,19 @@
 //! raw socket to the socket's own address, which the kernel delivers over loopback whatever its source
 //! says. Needs CAP_NET_RAW.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
 use super::messages::peek_messages;
 use super::options::{self, Phase};
-use super::{Diag, Met, SocketDumper, bytes};
+use super::unaccepted::Reader;
+use super::{Diag, Met, SocketDumper, bytes, multicast};
+use crate::error::Failure;
 use crate::image::Bytes;
 use crate::image::sockets::{Inet, Socket};
+use crate::kernel::sockopt::Queue;
 use crate::kernel::{socket, sockopt};
 
 /// Whether an address, if there, is one of this family.
@@ -44,6 +47,17 @@ pub fn host(address: &[u8]) -> &[u8] {
 
 pub(crate) fn is_v6(address: &[u8]) -> bool {
     address.get(..2) == Some(&(libc::AF_INET6 as u16).to_ne_bytes()[..])
+}
+
+/// An address alone, for people.
+pub(crate) fn display_host(host: &[u8]) -> String {
+    if let Ok(v4) = <[u8; 4]>::try_from(host) {
+        return std::net::Ipv4Addr::from(v4).to_string();
+    }
+    <[u8; 16]>::try_from(host).map_or_else(
+        |_| "(no address)".to_owned(),
+        |v6| std::net::Ipv6Addr::from(v6).to_string(),
+    )
 }
 
 /// For people: 127.0.0.1:80, [::1]:80.
@@ -92,6 +106,15 @@ pub(crate) fn read(
             .map_or(0, |x| x.shutdown & 3),
         ..Inet::default()
     };
+    multicast::read(d, met, &mut inet);
+    let udp = met.kind == libc::SOCK_DGRAM && met.protocol == libc::IPPROTO_UDP;
+    // What waits to be sent is charged for; so is, for a moment, what is on its way.
+    if udp && sockopt::queued(&met.fd, Queue::Out).unwrap_or(0) > 0 && d.is_corked(met) {
+        return Err(Failure::Refused.because(format!(
+            "{}: a part of a datagram waits for the rest (UDP_CORK, MSG_MORE), which cannot be carried; let the program send it first",
+            met.place()
+        )));
+    }
     let events = socket::poll_now(&met.fd).context("poll")?;
     if events & libc::POLLERR != 0 {
         // A receive would take the error, and it cannot be put back.
@@ -100,7 +123,7 @@ pub(crate) fn read(
             met.place()
         ));
     } else if events & libc::POLLIN != 0 {
-        if met.kind != libc::SOCK_DGRAM || met.protocol != libc::IPPROTO_UDP {
+        if !udp {
             warnings.push(format!(
                 "{}: unread packets of a raw socket are not carried",
                 met.place()
@@ -116,6 +139,20 @@ pub(crate) fn read(
             .collect();
     }
     Ok(inet)
+}
+
+impl SocketDumper {
+    /// Whether a UDP socket has begun a datagram; false where the kernel cannot be asked.
+    fn is_corked(&self, met: &Met) -> bool {
+        let pending = |reader: &Reader| {
+            let sock = reader.sock(met.fd.as_fd())?;
+            reader
+                .kernel
+                .u32(reader.kernel.field(sock, "udp_sock", "pending")?)
+        };
+        self.unaccepted()
+            .is_ok_and(|r| pending(r).is_ok_and(|p| p != 0))
+    }
 }
 
 pub(crate) fn build(s: &Socket, inet: &Inet, warnings: &mut Vec<String>) -> Result<OwnedFd> {
@@ -171,6 +208,8 @@ pub(crate) fn fill(
         let _ = socket::shutdown(fd, inet.shutdown);
     }
     options::apply(fd, s, Phase::Late, warnings);
+    // Behind the options: that of the interface has an address only.
+    multicast::apply(fd, inet, warnings);
     Ok(())
 }
 

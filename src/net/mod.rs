@@ -13,6 +13,7 @@ mod inet;
 pub mod keeper;
 pub mod makers;
 mod messages;
+mod multicast;
 mod netlink;
 mod options;
 mod tcp;
@@ -99,6 +100,7 @@ pub struct SocketDumper {
     pub(crate) inside: Option<Maker>,
     /// Inodes of sockets whose queues were read without kernel memory, and why.
     pub(crate) unaided: HashMap<u64, String>,
+    pub(crate) multicast: multicast::Candidates,
     /// Made when it is needed; or why it cannot be had.
     unaccepted: OnceCell<Result<unaccepted::Reader, String>>,
 }
@@ -144,6 +146,7 @@ impl SocketDumper {
             held: tcp::Held::default(),
             inside: None,
             unaided: HashMap::new(),
+            multicast: multicast::Candidates::default(),
             unaccepted: OnceCell::new(),
         }
     }
@@ -372,6 +375,17 @@ impl SocketDumper {
     }
 }
 
+/// Refuses a connection with an urgent byte that was not read: it has a place between the others, and none to put it back.
+fn no_urgent_byte(met: &Met) -> Result<()> {
+    if met.kind == libc::SOCK_STREAM && socket::poll_now(&met.fd)? & libc::POLLPRI != 0 {
+        return Err(Failure::Refused.because(format!(
+            "{}: an urgent byte (MSG_OOB) has come that was not read, which cannot be carried; let the program read it first",
+            met.place()
+        )));
+    }
+    Ok(())
+}
+
 /// Inode number of an open file: names a socket.
 fn inode(fd: impl AsFd) -> Result<u64> {
     let fd = fd.as_fd();
@@ -527,7 +541,9 @@ fn check_image(s: &Socket) -> Result<()> {
                 })
         }
         SocketState::Inet(i) => {
-            inet::family_fits(s.family, &i.local) && inet::family_fits(s.family, &i.peer)
+            inet::family_fits(s.family, &i.local)
+                && inet::family_fits(s.family, &i.peer)
+                && i.memberships.iter().all(multicast::is_sound)
         }
         SocketState::Tcp(t) => {
             s.kind == libc::SOCK_STREAM

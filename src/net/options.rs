@@ -36,6 +36,9 @@ pub enum Phase {
 /// Option, most bytes of its value.
 type Known = (i32, usize);
 
+/// Of an extension header.
+const MOST: usize = 2048;
+
 /// Set before bind, in this order.
 const EARLY: [(i32, &[i32]); 3] = [
     (
@@ -72,6 +75,7 @@ const SOCKET: &[Known] = &[
     (libc::SO_SNDTIMEO, 16),
     (libc::SO_TIMESTAMP, 4),
     (libc::SO_TIMESTAMPNS, 4),
+    (libc::SO_TIMESTAMPING, 8),
     (libc::SO_PASSSEC, 4),
     (libc::SO_RXQ_OVFL, 4),
     (libc::SO_PEEK_OFF, 4),
@@ -81,9 +85,13 @@ const SOCKET: &[Known] = &[
     (47, 8), // SO_MAX_PACING_RATE
     (60, 4), // SO_ZEROCOPY
     (61, 8), // SO_TXTIME
+    (49, 4), // SO_INCOMING_CPU
     (69, 4), // SO_PREFER_BUSY_POLL
     (73, 4), // SO_RESERVE_MEM
+    (74, 4), // SO_TXREHASH
+    (75, 4), // SO_RCVMARK
     (76, 4), // SO_PASSPIDFD
+    (82, 4), // SO_RCVPRIORITY
     (83, 4), // SO_PASSRIGHTS
     (libc::SO_SNDBUF, 4),
     (libc::SO_RCVBUF, 4),
@@ -98,6 +106,7 @@ const IP: &[Known] = &[
     (51, 4), // IP_LOCAL_PORT_RANGE
     (1, 4),  // IP_TOS
     (2, 4),  // IP_TTL
+    (4, 40), // IP_OPTIONS
     (6, 4),  // IP_RECVOPTS
     (7, 4),  // IP_RETOPTS
     (8, 4),  // IP_PKTINFO
@@ -120,33 +129,44 @@ const IP: &[Known] = &[
 ];
 
 const IPV6: &[Known] = &[
-    (26, 4), // IPV6_V6ONLY
-    (78, 4), // IPV6_FREEBIND
-    (75, 4), // IPV6_TRANSPARENT
-    (11, 4), // IPV6_FLOWINFO
-    (16, 4), // IPV6_UNICAST_HOPS
-    (17, 4), // IPV6_MULTICAST_IF
-    (18, 4), // IPV6_MULTICAST_HOPS
-    (19, 4), // IPV6_MULTICAST_LOOP
-    (23, 4), // IPV6_MTU_DISCOVER
-    (25, 4), // IPV6_RECVERR
-    (29, 4), // IPV6_MULTICAST_ALL
-    (31, 4), // IPV6_RECVERR_RFC4884
-    (33, 4), // IPV6_FLOWINFO_SEND
-    (49, 4), // IPV6_RECVPKTINFO
-    (51, 4), // IPV6_RECVHOPLIMIT
-    (53, 4), // IPV6_RECVHOPOPTS
-    (56, 4), // IPV6_RECVRTHDR
-    (58, 4), // IPV6_RECVDSTOPTS
-    (62, 4), // IPV6_DONTFRAG
-    (66, 4), // IPV6_RECVTCLASS
-    (67, 4), // IPV6_TCLASS
-    (70, 4), // IPV6_AUTOFLOWLABEL
-    (72, 4), // IPV6_ADDR_PREFERENCES
-    (73, 4), // IPV6_MINHOPCOUNT
-    (74, 4), // IPV6_RECVORIGDSTADDR
-    (76, 4), // IPV6_UNICAST_IF
-    (77, 4), // IPV6_RECVFRAGSIZE
+    (26, 4),    // IPV6_V6ONLY
+    (78, 4),    // IPV6_FREEBIND
+    (75, 4),    // IPV6_TRANSPARENT
+    (2, 4),     // IPV6_2292PKTINFO
+    (3, 4),     // IPV6_2292HOPOPTS
+    (4, 4),     // IPV6_2292DSTOPTS
+    (5, 4),     // IPV6_2292RTHDR
+    (8, 4),     // IPV6_2292HOPLIMIT
+    (11, 4),    // IPV6_FLOWINFO
+    (16, 4),    // IPV6_UNICAST_HOPS
+    (17, 4),    // IPV6_MULTICAST_IF
+    (18, 4),    // IPV6_MULTICAST_HOPS
+    (19, 4),    // IPV6_MULTICAST_LOOP
+    (23, 4),    // IPV6_MTU_DISCOVER
+    (25, 4),    // IPV6_RECVERR
+    (29, 4),    // IPV6_MULTICAST_ALL
+    (30, 4),    // IPV6_ROUTER_ALERT_ISOLATE
+    (31, 4),    // IPV6_RECVERR_RFC4884
+    (33, 4),    // IPV6_FLOWINFO_SEND
+    (49, 4),    // IPV6_RECVPKTINFO
+    (51, 4),    // IPV6_RECVHOPLIMIT
+    (53, 4),    // IPV6_RECVHOPOPTS
+    (54, MOST), // IPV6_HOPOPTS
+    (55, MOST), // IPV6_RTHDRDSTOPTS
+    (56, 4),    // IPV6_RECVRTHDR
+    (57, MOST), // IPV6_RTHDR
+    (58, 4),    // IPV6_RECVDSTOPTS
+    (59, MOST), // IPV6_DSTOPTS
+    (60, 4),    // IPV6_RECVPATHMTU
+    (62, 4),    // IPV6_DONTFRAG
+    (66, 4),    // IPV6_RECVTCLASS
+    (67, 4),    // IPV6_TCLASS
+    (70, 4),    // IPV6_AUTOFLOWLABEL
+    (72, 4),    // IPV6_ADDR_PREFERENCES
+    (73, 4),    // IPV6_MINHOPCOUNT
+    (74, 4),    // IPV6_RECVORIGDSTADDR
+    (76, 4),    // IPV6_UNICAST_IF
+    (77, 4),    // IPV6_RECVFRAGSIZE
 ];
 
 const TCP: &[Known] = &[
@@ -168,10 +188,13 @@ const TCP: &[Known] = &[
     (34, 4),  // TCP_FASTOPEN_NO_COOKIE
     (36, 4),  // TCP_INQ
     (37, 4),  // TCP_TX_DELAY
+    (44, 4),  // TCP_RTO_MAX_MS
+    (45, 4),  // TCP_RTO_MIN_US
+    (46, 4),  // TCP_DELACK_MAX_US
 ];
 
-/// TCP_MAXSEG: in a connection getsockopt tells the path's, not what was set.
-const TCP_UNCONNECTED: &[Known] = &[(2, 4)];
+/// TCP_MAXSEG, TCP_WINDOW_CLAMP: in a connection getsockopt tells the path's, not what was set.
+const TCP_UNCONNECTED: &[Known] = &[(2, 4), (10, 4)];
 
 const UDP: &[Known] = &[
     (1, 4),   // UDP_CORK
@@ -194,6 +217,8 @@ const NETLINK: &[Known] = &[
 
 const RAW: &[Known] = &[(1, 4)]; // ICMP_FILTER
 
+const RAW6: &[Known] = &[(7, 4)]; // IPV6_CHECKSUM
+
 /// The lists that concern a socket.
 fn lists(family: i32, kind: i32, protocol: i32) -> Vec<(i32, &'static [Known])> {
     let mut all = vec![(libc::SOL_SOCKET, SOCKET)];
@@ -205,6 +230,7 @@ fn lists(family: i32, kind: i32, protocol: i32) -> Vec<(i32, &'static [Known])> 
         match kind {
             libc::SOCK_STREAM => all.push((SOL_TCP, TCP)),
             libc::SOCK_DGRAM if protocol == libc::IPPROTO_UDP => all.push((SOL_UDP, UDP)),
+            libc::SOCK_RAW if family == libc::AF_INET6 => all.push((SOL_IPV6, RAW6)),
             libc::SOCK_RAW => all.push((SOL_RAW, RAW)),
             _ => {}
         }

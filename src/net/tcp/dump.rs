@@ -16,7 +16,7 @@ use crate::kernel::sock_diag::InetDiag;
 use crate::kernel::sockopt::{self, Queue};
 use crate::kernel::tcp_repair::{self, RepairQueue};
 use crate::kernel::{socket, sockopt::DROP_ALL};
-use crate::net::{Diag, Met, SocketDumper, inet};
+use crate::net::{Diag, Met, SocketDumper, inet, no_urgent_byte};
 
 /// Connections that are to end without a word, deaf if the peer is outside.
 #[derive(Default)]
@@ -88,6 +88,7 @@ pub(crate) fn read(
     let found = diag.tcp.iter().find(|x| x.ino == ino);
     let local =
         socket::local_name(&met.fd).with_context(|| format!("{}: getsockname", met.place()))?;
+    no_urgent_byte(met)?;
     let mut tcp = Tcp {
         // A socket in state CLOSE is in no table of the kernel's.
         state: found.map_or(CLOSE, |x| x.state),

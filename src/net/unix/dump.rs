@@ -17,7 +17,7 @@ use crate::kernel::sock_diag::UnixDiag;
 use crate::kernel::socket::{self, Received};
 use crate::kernel::sockopt::{self, Queue};
 use crate::net::messages::{Messages, Peeked, peek_messages};
-use crate::net::{Describe, Diag, Met, SocketDumper, bytes};
+use crate::net::{Describe, Diag, Met, SocketDumper, bytes, no_urgent_byte};
 
 /// Peeks what a unix socket has received, descriptors in flight included.
 pub(crate) fn read_queue(
@@ -236,6 +236,7 @@ pub(crate) fn read(
             met.pid
         )));
     };
+    no_urgent_byte(met)?;
     let mut u = Unix {
         name: Bytes(strip(&x.name)),
         shutdown: x.shutdown & 3,
