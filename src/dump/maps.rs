@@ -200,9 +200,9 @@ fn sysv(pid: i32, m: &Map, key: i32, tables: &mut Tables) -> Result<Backing> {
 }
 
 /// The flags that an image has (proc(5), VmFlags of /proc/PID/smaps).
-const CODES: [&str; 18] = [
+const CODES: [&str; 19] = [
     "mw", "gd", "lo", "sr", "rr", "dc", "de", "nr", "ac", "ht", "wf", "dd", "hg", "nh", "mg", "sf",
-    "lf", "sl",
+    "lf", "sl", "dp",
 ];
 
 /// What /proc/PID/smaps alone tells of mappings. It costs a walk over all page tables.

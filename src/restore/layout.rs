@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 
 use super::Opened;
 use super::bulk::Bulk;
+use super::memory::is_droppable;
 use super::shared::SharedObjects;
 use crate::image::memory::{Backing, ChangedFlags, SpaceId, Vma};
 use crate::image::pages::PagesReader;
@@ -298,9 +299,12 @@ pub fn map(
     redirected: bool,
 ) -> Result<()> {
     for v in &p.vmas {
+        const MAP_DROPPABLE: i32 = 0x08;
         let mut flags = libc::MAP_FIXED_NOREPLACE;
         flags |= if v.shared {
             libc::MAP_SHARED
+        } else if is_droppable(v) {
+            MAP_DROPPABLE
         } else {
             libc::MAP_PRIVATE
         };

@@ -46,9 +46,15 @@ pub fn attach(body: &mut Remote, lazy: bool) -> Result<Uffd> {
     Ok(Uffd(ours))
 }
 
+/// True for memory that the kernel may empty when it likes (MAP_DROPPABLE), as getrandom(2) in the vDSO keeps its state in:
+/// restored twice, that would give the same random numbers twice. So it comes back empty.
+pub fn is_droppable(v: &Vma) -> bool {
+    v.has("dp")
+}
+
 /// True for mappings that userfaultfd fills.
 pub fn by_uffd(v: &Vma) -> bool {
-    v.backing == Backing::Anonymous && !v.shared && !v.has("ht")
+    v.backing == Backing::Anonymous && !v.shared && !v.has("ht") && !is_droppable(v)
 }
 
 /// Those of them that may be filled when the program runs. A child that it forks meanwhile gets what is missing in
@@ -59,7 +65,7 @@ pub fn lazily(v: &Vma) -> bool {
 
 /// True for mappings with pages in the process's own part of the image.
 fn has_pages(v: &Vma) -> bool {
-    !v.shared && !v.is_kernel()
+    !v.shared && !v.is_kernel() && !is_droppable(v)
 }
 
 /// Fills all memory of a process but what is in `bulk` already, verifying every block. Bytes filled.
