@@ -358,7 +358,7 @@ impl FileDumper {
     ) -> Result<Kind> {
         let file_type = seen.meta.mode() & libc::S_IFMT;
         if seen.info.flags & libc::O_PATH != 0 {
-            return paths::kind(seen, tables);
+            return paths::kind(seen, &self.pids, tables);
         }
         // Objects without a name come as "anon_inode:[..]", "pidfd:[..]", "net:[..]"; some of them call
         // themselves regular files on newer kernels.
@@ -368,8 +368,8 @@ impl FileDumper {
             }),
             libc::S_IFIFO => pipes::kind(seen, tables),
             _ if !seen.place.link.starts_with('/') => anon::kind(seen, &self.pids, tables),
-            libc::S_IFCHR => paths::device(seen, tables),
-            _ => paths::kind(seen, tables),
+            libc::S_IFCHR => paths::device(seen, &self.pids, tables),
+            _ => paths::kind(seen, &self.pids, tables),
         }
     }
 

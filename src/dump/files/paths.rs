@@ -1,6 +1,7 @@
 //! What was opened by a name: regular files, directories, devices, and O_PATH of anything.
 
-use std::os::fd::AsFd;
+use std::collections::BTreeSet;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Context, Result};
@@ -9,6 +10,7 @@ use nix::sys::stat::{major, minor};
 use super::Seen;
 use crate::dump::tables::{Tables, other_name};
 use crate::image::files::{Kind, MessageQueue};
+use crate::kernel::proc_file;
 
 /// Character devices that are the same on every machine (linux/major.h, admin-guide/devices.txt):
 /// null, zero, full, random, urandom.
@@ -16,7 +18,7 @@ const MEMORY_DEVICES: [(u64, u64); 5] = [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)]
 const MQUEUE_MAGIC: nix::sys::statfs::FsType = nix::sys::statfs::FsType(0x19800202);
 
 /// A file that is found by its path again, or whose content has to be carried because it is not.
-pub(super) fn kind(seen: &Seen<'_>, tables: &mut Tables) -> Result<Kind> {
+pub(super) fn kind(seen: &Seen<'_>, pids: &BTreeSet<i32>, tables: &mut Tables) -> Result<Kind> {
     let link = &seen.place.link;
     let file_type = seen.meta.mode() & libc::S_IFMT;
     let same = std::fs::symlink_metadata(link)
@@ -43,7 +45,7 @@ pub(super) fn kind(seen: &Seen<'_>, tables: &mut Tables) -> Result<Kind> {
     let fs = nix::sys::statfs::fstatfs(seen.own.as_fd())
         .with_context(|| format!("{}: fstatfs", seen.place))?;
     if fs.filesystem_type() == MQUEUE_MAGIC {
-        return message_queue(seen);
+        return message_queue(seen, pids);
     }
     if let Some(name) = other_name(link, seen.meta) {
         return Ok(Kind::Path {
@@ -71,10 +73,10 @@ pub(super) fn kind(seen: &Seen<'_>, tables: &mut Tables) -> Result<Kind> {
 }
 
 /// A character device that is no terminal.
-pub(super) fn device(seen: &Seen<'_>, tables: &mut Tables) -> Result<Kind> {
+pub(super) fn device(seen: &Seen<'_>, pids: &BTreeSet<i32>, tables: &mut Tables) -> Result<Kind> {
     let rdev = seen.meta.rdev();
     if MEMORY_DEVICES.contains(&(major(rdev), minor(rdev))) {
-        return kind(seen, tables);
+        return kind(seen, pids, tables);
     }
     Err(seen.place.refuse(
         "devices other than null, zero, full, random, urandom and terminals hold state that nobody can carry",
@@ -82,13 +84,26 @@ pub(super) fn device(seen: &Seen<'_>, tables: &mut Tables) -> Result<Kind> {
     ))
 }
 
+/// Who is told of the queue's next message, as reading its file tells (mq_overview(7)).
+fn notified(seen: &Seen<'_>) -> Option<i32> {
+    let text = proc_file::text(format!("/proc/self/fd/{}", seen.own.as_raw_fd())).ok()?;
+    let (_, pid) = text.trim_end().rsplit_once("NOTIFY_PID:")?;
+    pid.trim().parse().ok()
+}
+
 /// Files of the mqueue file system are queues that mq_open(3) finds under their name.
-fn message_queue(seen: &Seen<'_>) -> Result<Kind> {
+fn message_queue(seen: &Seen<'_>, pids: &BTreeSet<i32>) -> Result<Kind> {
     let what = || format!("{}: mq_getattr", seen.place);
     if seen.meta.nlink() == 0 {
         return Err(seen.place.refuse(
             "it is a message queue whose name was removed (mq_unlink)",
             "close it first",
+        ));
+    }
+    if notified(seen).is_some_and(|pid| pids.contains(&pid)) {
+        return Err(seen.place.refuse(
+            "it is a message queue that is to tell the program of its next message (mq_notify), which cannot be carried",
+            "let the program take that back first (mq_notify(queue, NULL))",
         ));
     }
     let queue = crate::kernel::fds::message_queue(seen.own.as_fd()).with_context(what)?;
