@@ -172,6 +172,8 @@ fn process(
         dumpable: 1,
         child_subreaper: false,
         thp_disable: false,
+        thp_advised: false,
+        coredump_filter: None,
         mdwe: 0,
         mce_kill: None,
         membarrier: 0,

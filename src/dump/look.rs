@@ -12,6 +12,7 @@ use super::hold::HeldProcess;
 use super::queries::{self, Queries, ThreadAnswers};
 use super::tables::Tables;
 use super::{After, Options, Report, Sink, late, maps, memory, process, threads};
+use crate::error::Failure;
 use crate::image::memory::Backing;
 use crate::image::process::{Process, State};
 use crate::image::{Description, Origin, Socket, SpaceId};
@@ -168,7 +169,14 @@ pub fn ask(
         s.copy = copy;
         batches.push(batch);
     }
-    batches.into_iter().try_for_each(Batch::finish)
+    batches.into_iter().try_for_each(Batch::finish)?;
+    match subjects.iter().find(|s| s.queries.has_ldt) {
+        Some(s) => Err(Failure::Refused.because(format!(
+            "process {} ({}) has a local descriptor table (modify_ldt(2), as programs for Windows and for 16 bits have), which cannot be carried",
+            s.process.pid, s.process.comm
+        ))),
+        None => Ok(()),
+    }
 }
 
 fn ask_one<'a>(

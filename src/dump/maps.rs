@@ -212,6 +212,8 @@ pub struct Flags {
     all: HashMap<(u64, u64), Vec<String>>,
     /// Missing pages of some are given by a userfaultfd.
     pub by_uffd: bool,
+    /// The vDSO is among them.
+    pub vdso: bool,
 }
 
 impl Flags {
@@ -251,8 +253,15 @@ impl Flags {
                 }
             } else if let Some(range) = range(&line) {
                 at = Some(range);
+                flags.vdso |= line.ends_with(b" [vdso]\n");
             }
         }
+    }
+
+    /// None: the process was ending.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.all.is_empty()
     }
 
     /// Those of a mapping; none when it is not known.

@@ -97,6 +97,13 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<Flags> {
         return Err(is_traced(pid, tracer));
     }
     crate::kernel::caps::caller()?.may_dump(pid)?;
+    if !flags.vdso && !flags.is_empty() {
+        return refuse(format!(
+            "process {pid} ({}) has no vDSO (it unmaps it, as valgrind does, or the kernel was started with vdso=0), \
+             and mistctl works from there; run the program without that",
+            status.name
+        ));
+    }
     let first = inside.first().map_or(via, |first| living_thread(*first));
     namespace::check(pid, via, first)?;
     Ok(flags)
@@ -253,6 +260,9 @@ pub fn read(
     p.personality = u64::from_str_radix(personality.trim(), 16).with_context(ctx)?;
     let adj = proc_file::text(format!("/proc/{via}/oom_score_adj")).with_context(ctx)?;
     p.oom_score_adj = adj.trim().parse().with_context(ctx)?;
+    // Kernels without core dumps have no such file.
+    let filter = proc_file::text(format!("/proc/{via}/coredump_filter")).ok();
+    p.coredump_filter = filter.and_then(|f| u32::from_str_radix(f.trim(), 16).ok());
     p.mm = mm_layout(via, &stat)?;
     p.exe = link(via, "exe", tables)?;
     p.cwd = link(via, "cwd", tables)?;
@@ -295,6 +305,8 @@ fn empty(stat: &Stat) -> Process {
         dumpable: 1,
         child_subreaper: false,
         thp_disable: false,
+        thp_advised: false,
+        coredump_filter: None,
         mdwe: 0,
         mce_kill: None,
         membarrier: 0,
@@ -332,10 +344,20 @@ fn link(pid: i32, which: &str, tables: &mut Tables) -> Result<u32> {
     let link = format!("/proc/{pid}/{which}");
     let target = std::fs::read_link(&link).with_context(|| format!("reading {link}"))?;
     let meta = std::fs::metadata(&link).with_context(|| format!("looking through {link}"))?;
-    let text = target.to_string_lossy();
-    let bare = text.strip_suffix(" (deleted)").unwrap_or(&text);
+    let Some(text) = target.to_str() else {
+        return Err(Failure::Refused.because(format!(
+            "process {pid}: its {} is {}, whose name is not UTF-8; rename it before the dump",
+            match which {
+                "exe" => "program",
+                "cwd" => "current directory",
+                _ => "root directory",
+            },
+            target.display()
+        )));
+    };
+    let bare = text.strip_suffix(" (deleted)").unwrap_or(text);
     let deleted = meta.nlink() == 0;
-    Ok(tables.file(if deleted { bare } else { &text }, &meta, deleted))
+    Ok(tables.file(if deleted { bare } else { text }, &meta, deleted))
 }
 
 /// Resource limits by the names /proc/PID/limits uses; prlimit(2) on another user's process needs

@@ -12,6 +12,7 @@ const SIGACTION_SIZE: u64 = 32;
 
 const PR_GET_MDWE: u64 = 66;
 const PR_GET_THP_DISABLE: u64 = 42;
+const PR_THP_DISABLE_EXCEPT_ADVISED: i64 = 1 << 1;
 const PR_GET_MEMORY_MERGE: u64 = 68;
 pub const PR_GET_TID_ADDRESS: u64 = 40;
 
@@ -35,6 +36,8 @@ pub struct Queries {
     pub is_init: bool,
     /// Some of its memory is locked.
     pub locked: bool,
+    /// It has a local descriptor table (modify_ldt(2)); known once it has answered.
+    pub has_ldt: bool,
 }
 
 /// Places of answers in the results, in the order of [`Queries::calls`].
@@ -51,7 +54,8 @@ mod at {
     pub const MEMBARRIER: usize = PRCTLS + 11;
     pub const MERGE: usize = PRCTLS + 15;
     pub const LOCKED: usize = PRCTLS + 16;
-    pub const TIMERS: usize = PRCTLS + 17;
+    pub const LDT: usize = PRCTLS + 17;
+    pub const TIMERS: usize = PRCTLS + 18;
 }
 
 /// What a process has registered for.
@@ -114,6 +118,8 @@ impl Queries {
         // Refused where the mapping that the data stands in, which is new, is locked.
         let cold = libc::MADV_COLD as u64;
         v.push(Call::new(libc::SYS_madvise, &[data, PAGE, cold]));
+        // Read, to where the timers' answers come: one entry, if there are any.
+        v.push(Call::new(libc::SYS_modify_ldt, &[0, data + AT_TIMERS, 8]));
         for (i, id) in self.timers.iter().enumerate() {
             let at = data + AT_TIMERS + i as u64 * 32;
             v.push(Call::new(libc::SYS_timer_gettime, &[*id as u64, at]));
@@ -158,7 +164,10 @@ impl Queries {
             }
         }
         p.dumpable = result(at::DUMPABLE) as i32;
-        p.thp_disable = result(at::THP_DISABLE) == 1;
+        // 1, and flags.
+        p.thp_disable = result(at::THP_DISABLE) > 0;
+        p.thp_advised =
+            p.thp_disable && result(at::THP_DISABLE) & PR_THP_DISABLE_EXCEPT_ADVISED != 0;
         p.mdwe = result(at::MDWE).max(0) as u32;
         p.mce_kill = u32::try_from(result(at::MCE_KILL)).ok();
         for t in &mut p.threads {
@@ -172,6 +181,7 @@ impl Queries {
             p.lock_future = libc::MCL_FUTURE as u32;
             self.locked = true;
         }
+        self.has_ldt = result(at::LDT) > 0;
         self.has_children = result(at::CHILDREN) != -i64::from(libc::ECHILD);
         for (i, t) in p.posix_timers.iter_mut().enumerate() {
             let at = AT_TIMERS + i as u64 * 32;

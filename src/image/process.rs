@@ -40,6 +40,12 @@ pub struct Process {
     pub dumpable: i32,
     pub child_subreaper: bool,
     pub thp_disable: bool,
+    /// PR_THP_DISABLE_EXCEPT_ADVISED: memory that asks for them (MADV_HUGEPAGE) has huge pages all the same.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub thp_advised: bool,
+    /// Which memory a core dump has (/proc/PID/coredump_filter); none where it was not read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub coredump_filter: Option<u32>,
     pub mdwe: u32,
     /// PR_MCE_KILL_GET: what becomes of it when its memory fails.
     #[serde(default, skip_serializing_if = "Option::is_none")]

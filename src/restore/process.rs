@@ -91,13 +91,19 @@ pub fn surroundings(body: &mut Remote, p: &Process, m: &Manifest) -> Result<()> 
     }
     if p.thp_disable {
         const PR_SET_THP_DISABLE: u64 = 41;
+        const PR_THP_DISABLE_EXCEPT_ADVISED: u64 = 1 << 1;
         body.must(
             "disabling huge pages",
             libc::SYS_prctl,
             &[
                 PR_SET_THP_DISABLE.into(),
                 1u64.into(),
-                0u64.into(),
+                if p.thp_advised {
+                    PR_THP_DISABLE_EXCEPT_ADVISED
+                } else {
+                    0
+                }
+                .into(),
                 0u64.into(),
                 0u64.into(),
             ],
@@ -162,6 +168,17 @@ pub fn limits(body: &mut Remote, p: &Process) -> Result<()> {
         body.warnings.push(format!(
             "process {}: oom_score_adj {} could not be set (it needs CAP_SYS_RESOURCE)",
             p.pid, p.oom_score_adj
+        ));
+    }
+    if let Some(filter) = p.coredump_filter
+        && let Err(e) = std::fs::write(
+            format!("/proc/{}/coredump_filter", body.pid()),
+            format!("{filter:#x}"),
+        )
+    {
+        body.warnings.push(format!(
+            "process {}: coredump_filter {filter:#x} could not be set: {e}",
+            p.pid
         ));
     }
     for l in &p.limits {

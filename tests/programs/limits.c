@@ -41,7 +41,14 @@ int main(void)
     MUST(prctl(PR_SET_NAME, "a (strange) nm"));
     MUST(prctl(PR_SET_CHILD_SUBREAPER, 1));
     MUST(prctl(PR_SET_TIMERSLACK, 123456));
-    int thp = prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0;
+    // PR_THP_DISABLE_EXCEPT_ADVISED where there is that (Linux 6.18).
+    int thp = prctl(PR_SET_THP_DISABLE, 1, 2, 0, 0) == 0 || prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0;
+    long thp_how = prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0);
+    fd = open("/proc/self/coredump_filter", O_WRONLY);
+    int filters = fd >= 0;
+    if (filters)
+        MUST(write(fd, "0x7f", 4));
+    close(fd);
     MUST(prctl(PR_SET_TSC, PR_TSC_ENABLE));
 
     mist_ready();
@@ -67,7 +74,10 @@ int main(void)
     CHECK("PR_GET_CHILD_SUBREAPER", 1, v);
     CHECK("timer slack", 123456, prctl(PR_GET_TIMERSLACK));
     if (thp)
-        CHECK("THP disabled", 1, prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0));
+        CHECK("THP disabled", thp_how, prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0));
+    mist_slurp("/proc/self/coredump_filter", text, sizeof text);
+    if (filters)
+        CHECK("coredump_filter", 0x7f, strtol(text, NULL, 16));
     CHECK("dumpable", 1, prctl(PR_GET_DUMPABLE));
     mist_pass();
 }
