@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use pvm_abi::{AGENTS, CTX_TC, CTX_TM};
+use pvm_abi::{AGENTS, CTX_LAST, CTX_TC};
 
 use crate::pvm::agent::Caller;
 use crate::pvm::agent::control::{Answer, Peer, Request};
@@ -47,8 +47,9 @@ pub fn highest(contexts: impl IntoIterator<Item = u32>) -> Vec<u32> {
     let mut of_hosts = BTreeMap::new();
     for context in contexts {
         let host = Tid(context).host_index();
-        let given_out = Tid(context).is_task();
-        if given_out && ![CTX_TM as u32, CTX_TC as u32].contains(&context) {
+        // A task in a barrier has one of PVM's own, which are at the end of what the first host can give out.
+        let pvms = CTX_LAST as u32..=CTX_TC as u32;
+        if Tid(context).is_task() && !pvms.contains(&context) {
             let known = of_hosts.entry(host).or_insert(context);
             *known = context.max(*known);
         }
@@ -120,16 +121,15 @@ mod tests {
 
     #[test]
     fn the_highest_of_each_host_counts() {
-        let known = [
-            0,
-            0x40003,
-            0x80001,
-            0x40002,
-            CTX_TM as u32,
-            CTX_TC as u32,
-            7,
-        ];
+        let known = [0, 0x40003, 0x80001, 0x40002, 7];
         assert_eq!(highest(known), [0x40003, 0x80001]);
         assert_eq!(highest([]), [0; 0]);
+    }
+
+    #[test]
+    fn those_that_pvm_keeps_for_itself_are_nobodys() {
+        // SYSCTX_FIRST, and the nine below it; SYSCTX_DG, that of dynamic groups, is 0x7fffc.
+        assert_eq!(highest(0x7fff6..=0x7ffff), [0; 0]);
+        assert_eq!(highest([0x40002, 0x7fffc, 0x7fff5]), [0x7fff5]);
     }
 }

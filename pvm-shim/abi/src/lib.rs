@@ -31,6 +31,9 @@ pub const TID_GROUP: u32 = 0x4000_0000;
 pub const CTX_TC: i32 = 0x7ffff;
 /// Context of messages between a task and its pvmd (`SYSCTX_TM`).
 pub const CTX_TM: i32 = 0x7fffe;
+/// The lowest of the contexts that PVM keeps for itself (`SYSCTX_LAST`); up to [`CTX_TC`], the highest, no pvmd gives
+/// one out. That of dynamic groups is among them.
+pub const CTX_LAST: i32 = 0x7fff6;
 
 /// First words of a `TC_NOOP` that mist sent: "MIST".
 pub const NOOP_MAGIC: u32 = 0x4d49_5354;
