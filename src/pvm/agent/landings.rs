@@ -29,6 +29,8 @@ use crate::pvm::virtual_machine::Notify;
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Stage {
     Started,
+    /// It is there, and is to restore an image when somebody waits for that: then all hosts know it.
+    Greeted,
     Ordered,
     Parked(Vec<String>),
     Running(u64),
@@ -98,7 +100,10 @@ impl Landings {
     }
 
     pub fn parked(&mut self, ticket: Ticket, id: &str) -> Result<Option<Answer>> {
-        let lander = self.get(id)?;
+        let Landings {
+            landers, answers, ..
+        } = self;
+        let lander = lander_of(landers, id)?;
         match &lander.stage {
             Stage::Parked(warnings) => Ok(Some(Answer::Parked {
                 warnings: warnings.clone(),
@@ -107,8 +112,12 @@ impl Landings {
                 warnings: Vec::new(),
             })),
             Stage::Failed(failed) => Err(failed.clone().into_error()),
-            _ => {
+            stage => {
+                let greeted = *stage == Stage::Greeted;
                 lander.parked = Some(ticket);
+                if greeted {
+                    lander.order_now(id, answers);
+                }
                 Ok(None)
             }
         }
@@ -155,8 +164,7 @@ impl Landings {
     }
 
     fn get(&mut self, id: &str) -> Result<&mut Lander> {
-        let found = self.landers.get_mut(id);
-        found.with_context(|| format!("there is no lander of a move {id}"))
+        lander_of(&mut self.landers, id)
     }
 
     /// Whether somebody sees to it that this incarnation runs, or ends.
@@ -214,20 +222,30 @@ impl Landings {
             return;
         }
         lander.line = Some(line);
-        let done = lander.give_order(id);
-        match done {
-            Ok(()) => {
-                lander.stage = Stage::Ordered;
-                let answer = Ok(Answer::Landed { r, port });
-                self.answers
-                    .extend(lander.landed.take().map(|t| (t, answer)));
-            }
-            Err(e) => lander.failed(Failed::of(&e), &mut self.answers),
+        lander.stage = Stage::Greeted;
+        // Where its image comes over a stream it waits for that.
+        if lander.order.image.is_none() {
+            lander.order_now(id, &mut self.answers);
         }
+        let answer = Ok(Answer::Landed { r, port });
+        self.answers
+            .extend(lander.landed.take().map(|t| (t, answer)));
     }
 }
 
+fn lander_of<'l>(landers: &'l mut HashMap<String, Lander>, id: &str) -> Result<&'l mut Lander> {
+    let found = landers.get_mut(id);
+    found.with_context(|| format!("there is no lander of a move {id}"))
+}
+
 impl Lander {
+    fn order_now(&mut self, id: &str, answers: &mut Vec<(Ticket, Result<Answer>)>) {
+        match self.give_order(id) {
+            Ok(()) => self.stage = Stage::Ordered,
+            Err(e) => self.failed(Failed::of(&e), answers),
+        }
+    }
+
     fn give_order(&mut self, id: &str) -> Result<()> {
         let commit = match self.order.moves {
             Some((r1, lease_ms)) => Commit::WhenEnded { r1, lease_ms },
@@ -377,5 +395,61 @@ impl Agent {
             self.answer(ticket, answer)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{ErrorKind, Read, Write};
+
+    use super::super::Asker;
+    use super::*;
+
+    /// What its collector hears of an incarnation before its host knows that, it takes for somebody else's.
+    #[test]
+    fn an_image_is_restored_when_all_hosts_know_the_incarnation() {
+        let mut landings = Landings::new(PathBuf::from("/"), PathBuf::from("/"));
+        let ticket = |id| Ticket {
+            asker: Asker::Mover(1),
+            id,
+        };
+        let lander = Lander {
+            r: Tid(0x80003),
+            order: Landing {
+                id: "one".into(),
+                v: 0x40002,
+                program: "worker".into(),
+                moves: None,
+                image: Some("/image".into()),
+                lazy: false,
+                announce: false,
+            },
+            stage: Stage::Started,
+            line: None,
+            lost: false,
+            landed: Some(ticket(1)),
+            parked: None,
+            running: None,
+        };
+        landings.landers.insert("one".into(), lander);
+        let (ours, mut its) = UnixStream::pair().unwrap();
+        its.set_nonblocking(true).unwrap();
+        landings.connected(ours);
+        its.write_all(b"{\"say\":\"hello\",\"id\":\"one\",\"r\":524291,\"pid\":7,\"port\":0}\n")
+            .unwrap();
+        landings.hear().unwrap();
+        let answers = std::mem::take(&mut landings.answers);
+        assert!(matches!(
+            answers.as_slice(),
+            [(_, Ok(Answer::Landed { r: 0x80003, .. }))]
+        ));
+        let mut said = [0; 1000];
+        let heard = its.read(&mut said).map_err(|e| e.kind());
+        assert_eq!(heard, Err(ErrorKind::WouldBlock));
+        // Who asks for this has told all hosts.
+        assert_eq!(landings.parked(ticket(2), "one").unwrap(), None);
+        let len = its.read(&mut said).unwrap();
+        let said = String::from_utf8_lossy(&said[..len]);
+        assert!(said.contains("/image"), "{said}");
     }
 }
