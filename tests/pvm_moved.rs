@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use common::{wait_child, wait_for};
+use mistctl::pvm::shimabi::table::State;
 use scene::Scene;
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -29,7 +30,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 type Test = fn(&Scene) -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 16] = [
+    let tests: [(&str, Test); 17] = [
         ("its_last_words_and_its_status_arrive", last_words),
         ("its_environment_says_where_it_is", environment),
         ("sizes_are_its_pvmds_or_its_own", sizes),
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
             "what_others_print_meanwhile_is_whole",
             output::printed_meanwhile,
         ),
+        ("what_a_child_prints_that_moves_with_it", output::both_move),
         ("a_child_that_enrols_late_prints_to_it", output::late_child),
         (
             "what_it_said_before_comes_before_what_it_says_after",

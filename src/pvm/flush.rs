@@ -85,10 +85,9 @@ impl Drain {
         })
     }
 
-    /// Where output and traces of the tasks of this host go.
-    pub fn sinks(&self) -> impl Iterator<Item = u32> {
-        let sinks = self.senders.iter().filter_map(|s| s.block.sinks().ok());
-        sinks.flat_map(|((output, ..), (trace, ..))| [output, trace])
+    /// The tasks of this host, until they are through.
+    pub fn tasks(&self) -> impl Iterator<Item = &TaskBlock> {
+        self.senders.iter().map(|sender| &sender.block)
     }
 
     /// Looks again. True when nobody of this host is inside a send to the task, and all that they had written

@@ -93,6 +93,56 @@ pub fn printed_meanwhile(scene: &Scene) -> Result<()> {
     Ok(())
 }
 
+/// A child and its collector move at once: while the one is on its way nobody can say that its output goes to another
+/// incarnation of the other.
+pub fn both_move(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    boss.ask("catchout");
+    let me = boss.enrol();
+    let (mut child, c) = scene.worker(&mut boss, "h1", "child")?;
+    child.ask("catchout");
+    // Behind the decision that it moves each of these is waited for in vain, a second long.
+    let mut theirs = Vec::new();
+    for n in 0..2 {
+        let (grandchild, _) = scene.worker(&mut child, "h1", &format!("grandchild{n}"))?;
+        // PvmMboxWaitForInfo and PvmMboxReadAndDelete
+        grandchild.tell("get later 0 48");
+        theirs.push(grandchild);
+    }
+    let first = Move::begin(scene, c, "h0")?;
+    wait_for("the decision", LIMIT, || {
+        scene.is_in(State::Decided, "h1", c)
+    })?;
+    scene.hosts.root("h1", "pkill -STOP -f -- '[ ]mover$'")?;
+    // Nothing tells of somebody who does not go on: the child is on its way some seconds longer.
+    let go_on = "setsid sh -c \"sleep 6; pkill -CONT -f -- '[ ]mover$'\" >/dev/null 2>&1 &";
+    scene.hosts.root("h1", go_on)?;
+    let said = migrate_said(scene, me, "h1")?;
+    ensure!(!said.contains("print"), "{said}");
+    let (status, said) = first.end()?;
+    ensure!(status.success(), "{status}: {said}");
+    // It does not call PVM for this.
+    ensure!(child.ask("print one") == "ok");
+    for _ in &theirs {
+        ensure!(boss.ask("put later now 4") == "0");
+    }
+    for mut grandchild in theirs {
+        grandchild.answer();
+        grandchild.leave();
+    }
+    child.leave();
+    ensure!(boss.ask("exit") == "0");
+    // libpvm may say that it waits for the grandchildren's last output.
+    boss.said.retain(|line| !line.contains("libpvm"));
+    let of = |what: &str| format!("[t{c:x}] {what}");
+    ensure!(
+        boss.said == ["BEGIN", "one", "EOF"].map(of),
+        "{:?}",
+        boss.said
+    );
+    Ok(())
+}
+
 /// It was spawned before its collector moved, and enrols when that is elsewhere.
 pub fn late_child(scene: &Scene) -> Result<()> {
     let mut boss = scene.actor("h0", "boss")?;

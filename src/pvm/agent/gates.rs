@@ -11,6 +11,7 @@ use super::{Agent, Asker, PATIENCE, Ticket};
 use crate::error::Failure;
 use crate::pvm::block::TaskBlock;
 use crate::pvm::flush::Drain;
+use crate::pvm::local;
 use crate::pvm::tid::Tid;
 use crate::pvm::virtual_machine::said_of_life;
 use crate::pvm::wire::Message;
@@ -26,6 +27,8 @@ pub struct Closing {
     drain: Drain,
     /// Tasks of this host print to who moves.
     collects: bool,
+    /// Those of them that were on their way themselves: while they are nobody can say where their output is to go.
+    moving: Vec<u32>,
 }
 
 /// Both incarnations of a task whose gate's lease has ended are asked after.
@@ -66,6 +69,9 @@ impl Agent {
                 )));
             }
         }
+        if next != 0 && Tid(from).host() == self.own.host() {
+            self.refuse_beside_collector(v)?;
+        }
         self.table.close_gate(v, next, lease_ms)?;
         match ticket.asker {
             // It stays closed whatever becomes of who asks.
@@ -79,7 +85,12 @@ impl Agent {
         let r = Tid(self.table.r_of(v));
         self.last_drain += 1;
         let drain = Drain::begin(Tid(v), r, self.own, self.last_drain)?;
-        let collects = drain.sinks().any(|tid| self.table.v_of(tid) == v);
+        let collects = drain.tasks().any(|task| self.prints_to(task).contains(&v));
+        let moving = (drain.tasks())
+            .filter(|task| self.prints_to(task).contains(&v))
+            .filter_map(|task| task.v().ok())
+            .filter(|child| self.is_moving(*child))
+            .collect();
         // Less than the lease: who waits longer opens the gate again anyway.
         let limit = Duration::from_millis(lease_ms / 2);
         self.closing.push(Closing {
@@ -88,19 +99,63 @@ impl Agent {
             until: Instant::now() + limit,
             drain,
             collects,
+            moving,
         });
         self.look_at_drains()
+    }
+
+    /// Of a task and who collects its output one moves after the other, in the order in which this host hears of it: what
+    /// a task prints where it has come to goes to where its collector was when it left.
+    fn refuse_beside_collector(&self, v: u32) -> Result<()> {
+        let own = |task: &TaskBlock| task.v().is_ok_and(|own| own == v);
+        let task = local::tasks()?.into_iter().find(|(_, task)| own(task));
+        let collectors = task.map(|(_, task)| self.prints_to(&task));
+        match (collectors.into_iter().flatten()).find(|collector| self.is_moving(*collector)) {
+            Some(collector) => Err(Failure::Busy.because(format!(
+                "task {}, which collects its output, moves; try again in a while",
+                Tid(collector)
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// Whose are the tasks that its output and its traces go to: others than itself.
+    fn prints_to(&self, task: &TaskBlock) -> Vec<u32> {
+        let (Ok(own), Ok((output, trace))) = (task.v(), task.sinks()) else {
+            return Vec::new();
+        };
+        let sinks = [output.0, trace.0].into_iter();
+        let tasks = sinks.filter(|tid| Tid(*tid).is_task());
+        (tasks.map(|tid| self.table.v_of(tid)))
+            .filter(|v| *v != own)
+            .collect()
+    }
+
+    fn is_moving(&self, v: u32) -> bool {
+        let entry = self.table.entry(v);
+        entry.is_some_and(|entry| entry.state.is_closed() && entry.next != 0)
     }
 
     /// Looks at those who are not through yet; answers where all are.
     pub(super) fn look_at_drains(&mut self) -> Result<()> {
         for mut closing in std::mem::take(&mut self.closing) {
+            let mut moving = std::mem::take(&mut closing.moving);
+            moving.retain(|child| self.is_moving(*child));
+            closing.moving = moving;
             match closing.drain.look() {
-                Ok(true) => {
+                Ok(true) if closing.moving.is_empty() => {
                     let collects = closing.collects;
                     self.answer(closing.ticket, Ok(Answer::Closed { collects }))?;
                 }
-                Ok(false) if Instant::now() < closing.until => self.closing.push(closing),
+                Ok(_) if Instant::now() < closing.until => self.closing.push(closing),
+                Ok(true) => {
+                    let tids = closing.moving.iter().map(|v| Tid(*v).to_string());
+                    let why = Failure::Busy.because(format!(
+                        "tasks whose output it collects move: {}; try again in a while",
+                        tids.collect::<Vec<_>>().join(", ")
+                    ));
+                    self.answer(closing.ticket, Err(why))?;
+                }
                 Ok(false) => {
                     let why = anyhow!(
                         "tasks on {} do not come to an end of what they send: {}",

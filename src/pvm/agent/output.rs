@@ -9,6 +9,7 @@ use nix::sys::socket::{MsgFlags, send};
 use pvm_abi::{CTX_TM, WAIT_ID_IGNORE};
 
 use super::{Agent, CONNECTED};
+use crate::error::Failure;
 use crate::pvm::block::TaskBlock;
 use crate::pvm::capture::Task;
 use crate::pvm::connection::Daemons;
@@ -22,6 +23,8 @@ use crate::pvm::wire::{Body, LONGEST_FRAGMENT, Message, XDR, tm};
 pub const PATIENCE: Duration = Duration::from_secs(1);
 /// Between two looks at what a pvmd has read.
 const LOOK: Duration = Duration::from_micros(50);
+/// Between two attempts to stop a task that somebody else traces.
+const AGAIN: Duration = Duration::from_millis(2);
 
 impl Agent {
     /// Tells this host's pvmd that what tasks print, and what tells of them, goes to incarnation `r` of their collector
@@ -82,7 +85,15 @@ impl Agent {
 /// Writes the request into the connection of a task that stands where it has said nothing by halves.
 fn tell(task: &Task, r: u32, output: bool, trace: bool, limit: Duration) -> Result<()> {
     let until = Instant::now() + limit;
-    let held = quiet::stop(task, limit)?;
+    // Somebody who saves it holds it for a moment.
+    let held = loop {
+        match quiet::stop(task, limit) {
+            Err(e) if Failure::of(&e) == Failure::Busy && Instant::now() < until => {
+                std::thread::sleep(AGAIN);
+            }
+            done => break done?,
+        }
+    };
     let read = || -> Result<()> {
         while task.connection.unsent()? != 0 {
             ensure!(

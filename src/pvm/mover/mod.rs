@@ -41,6 +41,8 @@ use protocol::{FromMover, Job};
 
 /// How long agents may take for an answer.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Between two attempts to close gates while another task on its way stands in the way.
+const BESIDE: Duration = Duration::from_millis(20);
 /// When gates find out by themselves, ms.
 const GATE_LEASE: u64 = 90_000;
 /// How long a lander waits for the end of the old incarnation before it asks, ms.
@@ -194,7 +196,7 @@ impl<'j> Mover<'j> {
         sender: &ImageSender,
     ) -> Result<(Session, Instant, Raised)> {
         self.rounds(tracker, sender)?;
-        self.close_gates(link)?;
+        self.close_gates_alone(link)?;
         let mut session = self.stop(carried)?;
         let stopped = session.stopped();
         // Its buffers stay large until it has ended.
@@ -314,6 +316,21 @@ impl<'j> Mover<'j> {
         link.ask_all(&new, &known, PATIENCE)?;
         self.agents = [old, new].concat();
         Ok(())
+    }
+
+    /// Closes them when no other task stands in the way, such as its collector, that is on its way itself.
+    fn close_gates_alone(&mut self, link: &mut Link) -> Result<()> {
+        let until = Instant::now() + quiet::PATIENCE;
+        loop {
+            match self.close_gates(link) {
+                Err(e) if Failure::of(&e) == Failure::Busy && Instant::now() < until => {
+                    self.settle(link, false)?;
+                    self.closed = false;
+                    std::thread::sleep(BESIDE);
+                }
+                done => return done,
+            }
+        }
     }
 
     fn close_gates(&mut self, link: &mut Link) -> Result<()> {
