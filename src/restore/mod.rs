@@ -3,6 +3,7 @@
 mod bulk;
 mod creds;
 pub mod files;
+mod group_stop;
 mod guest;
 mod ids;
 mod layout;

@@ -17,8 +17,8 @@ use super::shared::SharedObjects;
 use super::tree::{Bodies, Root};
 use super::understudy::Understudy;
 use super::{
-    Guest, Options, Outcome, Replaced, Report, creds, layout, memory, park, process, resume,
-    signals, threads,
+    Guest, Options, Outcome, Replaced, Report, creds, group_stop, layout, memory, park, process,
+    resume, signals, threads,
 };
 use crate::image::memory::ChangedFlags;
 use crate::image::process::{Creds, Process, State};
@@ -410,9 +410,14 @@ fn release(r: &Ready, parked: bool, opts: &Options) -> Result<()> {
             }
         }
     }
-    if opts.stopped || matches!(r.process.state, State::Stopped { .. }) {
-        let pid = nix::unistd::Pid::from_raw(r.leader.pid());
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP)?;
+    let signal = match r.process.state {
+        // A parked thread stands where it would take a signal.
+        State::Stopped { signal } if !parked => Some(signal),
+        State::Stopped { .. } => Some(libc::SIGSTOP),
+        _ => opts.stopped.then_some(libc::SIGSTOP),
+    };
+    if let (Some(signal), Some(first)) = (signal, r.living().first()) {
+        group_stop::stop(r.leader.pid(), first.tracee, r.process, signal)?;
     }
     // The leader last.
     for t in r.living().iter().rev() {
