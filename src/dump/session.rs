@@ -404,6 +404,7 @@ impl Session {
             let pidfds = self.holds.iter().flatten().map(|h| pidfd::open(h.pid));
             let pidfds = pidfds.collect::<Result<Vec<_>>>()?;
             connections.finish_kill(&pidfds.iter().map(AsFd::as_fd).collect::<Vec<_>>())?;
+            self.tables.warnings.append(&mut connections.warnings);
         }
         self.looked = None;
         if after == After::Kill

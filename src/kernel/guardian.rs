@@ -115,11 +115,11 @@ impl Guardian {
     /// The point of no return of a dump that kills. All sockets that are protected enter TCP_REPAIR mode,
     /// in which their end is silent. At our end-of-file the processes behind `pidfds` are killed if
     /// they are not dead already, and the descriptors with these ids stay open, to be handed out to who
-    /// asks for them at the abstract address `name`. See [`crate::net::keeper`].
+    /// asks for them at the abstract address `name`. See [`crate::net::keeper`]. Its pid is returned.
     ///
     /// # Errors
     /// EPIPE and the like, or the address cannot be opened: everything is undone at our end, as before.
-    pub fn keep(&self, name: &[u8], keep: &[UndoId], pidfds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    pub fn keep(&self, name: &[u8], keep: &[UndoId], pidfds: &[BorrowedFd<'_>]) -> io::Result<i32> {
         let mut m = vec![OP_KEEP];
         m.extend_from_slice(&(name.len() as u32).to_ne_bytes());
         m.extend_from_slice(name);
@@ -138,8 +138,7 @@ impl Guardian {
                 "it could not open the address of the keeper",
             ));
         }
-        self.pid.store(0, Ordering::Relaxed);
-        Ok(())
+        Ok(self.pid.swap(0, Ordering::Relaxed))
     }
 }
 

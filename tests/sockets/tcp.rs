@@ -185,6 +185,7 @@ fn peer_outside_goes_on_with_the_restored_end() {
             dumper.add(t.pid(), fds[0], t.fd(fds[0])?)?;
             let mut sockets = dumper.finish(&mut |_, _| bail!("nothing is in flight"))?;
             dumper.finish_kill(&[t.pidfd.as_fd()])?;
+            let said = dumper.warnings.concat();
             t.kill();
             drop(dumper);
             drop(guardian);
@@ -197,7 +198,9 @@ fn peer_outside_goes_on_with_the_restored_end() {
                     bail!("tcp")
                 };
                 let c = tcp.connection.as_mut().context("connection")?;
-                end_keeper(c.cookie)?;
+                let keeper = end_keeper(c.cookie)?;
+                let told = format!("process {keeper} (mist-keeper) holds 1 TCP connection ");
+                assert!(said.contains(&told), "{said}");
                 c.cookie = 0;
             }
             let c = Captured {
@@ -302,13 +305,14 @@ fn killed_capture_that_was_to_kill_keeps_the_connection() {
             let e = peer.read(&mut [0; 8]).unwrap_err();
             assert_eq!(e.kind(), std::io::ErrorKind::WouldBlock);
             // It would wait for a restore.
-            end_keeper(cookie)
+            end_keeper(cookie)?;
+            Ok(())
         },
     );
 }
 
-/// Kills the keeper that holds the socket with this cookie.
-fn end_keeper(cookie: u64) -> Result<()> {
+/// Kills the keeper that holds the socket with this cookie. Its pid.
+fn end_keeper(cookie: u64) -> Result<i32> {
     let name = format!("\0mist-keeper-{cookie:x}");
     let mut addr = (libc::AF_UNIX as u16).to_ne_bytes().to_vec();
     addr.extend_from_slice(name.as_bytes());
@@ -318,5 +322,6 @@ fn end_keeper(cookie: u64) -> Result<()> {
     let pid = i32::from_ne_bytes(cred[..4].try_into()?);
     let keeper = pidfd::open(pid)?;
     pidfd::send_signal(keeper.as_fd(), libc::SIGKILL)?;
-    wait_readable(keeper.as_fd())
+    wait_readable(keeper.as_fd())?;
+    Ok(pid)
 }

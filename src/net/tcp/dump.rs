@@ -534,9 +534,18 @@ pub(crate) fn hold_until_dead(d: &mut SocketDumper, pidfds: &[BorrowedFd<'_>]) -
     let kept: Vec<&HeldSocket> = d.held.held.iter().filter(|h| h.keep).collect();
     let ids: Vec<UndoId> = kept.iter().map(|h| h.id).collect();
     let name = crate::net::keeper::name(kept.iter().map(|h| cookie(h.fd.as_fd())));
-    d.guardian
+    let keeper = d
+        .guardian
         .keep(&name, &ids, pidfds)
         .context("telling the guardian process what to keep")?;
+    if !kept.is_empty() {
+        d.warnings.push(format!(
+            "process {keeper} (mist-keeper) holds {} TCP connection{} to others until a restore takes them, a day at most; end \
+             it to give them up",
+            kept.len(),
+            if kept.len() == 1 { "" } else { "s" }
+        ));
+    }
     // In repair mode now: our copies close without a word.
     d.held.held.clear();
     Ok(())
