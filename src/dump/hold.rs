@@ -371,8 +371,8 @@ fn wait_stopped(t: Tracee, pid: i32) -> Result<Option<Stop>> {
                 let place = proc_file::text(path).unwrap_or_default();
                 return Err(Failure::Busy.because(format!(
                     "thread {} of process {pid} does not stop: it waits in the kernel ({}), as a \
-                     parent does for its vfork child or a program for a dead file server; nothing \
-                     was changed, try again when that is over",
+                     parent does for its vfork child or a program for a dead file server, or its \
+                     control group is frozen; nothing was changed, try again when that is over",
                     t.tid,
                     if place.is_empty() { "unknown" } else { &place },
                 )));

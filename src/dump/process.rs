@@ -92,6 +92,13 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<Flags> {
             status.name
         ));
     }
+    if is_frozen(via, &status) {
+        return Err(Failure::Busy.because(format!(
+            "process {pid} ({}) is frozen with its control group, as by `docker pause`, and can do nothing for a dump; \
+             nothing was changed, thaw it first",
+            status.name
+        )));
+    }
     let flags = ready::wait(via)?;
     if let Some(tracer) = tracer(via) {
         return Err(is_traced(pid, tracer));
@@ -107,6 +114,14 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<Flags> {
     let first = inside.first().map_or(via, |first| living_thread(*first));
     namespace::check(pid, via, first)?;
     Ok(flags)
+}
+
+/// Whether a thread stands in the freezer of its control group: it would be waited for until it is thawed.
+fn is_frozen(tid: i32, status: &Status) -> bool {
+    // Whoever waits among the signals without being stopped is in the freezer, which may be part of get_signal.
+    const PLACES: [&str; 3] = ["do_freezer_trap", "get_signal", "__refrigerator"];
+    let place = proc_file::text(format!("/proc/{tid}/wchan")).unwrap_or_default();
+    status.state.starts_with(['S', 'D']) && PLACES.contains(&place.trim_end())
 }
 
 /// The error for a process that is to be dumped without its children.

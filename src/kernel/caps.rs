@@ -5,6 +5,7 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -73,6 +74,38 @@ pub fn checkpoint_restore() -> bool {
     held(Capability::CAP_CHECKPOINT_RESTORE) || held(Capability::CAP_SYS_ADMIN)
 }
 
+/// Why mistctl may not choose the ids of processes it makes; None when it may.
+pub fn why_not_choose_ids() -> Option<&'static str> {
+    // Of the user namespace that the pid namespace belongs to (set_tid in kernel/pid.c).
+    if !checkpoint_restore() {
+        Some("choosing ids needs CAP_CHECKPOINT_RESTORE (see `mistctl check`)")
+    } else if !owns_pid_namespace() {
+        Some(
+            "choosing ids needs rights over this pid namespace, which belongs to a user namespace further out: give mistctl \
+             one of its own (unshare --pid --fork --mount-proc)",
+        )
+    } else {
+        None
+    }
+}
+
+nix::ioctl_none!(ns_get_userns, 0xb7, 0x1);
+
+/// Whether the user namespace that our pid namespace belongs to is ours, or within ours.
+fn owns_pid_namespace() -> bool {
+    let Ok(namespace) = fs::File::open("/proc/self/ns/pid") else {
+        return true;
+    };
+    // SAFETY: NS_GET_USERNS takes no argument and returns a new descriptor.
+    match unsafe { ns_get_userns(namespace.as_raw_fd()) } {
+        Ok(fd) => {
+            let _ = nix::unistd::close(fd);
+            true
+        }
+        Err(e) => e != nix::errno::Errno::EPERM,
+    }
+}
+
 /// Whether a program on this host can get the capability at all (capabilities(7), bounding set).
 pub fn obtainable(capability: Capability) -> bool {
     caps::has_cap(None, CapSet::Bounding, capability).unwrap_or(false)
@@ -120,6 +153,12 @@ static CALLER: OnceLock<Caller> = OnceLock::new();
 /// # Errors
 /// Run as set-user-ID root, which would make the caller's files root's; the kernel refuses to lower capabilities.
 pub fn start() -> anyhow::Result<&'static Caller> {
+    if !Path::new("/proc/self/stat").exists() {
+        bail!(
+            "no /proc is mounted here, and mistctl knows of processes, itself too, only what that tells; mount one \
+             (mount -t proc proc /proc)"
+        );
+    }
     let caller = Caller::new()?;
     if caller.uid != 0 {
         let keep: HashSet<Capability> = NEEDS

@@ -1,14 +1,16 @@
 //! Which ids processes and threads of an image get: programs keep them in memory.
 
 use std::collections::BTreeSet;
+use std::time::Instant;
 
 use anyhow::Result;
 
 use super::{Options, Report};
 use crate::error::Failure;
 use crate::image::process::Process;
+use crate::kernel::caps;
 use crate::kernel::pid_ns::PidNamespace;
-use crate::kernel::{caps, vacancy};
+use crate::kernel::vacancy::{self, Members};
 
 /// The ids that processes and threads get.
 #[derive(Debug)]
@@ -36,15 +38,20 @@ impl Ids {
         let has = processes.first().filter(|_| here).map(|p| p.pid);
         // Who has just been killed, after a dump for instance, may have them yet.
         let until = vacancy::patience();
-        let taken: BTreeSet<i32> = all(processes)
+        let mut taken: BTreeSet<i32> = all(processes)
             .filter(|id| Some(*id) != has && !vacancy::becomes_free(*id, until))
             .collect();
+        taken.extend(
+            sessions_left(processes, until)
+                .into_iter()
+                .filter(|id| Some(*id) != has),
+        );
         let has_all = all(processes).all(|id| Some(id) == has);
-        if taken.is_empty() && (has_all || caps::checkpoint_restore()) {
+        let why_not = caps::why_not_choose_ids();
+        if taken.is_empty() && (has_all || why_not.is_none()) {
             return Ok(Self::Same);
         }
-        if taken.is_empty() {
-            let why = "choosing ids needs CAP_CHECKPOINT_RESTORE (see `mistctl check`)";
+        if let (true, Some(why)) = (taken.is_empty(), why_not) {
             if opts.same_pid || processes.len() > 1 {
                 return Err(Failure::Restore
                     .because(format!("the processes cannot have the ids they had: {why}")));
@@ -54,8 +61,15 @@ impl Ids {
                 .push(format!("the program gets new ids: {why}"));
             return Ok(Self::New { first: None });
         }
-        let taken: Vec<String> = taken.iter().map(i32::to_string).collect();
-        let taken = taken.join(", ");
+        let members = Members::all();
+        let taken = taken.iter().map(|id| match vacancy::is_taken_itself(*id) {
+            true => id.to_string(),
+            false => match members.who(*id) {
+                Some(who) => format!("{id} ({who})"),
+                None => id.to_string(),
+            },
+        });
+        let taken = taken.collect::<Vec<_>>().join(", ");
         if here && processes.len() > 1 {
             return Err(Failure::Restore.because(format!(
                 "the ids {taken} of the program's child processes are taken here; end those processes, or restore it on another host"
@@ -85,7 +99,7 @@ impl Ids {
     /// Gives the first process this id, if it gets a new one and may be given any.
     pub fn choose_first(&mut self, id: Option<i32>) {
         if let Self::New { first } = self {
-            *first = id.filter(|_| caps::checkpoint_restore());
+            *first = id.filter(|_| caps::why_not_choose_ids().is_none());
         }
     }
 
@@ -130,6 +144,25 @@ impl Ids {
             Self::Same | Self::New { .. } => Ok(()),
         }
     }
+}
+
+/// Ids of leaders that still name the sessions of others, who have been left behind.
+fn sessions_left(processes: &[Process], until: Instant) -> Vec<i32> {
+    let mut leaders: Vec<i32> = processes
+        .iter()
+        .filter(|p| p.sid == p.pid)
+        .map(|p| p.pid)
+        .collect();
+    // Whoever was killed together with them may still be on his way out.
+    while !leaders.is_empty() {
+        let members = Members::all();
+        leaders.retain(|id| members.has(*id));
+        if Instant::now() >= until || leaders.iter().any(|id| !members.are_leaving(*id)) {
+            break;
+        }
+        std::thread::sleep(vacancy::LOOK_EVERY);
+    }
+    leaders
 }
 
 /// Of all processes and threads.

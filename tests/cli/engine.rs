@@ -39,6 +39,158 @@ fn a_process_that_a_debugger_holds_is_busy_with_4() {
 }
 
 #[test]
+fn who_is_left_in_a_programs_session_is_named_where_its_id_is_wanted() {
+    if !engine() {
+        return;
+    }
+    let dir = temp();
+    let i = dir.path().join("i");
+    let mut program = Command::new("setsid")
+        .args(["sh", "-c"])
+        .arg("(sleep 1000 & echo $! >left.tmp; mv left.tmp left); exec sleep 1001")
+        .current_dir(&dir)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let pid = program.id().to_string();
+    let left = dir.path().join("left");
+    wait_for("the program", LIMIT, || {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm"))?;
+        Ok((left.exists() && name == "sleep\n").then_some(()))
+    })
+    .unwrap();
+    let left = fs::read_to_string(left).unwrap().trim().to_owned();
+    run(&["dump", "--kill", &pid, "-o", path(&i)]).ends_with(0);
+    program.wait().unwrap();
+    let said = format!("{pid} (still the session of process {left}, sleep)");
+    run(&["restore", "--detach", "--same-pid", path(&i)])
+        .ends_with(125)
+        .says(&[&said, "end those processes"]);
+    let v = run(&["restore", "--detach", "--json", path(&i)])
+        .ends_with(0)
+        .object();
+    let new = v["pid"].as_i64().unwrap();
+    assert_ne!(new.to_string(), pid);
+    for id in [new as i32, left.parse().unwrap()] {
+        kill(Pid::from_raw(id), Signal::SIGKILL).unwrap();
+    }
+}
+
+/// A control group of our own, where version 2 is mounted; what is in it is frozen.
+struct Frozen(PathBuf);
+
+impl Frozen {
+    fn new(pid: &str) -> Option<Self> {
+        let mounts = fs::read_to_string("/proc/mounts").unwrap();
+        let mut mounts = mounts.lines().map(|l| l.split(' ').collect::<Vec<_>>());
+        let root = mounts
+            .find(|m| m.get(2) == Some(&"cgroup2"))?
+            .get(1)?
+            .to_string();
+        let me = Self(Path::new(&root).join(format!("mist-test-{pid}")));
+        fs::create_dir(&me.0).ok()?;
+        fs::write(me.0.join("cgroup.procs"), pid).ok()?;
+        fs::write(me.0.join("cgroup.freeze"), "1").ok()?;
+        wait_for("the freezer", LIMIT, || {
+            let events = fs::read_to_string(me.0.join("cgroup.events"))?;
+            Ok(events.contains("frozen 1").then_some(()))
+        })
+        .unwrap();
+        Some(me)
+    }
+
+    fn thaw(&self) {
+        let _ = fs::write(self.0.join("cgroup.freeze"), "0");
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        self.thaw();
+        // Its processes are elsewhere first.
+        if let (Ok(pids), Some(root)) = (
+            fs::read_to_string(self.0.join("cgroup.procs")),
+            self.0.parent(),
+        ) {
+            for pid in pids.lines() {
+                let _ = fs::write(root.join("cgroup.procs"), pid);
+            }
+        }
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+#[test]
+fn a_process_whose_control_group_is_frozen_is_busy_with_4() {
+    if !engine() {
+        return;
+    }
+    let target = Sleeper::new();
+    let Some(frozen) = Frozen::new(&target.pid()) else {
+        println!("SKIPPED: control groups (version 2) cannot be made here");
+        return;
+    };
+    let dir = temp();
+    let image = dir.path().join("i");
+    run(&["dump", &target.pid(), "-o", path(&image)])
+        .ends_with(4)
+        .says(&[&target.pid(), "thaw it"]);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    frozen.thaw();
+    run(&["dump", &target.pid(), "-o", path(&image)]).ends_with(0);
+}
+
+#[test]
+fn without_proc_it_says_that_it_is_missing() {
+    if !engine() {
+        return;
+    }
+    let mut command = Command::new("unshare");
+    command.args([
+        "--mount",
+        "sh",
+        "-c",
+        "umount -l /proc && exec \"$@\"",
+        "sh",
+    ]);
+    command
+        .arg(mistctl().get_program())
+        .args(["show", "/nowhere"]);
+    Ran(command.output().unwrap())
+        .ends_with(1)
+        .says(&["no /proc is mounted here"]);
+}
+
+#[test]
+fn in_a_user_namespace_without_its_own_pids_a_program_gets_another_pid() {
+    if !engine() {
+        return;
+    }
+    let dir = temp();
+    let i = dir.path().join("i");
+    let mut target = Sleeper::new();
+    run(&["dump", "--kill", &target.pid(), "-o", path(&i)]).ends_with(0);
+    target.0.wait().unwrap();
+    let within = |options: &[&str]| {
+        let mut command = Command::new("unshare");
+        command
+            .args(["--user", "--map-root-user"])
+            .arg(mistctl().get_program());
+        command.args(["restore", "--detach"]).args(options).arg(&i);
+        Ran(command.output().unwrap())
+    };
+    within(&["--same-pid"])
+        .ends_with(125)
+        .says(&["unshare --pid"]);
+    let ran = within(&["--json"]).ends_with(0);
+    let pid = ran.object()["pid"].as_i64().unwrap();
+    assert_ne!(pid.to_string(), target.pid());
+    kill(Pid::from_raw(pid as i32), Signal::SIGKILL).unwrap();
+}
+
+#[test]
 fn what_cannot_be_printed_is_said_and_shows_in_the_exit_code() {
     if !engine() {
         return;
