@@ -111,16 +111,22 @@ class Bench:
         other.wait()
         return seconds
 
-    def figure(self, name, values, unit, limit=None, words="", more=False):
-        """Records a row; `more`: values should be at least the limit."""
+    def whole(self, task):
+        """Waits until the memory of a task that has moved is in place: that is work behind the move, and none of what
+        is measured next."""
+        self.exec(task.at, "bash", "-c", "while pgrep -x mist-understudy >/dev/null; do sleep 0.02; done", root=True)
+
+    def figure(self, name, values, unit, limit=None, words="", more=False, by_median=False):
+        """Records a row; `more`: values should be at least the limit, of which the best has to be, or the median."""
         self.samples[name] = values
         best = max(values) if more else min(values)
         middle = statistics.median(values)
         if limit is None:
             verdict = ""
         else:
-            good = best >= limit if more else best <= limit
-            verdict = f"{limit:10.2f} {best / limit:5.2f} {words:28} {'yes' if good else 'NO'}"
+            counts = middle if by_median else best
+            good = counts >= limit if more else counts <= limit
+            verdict = f"{limit:10.2f} {counts / limit:5.2f} {words:28} {'yes' if good else 'NO'}"
         self.rows.append(f"{name:52} {best:10.2f} {middle:10.2f} {unit:5} {verdict}")
         print(self.rows[-1], flush=True)
 
@@ -143,19 +149,23 @@ class Bench:
         self.figure("  the gap the task saw", [m["gap_ms"] for m in moves], "ms")
         task = Task(self, "memory", 1 << 20, "random", 0)
         task.move()
-        rates, sealed, plain = [], [], []
-        # One after another: what else the machine does changes from minute to minute.
+        self.whole(task)
+        # What else the machine does changes from minute to minute: each move is compared with the streams right before
+        # and behind it.
+        rates, plain, sealed = [], [], [(1 << 30) / self.sealed(1 << 30) / 1e6]
         for _ in range(self.rounds):
             moved = task.move()
             rates.append(moved["bytes"] / moved["total_us"])
+            self.whole(task)
             sealed.append((1 << 30) / self.sealed(1 << 30) / 1e6)
             plain.append((1 << 30) / self.wire(1 << 30) / 1e6)
         task.kill()
         self.figure("one TCP stream, plain", plain, "MB/s", more=True)
         self.figure("one TCP stream with the moves' cipher", sealed, "MB/s", more=True)
-        self.figure("1 GiB: rate of the whole move", rates, "MB/s", 0.7 * max(sealed), ">= 70 % of the latter", more=True)
-        shares = [rate / by for rate, by in zip(rates, sealed)]
-        self.figure("  its share of the latter, each with its own", shares, "", more=True)
+        self.figure("1 GiB: rate of the whole move", rates, "MB/s", more=True)
+        shares = [2 * rate / (before + after) for rate, before, after in zip(rates, sealed, sealed[1:])]
+        self.figure("  its share of the latter, before and behind it", shares, "", 0.7, "median >= 0.7", more=True,
+                    by_median=True)
 
     def slow(self):
         self.shape("10mbit")

@@ -1,11 +1,13 @@
 """What scripts/bench-shim has measured, as one JSON object. Arguments: the directory, library, route, largest size.
 
-Result files are plain.N and with.N of round N, with lines "bytes megabits seconds" and "cpu user system".
+Result files are plain.N and with.N of round N, short.plain.N and short.with.N of pair N, with lines "bytes megabits
+seconds" and "cpu user system"; count.2 and count.12 are callgrind's of so many trials of benches/self.c.
 """
 
 import json
 import math
 import os
+import re
 import statistics
 import sys
 
@@ -36,25 +38,54 @@ def middle(ratios):
     }
 
 
+def instructions(path):
+    """Instructions by object file (callgrind's format: what a call costs stands behind the call, and is not ours)."""
+    names, counts, here, call = {}, {}, None, False
+    for line in open(path):
+        named = re.match(r"c?ob=\((\d+)\)(?: (.*))?", line)
+        if named:
+            if named[2]:
+                names[named[1]] = os.path.basename(named[2].strip())
+            if line.startswith("ob="):
+                here = names[named[1]]
+        elif line.startswith("calls="):
+            call = True
+        elif re.match(r"[-+*\d]", line) and here:
+            if not call:
+                counts[here] = counts.get(here, 0) + int(line.split()[1])
+            call = False
+    return counts
+
+
+def counted(work):
+    """Of one message, from the difference of 10 trials of 200 messages."""
+    few, many = (instructions(f"{work}/count.{n}") for n in (2, 12))
+    each = {name: (count - few.get(name, 0)) / 2000 for name, count in many.items()}
+    return {"library": round(each.pop("library.so")), "beside": round(sum(each.values()))}
+
+
 def main():
     work, library, route, largest = sys.argv[1:]
-    count = sum(name.startswith("plain.") for name in os.listdir(work))
-    rounds = [[read(f"{work}/{side}.{i + 1}") for side in ("plain", "with")] for i in range(count)]
-    sizes = sorted(rounds[0][0][0])
-    best = [{s: min(r[side][0][s] for r in rounds) for s in sizes} for side in (0, 1)]
-    result = {"library": library, "route": route, "rounds": count}
 
-    def figure(name, chosen, shown, power):
-        if not chosen:
-            return
+    def runs(kind):
+        count = sum(name.startswith(f"{kind}plain.") for name in os.listdir(work))
+        return [[read(f"{work}/{kind}{side}.{i + 1}") for side in ("plain", "with")] for i in range(count)]
+
+    rounds, pairs = runs(""), runs("short.")
+    result = {"library": library, "route": route, "rounds": len(rounds), "pairs": len(pairs)}
+    result["instructions"] = counted(work)
+
+    def figure(name, rounds, wanted, shown, power):
+        chosen = [s for s in sorted(rounds[0][0][0]) if wanted(s)]
+        best = [{s: min(r[side][0][s] for r in rounds) for s in chosen} for side in (0, 1)]
         plain, with_it = (mean(shown(s, best[side][s]) for s in chosen) for side in (0, 1))
         paired = [mean((r[1][0][s] / r[0][0][s]) ** power for s in chosen) for r in rounds]
         result[name] = {
             "plain": round(plain, 2), "with": round(with_it, 2), "ratio": round(with_it / plain, 4), **middle(paired),
         }
 
-    figure("latency_us", [s for s in sizes if s <= 64], lambda s, t: t * 1e6, 1)
-    figure("bandwidth_mbit", [s for s in sizes if s >= int(largest) / 4], lambda s, t: s * 8 / t / 1e6, -1)
+    figure("latency_us", pairs, lambda s: s <= 64, lambda s, t: t * 1e6, 1)
+    figure("bandwidth_mbit", rounds, lambda s: s >= int(largest) / 4, lambda s, t: s * 8 / t / 1e6, -1)
     plain, with_it = (min(r[side][1] for r in rounds) for side in (0, 1))
     result["sender_cpu_s"] = {
         "plain": plain, "with": with_it, "ratio": round(with_it / plain, 4),

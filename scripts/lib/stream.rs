@@ -27,11 +27,13 @@ fn main() -> Result<()> {
 fn receive(key: &Key, port: u16) -> Result<()> {
     let listener = TcpListener::bind(("0.0.0.0", port))?;
     let mut stream = Stream::accept(&listener, key, ID, Instant::now() + LIMIT)?;
-    while let Some(frame) = stream.recv()? {
+    let mut buffer = Vec::new();
+    while let Some(frame) = stream.recv_into(buffer)? {
         if frame.kind == 1 {
             stream.send(1, &[])?;
             stream.flush()?;
         }
+        buffer = frame.body;
     }
     Ok(())
 }
