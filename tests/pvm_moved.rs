@@ -24,13 +24,14 @@ use anyhow::{Context, Result, ensure};
 use common::{wait_child, wait_for};
 use mistctl::pvm::shimabi::table::State;
 use scene::Scene;
+use stage::Actor;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
 type Test = fn(&Scene) -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 17] = [
+    let tests: [(&str, Test); 18] = [
         ("its_last_words_and_its_status_arrive", last_words),
         ("its_environment_says_where_it_is", environment),
         ("sizes_are_its_pvmds_or_its_own", sizes),
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         ("a_child_of_the_last_moment_is_told_of", ends::late_fork),
         ("its_contexts_are_its_own", contexts),
         ("what_it_asked_to_be_told_is_told", notices),
+        ("hosts_that_come_on_its_way_are_told", added),
         ("what_it_collects_follows_it", output::collector),
         (
             "what_others_print_meanwhile_is_whole",
@@ -279,6 +281,74 @@ fn notices(scene: &Scene) -> Result<()> {
     ensure!(boss.ask("nnotice 79") == "none");
     worker.leave();
     ensure!(boss.ask("notice 79") == format!("{v:x}"));
+    boss.leave();
+    Ok(())
+}
+
+/// What comes between the stop and its first call in its new place no pvmd tells it.
+fn added(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    let (_other, o) = scene.worker(&mut boss, "h0", "other")?;
+    worker.ask("added 78");
+    worker.ask("added 79 2");
+    // By the same tag, but of a task.
+    worker.ask(&format!("notify 1 78 {o:x}"));
+    ensure!(worker.ask("nnotice 78") == "none");
+    let add = |boss: &mut Actor| -> Result<String> {
+        let added = boss.ask("addhost h2");
+        ensure!(added == "1: 1", "{added}");
+        let conf = scene.hosts.console("conf")?;
+        let h2 = conf.lines().find(|line| line.contains(" h2 "));
+        let tid = h2.and_then(|line| line.split_whitespace().nth(1));
+        Ok(tid.context(conf.clone())?.to_owned())
+    };
+    let delete = |boss: &mut Actor| -> Result<()> {
+        let command = format!(
+            "{} exec pvm <<'END'\ndelete h2\nquit\nEND",
+            scene.mistctl.path()
+        );
+        scene.hosts.exec("h0", &command)?;
+        // Its own pvmd has nothing more to say of that.
+        ensure!(!boss.ask("pstat 40fff").is_empty());
+        Ok(())
+    };
+    // It computes.
+    scene.migrate(v, "h0")?;
+    let first = add(&mut boss)?;
+    for tag in [78, 79] {
+        let told = worker.ask(&format!("notice {tag}"));
+        ensure!(told == format!("1 {first}"), "{tag}: {told}, not 1 {first}");
+    }
+    delete(&mut boss)?;
+    let killed = boss.ask(&format!("kill {o:x}"));
+    ensure!(killed == "0", "{killed}");
+    ensure!(worker.ask("notice 78") == format!("{o:x}"));
+    // Of what is told it twice it hears once.
+    let second = add(&mut boss)?;
+    scene.migrate(v, "h1")?;
+    for tag in [78, 79] {
+        let told = worker.ask(&format!("notice {tag}"));
+        ensure!(
+            told == format!("1 {second}"),
+            "{tag}: {told}, not 1 {second}"
+        );
+    }
+    // Two were wanted by 79.
+    delete(&mut boss)?;
+    scene.migrate(v, "h0")?;
+    let third = add(&mut boss)?;
+    let told = worker.ask("notice 78");
+    ensure!(told == format!("1 {third}"), "{told}, not 1 {third}");
+    delete(&mut boss)?;
+    let fourth = add(&mut boss)?;
+    let told = worker.ask("notice 78");
+    ensure!(told == format!("1 {fourth}"), "{told}, not 1 {fourth}");
+    for tag in [78, 79] {
+        let more = worker.ask(&format!("nnotice {tag}"));
+        ensure!(more == "none", "{tag}: {more}");
+    }
+    worker.leave();
     boss.leave();
     Ok(())
 }

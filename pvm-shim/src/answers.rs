@@ -10,6 +10,7 @@ use pvm_abi::table::State;
 use pvm_abi::{HELPER_PID, is_task, place};
 
 use crate::border::{NO_MEM, SYS_ERR, wait_open};
+use crate::hosts::{self, WAIT_ID_HOSTS};
 use crate::inside::{
     BLOCK, DONT_ROUTE, Inside, ROUTE_DIRECT, answer, argument, as_v, left, moved, outside,
     wait_for_name, with,
@@ -386,6 +387,9 @@ pub unsafe extern "C" fn pvm_notify(
     };
     if result < 0 {
         notices::refused(what, ctx, tag, &list);
+    } else if what == notices::HOST_ADD && count != 0 {
+        // Behind the request: who is not in the answer is told of.
+        hosts::list(real, WAIT_ID_HOSTS);
     }
     result
 }

@@ -121,7 +121,10 @@ pub unsafe fn deliver(real: &Real, up: *mut Pmsg) -> c_int {
         if moved().is_some() && is_task(message.src as u32) && !keeps_r(real, message) {
             message.src = v_of(message.src as u32) as c_int;
         }
-        let handled = with(|local| local.notices.handles(message.src, message.tag, message.ctx));
+        let handled = with(|local| {
+            local.delivered = local.delivered.wrapping_add(1);
+            local.notices.handles(message.src, message.tag, message.ctx)
+        });
         if handled {
             outside(|| mesg_input(up))
         } else {
@@ -149,15 +152,21 @@ pub unsafe extern "C" fn mroute(
     mid: c_int,
     dtid: c_int,
     tag: c_int,
-    tmout: *mut libc::timeval,
+    mut tmout: *mut libc::timeval,
 ) -> c_int {
     let Some((real, mroute)) = real().and_then(|real| Some((real, real.mroute?))) else {
         return SYS_ERR;
     };
     let _inside = Inside::enter(Call::Internal);
     let nested = with(|local| local.in_mroute) != 0;
+    let mut no_time = NO_TIME;
     if !nested {
+        let delivered = with(|local| local.delivered);
         housekeep(real);
+        if mid == 0 && with(|local| local.delivered) != delivered {
+            // What was waited for may have come already: libpvm looks again when this returns.
+            tmout = &mut no_time;
+        }
     }
     let sending = Sending::mark();
     let (what, to) = if mid == 0 {

@@ -40,6 +40,8 @@ pub struct Local {
     pub callback: u64,
     /// pvmmcast is on the stack: what it sends is to R.
     pub in_mcast: bool,
+    /// Counts messages that libpvm has got.
+    pub delivered: u32,
     /// The layout of this libpvm: not looked at yet, or whether it fits.
     pub layout: Option<bool>,
     /// Housekeeping is going on.
@@ -72,6 +74,7 @@ static LOCAL: LocalCell = LocalCell(UnsafeCell::new(Local {
     in_mroute: 0,
     callback: 0,
     in_mcast: false,
+    delivered: 0,
     layout: None,
     housekeeping: false,
     recvf: None,

@@ -72,6 +72,7 @@ pub const MM_PACK: c_int = 1;
 
 /// First message code of TM_, TC_ and SM_ messages; all have bit 31.
 pub const TM_CONNECT: c_int = 0x8001_0001_u32 as c_int;
+pub const TM_CONFIG: c_int = TM_CONNECT + 5;
 pub const TM_NOTIFY: c_int = TM_CONNECT + 14;
 pub const TM_SETOPT: c_int = TM_CONNECT + 21;
 pub const TC_CONREQ: c_int = 0x8003_0001_u32 as c_int;
@@ -122,6 +123,29 @@ unsafe fn int_at(up: *mut Pmsg, at: usize) -> Option<*mut [u8; 4]> {
 pub unsafe fn get_int(up: *mut Pmsg, at: usize) -> Option<u32> {
     // SAFETY: int_at gave four bytes within the piece.
     unsafe { int_at(up, at).map(|bytes| u32::from_be_bytes(*bytes)) }
+}
+
+/// The whole body of a message that was received.
+///
+/// # Safety
+/// As for [`int_at`].
+pub unsafe fn body(up: *mut Pmsg) -> Option<Vec<u8>> {
+    let mut bytes = Vec::new();
+    // SAFETY: the pieces are a ring that begins and ends at the master, each with `len` bytes at `dat`.
+    unsafe {
+        let master = (*up).frag;
+        if master.is_null() {
+            return None;
+        }
+        let mut piece = (*master).link;
+        while !piece.is_null() && piece != master {
+            let len = (*piece).len.max(0) as usize;
+            bytes.try_reserve(len).ok()?;
+            bytes.extend_from_slice(std::slice::from_raw_parts((*piece).dat, len));
+            piece = (*piece).link;
+        }
+    }
+    Some(bytes)
 }
 
 /// Overwrites the `at`-th integer of a body.

@@ -9,7 +9,7 @@
 //! * [`inside`]: whether the task is inside libpvm, and as whom.
 //! * [`border`]: the functions through which all messages pass, and the gate.
 //! * [`routes`]: what old direct routes still hold.
-//! * [`notices`]: bodies of pvmd's messages that carry tids.
+//! * [`notices`]: bodies of pvmd's messages that carry tids; [`hosts`]: those that no pvmd sends.
 //! * [`calls`], [`answers`]: the programming interface.
 //!
 //! The shim starts no thread, takes no signal and keeps errno. It does nothing before the program calls
@@ -19,6 +19,7 @@
 mod answers;
 mod border;
 mod calls;
+mod hosts;
 mod inside;
 mod layout;
 mod notices;

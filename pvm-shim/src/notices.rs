@@ -11,6 +11,7 @@ use pvm_abi::{
 };
 
 use crate::border::{deliver, send_own};
+use crate::hosts::{self, WAIT_ID_HOSTS, WAIT_ID_NEW_HOSTS};
 use crate::inside::{BLOCK, moved, r_of, v_of, with};
 use crate::layout::{MM_PACK, Pmsg, TC_NOOP, TC_OUTPUT, TM_NOTIFY, TM_SETOPT, get_int, set_int};
 use crate::real::{Real, real};
@@ -67,6 +68,8 @@ pub struct Notices {
     held: Vec<*mut Pmsg>,
     /// This task's last incarnation, as long as there may be output that has reached it and is still to come here.
     late: u32,
+    /// Hosts, by the tids of their pvmds' host parts, that a program which asked for additions knows of.
+    hosts: Vec<u32>,
 }
 
 impl Notices {
@@ -79,6 +82,7 @@ impl Notices {
             begun: Vec::new(),
             held: Vec::new(),
             late: 0,
+            hosts: Vec::new(),
         }
     }
 
@@ -140,6 +144,20 @@ pub fn asked(what: c_int, ctx: c_int, tag: c_int, count: c_int, about: &[u32]) {
     });
 }
 
+/// How far the program knows the hosts, if it has asked for additions.
+pub fn hosts<T>(f: impl FnOnce(&mut Vec<u32>) -> T) -> T {
+    with(|local| f(&mut local.notices.hosts))
+}
+
+/// Context and tag of every request to be told of new hosts.
+pub fn wants_hosts() -> Vec<(c_int, c_int)> {
+    let wants = |asked: &&Asked| asked.what == HOST_ADD && !asked.spent;
+    with(|local| {
+        let asked = local.notices.asked.iter().filter(wants);
+        asked.map(|asked| (asked.ctx, asked.tag)).collect()
+    })
+}
+
 /// A request that [`asked`] noted was refused.
 pub fn refused(what: c_int, ctx: c_int, tag: c_int, about: &[u32]) {
     with(|local| {
@@ -186,6 +204,10 @@ pub unsafe fn take_over(real: &Real, up: *mut Pmsg) -> bool {
     let verdict = if late {
         // SAFETY: as above.
         unsafe { arrived_late(up, ctx, tag) }
+    } else if ctx == CTX_TM && matches!(wid, WAIT_ID_HOSTS | WAIT_ID_NEW_HOSTS) {
+        // SAFETY: as above.
+        unsafe { hosts::listed(real, up, wid == WAIT_ID_NEW_HOSTS) };
+        Verdict::Drop
     } else if ctx == CTX_TM && wid == WAIT_ID_IGNORE {
         Verdict::Drop
     } else if ctx == CTX_TM {
@@ -193,7 +215,7 @@ pub unsafe fn take_over(real: &Real, up: *mut Pmsg) -> bool {
     } else {
         // SAFETY: as above.
         unsafe {
-            match notice(up, own, ctx, tag) {
+            match notice(real, up, own, ctx, tag) {
                 Some(verdict) => verdict,
                 None if !own && with(|local| local.notices.collects(ctx, tag)) => {
                     match with(|local| local.notices.late) {
@@ -287,7 +309,7 @@ fn stands(r: u32, v: u32) -> Stands {
 ///
 /// # Safety
 /// As for [`take_over`].
-unsafe fn notice(up: *mut Pmsg, own: bool, ctx: c_int, tag: c_int) -> Option<Verdict> {
+unsafe fn notice(real: &Real, up: *mut Pmsg, own: bool, ctx: c_int, tag: c_int) -> Option<Verdict> {
     // SAFETY: the layout fits.
     let first = unsafe { get_int(up, 0) }?;
     let about = v_of(first);
@@ -295,18 +317,24 @@ unsafe fn notice(up: *mut Pmsg, own: bool, ctx: c_int, tag: c_int) -> Option<Ver
         with(|local| {
             local.notices.asked.iter().position(|asked| {
                 (asked.ctx, asked.tag, asked.spent) == (ctx, tag, spent)
-                    && (matches!(asked.what, HOST_ADD | ROUTE_ADD) || asked.about == about)
+                    && match asked.what {
+                        // How many, and no tid.
+                        HOST_ADD => first & TID_HOST == 0,
+                        ROUTE_ADD => true,
+                        _ => asked.about == about,
+                    }
             })
         })
     };
     let Some(at) = find(false) else {
-        // The second answer to a request that was made twice.
+        // The second answer to a request that was made twice. Of additions there may be more.
         let at = find(true)?;
         with(|local| {
-            local.notices.asked.swap_remove(at);
-            BLOCK
-                .notifies
-                .store(local.notices.asked.len() as u32, SeqCst);
+            let asked = &mut local.notices.asked;
+            if asked.get(at).is_some_and(|asked| asked.what != HOST_ADD) {
+                asked.swap_remove(at);
+            }
+            BLOCK.notifies.store(asked.len() as u32, SeqCst);
         });
         return Some(Verdict::Drop);
     };
@@ -330,27 +358,38 @@ unsafe fn notice(up: *mut Pmsg, own: bool, ctx: c_int, tag: c_int) -> Option<Ver
         // SAFETY: as above.
         unsafe { set_int(up, 0, about) };
     }
-    answered(at);
+    if what == HOST_ADD {
+        // SAFETY: as above.
+        unsafe { hosts::told(up) };
+    }
+    answered(real, at);
     Some(Verdict::Pass)
 }
 
-fn answered(at: usize) {
-    with(|local| {
+fn answered(real: &Real, at: usize) {
+    let enough = with(|local| {
         let asked = &mut local.notices.asked;
-        let Some(entry) = asked.get_mut(at) else {
-            return;
-        };
+        let entry = asked.get_mut(at)?;
+        let mut enough = None;
         match entry.what {
             ROUTE_ADD => {}
             HOST_ADD if entry.count < 0 => {}
             HOST_ADD if entry.count > 1 => entry.count -= 1,
-            _ if entry.again => entry.spent = true,
+            _ if entry.again => {
+                entry.spent = true;
+                enough = (entry.what == HOST_ADD).then_some((entry.ctx, entry.tag));
+            }
             _ => {
                 asked.swap_remove(at);
             }
         }
         BLOCK.notifies.store(asked.len() as u32, SeqCst);
+        enough
     });
+    if let Some((ctx, tag)) = enough {
+        // For its pvmd there is no end to them (see `table_changed`).
+        ask(real, HOST_ADD, ctx, tag, 0, 0);
+    }
 }
 
 fn ask_again(real: &Real, at: usize, r: u32) {
@@ -470,17 +509,24 @@ pub fn table_changed(real: &Real, taken_over: bool) {
             let asked = local.notices.asked.iter_mut();
             asked
                 .filter(|asked| {
-                    asked.about != me && matches!(asked.what, TASK_EXIT | HOST_DELETE | HOST_ADD)
+                    // A second answer that is still to come may be on its way: it is not asked for a third time.
+                    let open = asked.about != me && !asked.spent;
+                    open && matches!(asked.what, TASK_EXIT | HOST_DELETE | HOST_ADD)
                 })
                 .map(|asked| {
                     asked.again = true;
                     asked.asked_r = r_of(asked.about);
-                    (asked.what, asked.ctx, asked.tag, asked.count, asked.asked_r)
+                    (asked.what, asked.ctx, asked.tag, asked.asked_r)
                 })
                 .collect()
         });
-        for (what, ctx, tag, count, about) in requests {
-            ask(real, what, ctx, tag, count, about);
+        // Additions without end: what the old pvmd has told may be unread yet, so they are counted here.
+        for (what, ctx, tag, about) in &requests {
+            ask(real, *what, *ctx, *tag, -1, *about);
+        }
+        // Behind them, so that each host is in the one or the other.
+        if requests.iter().any(|(what, ..)| *what == HOST_ADD) {
+            hosts::list(real, WAIT_ID_NEW_HOSTS);
         }
     }
     let sinks = with(|local| local.sinks);

@@ -463,8 +463,8 @@ static int run(int argc, char **argv)
 		pvmfrgsiz = NUM(2);
 		say("ok");
 	} else if (!strcmp(c, "added")) {
-		/* of every host */
-		say("%d", pvm_notify(PvmHostAdd, NUM(1), -1, (int *)0));
+		/* of every host, or so many times */
+		say("%d", pvm_notify(PvmHostAdd, NUM(1), argc > 2 ? NUM(2) : -1, (int *)0));
 	} else if (!strcmp(c, "burst")) {
 		/* burst NAME FLAGS TO TAG: as soon as that entry is in the mailbox, lines and a message of many fragments */
 		static char lines[60001], bytes[12000];
