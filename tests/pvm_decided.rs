@@ -43,7 +43,7 @@ enum Ends {
 type Test = fn() -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 8] = [
+    let tests: [(&str, Test); 9] = [
         ("a_target_that_dies_leaves_the_task", || goes_on(Ends::Task)),
         ("it_does_so_when_the_mover_dies_too", || {
             goes_on(Ends::TaskAndMover)
@@ -58,6 +58,9 @@ fn main() -> ExitCode {
         }),
         ("hosts_that_lose_each_other_do_not_both_have_it", || {
             Scene::new(3)?.play(|scene| lost(scene, Lost::Both))
+        }),
+        ("it_is_too_late_to_call_it_off", || {
+            Scene::new(2)?.play(too_late)
         }),
         ("a_task_whose_own_pvmd_is_killed_goes_on_elsewhere", || {
             Scene::new(3)?.play(|scene| lost(scene, Lost::Source))
@@ -136,6 +139,31 @@ fn lost(scene: &Scene, lost: Lost) -> Result<()> {
     ensure!(there, "it was decided that it goes");
     wait_child(&mut migrate, "the move", LIMIT)?;
     ensure!(boss.ask("getenv HOME").starts_with('/'));
+    drop(children);
+    Ok(())
+}
+
+/// Who wants that is told so, and how it ends.
+fn too_late(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    boss.ask("catchout");
+    let me = boss.enrol();
+    ensure!(scene.present(me)? == me);
+    let children = children(scene, &mut boss, "h0")?;
+    let (mistctl, log) = (scene.mistctl.path(), scene.path("move"));
+    let command = format!("{mistctl} migrate t{me:x} h1 >{} 2>&1", log.display());
+    let mut migrate = scene.hosts.command("h0", &command).spawn()?;
+    wait_for("the decision", LIMIT, || {
+        scene.is_in(State::Decided, "h0", me)
+    })?;
+    let end = "pkill -TERM -xf '[^ ]*/mistctl migrate t.*'";
+    scene.hosts.root("h0", end)?;
+    let status = wait_child(&mut migrate, "the move", LIMIT)?;
+    let said = fs::read_to_string(log)?;
+    ensure!(status.success(), "{said}");
+    ensure!(said.contains("cannot be called off any more"), "{said}");
+    ensure!(scene.present(me)? & HOST == 0x80000);
+    ensure!(boss.enrol() == me);
     drop(children);
     Ok(())
 }

@@ -25,7 +25,7 @@ const LIMIT: Duration = Duration::from_secs(30);
 type Test = fn() -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 4] = [
+    let tests: [(&str, Test); 5] = [
         ("every_task_on_every_host_gets_the_shim", every_host),
         ("hosts_come_and_go_and_tasks_move_between_them", || {
             Scene::new(3)?.play(come_and_go)
@@ -34,6 +34,9 @@ fn main() -> ExitCode {
             "every_host_knows_a_new_incarnation_before_the_old_one_ends",
             || Scene::new(3)?.play(known_before),
         ),
+        ("nothing_is_begun_without_a_host_that_is_silent", || {
+            Scene::new(3)?.play(silent)
+        }),
         ("the_console_sees_one_task_where_there_is_one", || {
             Scene::new(2)?.play(console)
         }),
@@ -194,6 +197,54 @@ fn come_and_go(scene: &Scene) -> Result<()> {
     for actor in [second, worker, boss] {
         actor.leave();
     }
+    Ok(())
+}
+
+/// PVM waits for such a host for minutes before it gives it up. It is said who is waited for, and not for long.
+fn silent(scene: &Scene) -> Result<()> {
+    scene.hosts.console("add h2")?;
+    let mut boss = scene.actor("h0", "boss")?;
+    let (mut saved, _) = scene.worker(&mut boss, "h1", "saved")?;
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    migrate(scene, v, "h0")?;
+    let image = scene.dump("h1", saved.pid(), "image", "--kill")?;
+    let mistctl = scene.mistctl.path();
+    // What a command says that is to be tried again.
+    let busy = |command: &str| -> Result<String> {
+        let command = format!("{mistctl} {command} 2>&1; test $? = 4");
+        scene.hosts.exec("h0", &command)
+    };
+    for other in ["h0", "h1"] {
+        scene.hosts.verb(&["cut", "h2", other])?;
+    }
+    let moved = busy(&format!("migrate t{v:x} h1"));
+    let restored = busy(&format!("restore {}", image.display()));
+    for other in ["h0", "h1"] {
+        scene.hosts.verb(&["join", "h2", other])?;
+    }
+    for said in [moved?, restored?] {
+        let in_vain = "h2 has not answered within 30 s";
+        ensure!(
+            said.contains("waiting for h2, which does not answer"),
+            "{said}"
+        );
+        ensure!(said.contains(in_vain), "{said}");
+    }
+    talk(&mut boss, &mut worker)?;
+    migrate(scene, v, "h1")?;
+    // An agent that says nothing is called by its host, too.
+    scene.hosts.exec("h1", &format!("kill -STOP $({AGENT})"))?;
+    let said = busy(&format!("migrate t{v:x} h0"))?;
+    scene.hosts.exec("h1", &format!("kill -CONT $({AGENT})"))?;
+    ensure!(said.contains("mistctl's agent on h1 (t8"), "{said}");
+    ensure!(said.contains("try again"), "{said}");
+    migrate(scene, v, "h0")?;
+    scene
+        .hosts
+        .exec("h0", &format!("{mistctl} restore {}", image.display()))?;
+    talk(&mut boss, &mut worker)?;
+    worker.leave();
+    boss.leave();
     Ok(())
 }
 

@@ -263,11 +263,11 @@ fn there_and_back(stage: &Stage) -> Result<()> {
         );
         before = now;
     }
-    // Whoever ends the command is told that the move goes on without it.
+    // Whose terminal goes is told that the move goes on without the command.
     let program = stage.installed.path();
     let interrupted = format!(
-        "{program} migrate {} {} 2>&1 & p=$!; until pgrep -xf '[^ ]* mover' >/tmp/movers; do :; done; kill $p; wait $p; \
-         test $? = 143",
+        "{program} migrate {} {} 2>&1 & p=$!; until pgrep -xf '[^ ]* mover' >/tmp/movers; do :; done; kill -HUP $p; wait $p; \
+         test $? = 129",
         first.v, first.host
     );
     let said = stage.hosts.exec("h0", &interrupted)?;

@@ -31,7 +31,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 type Test = fn(&Scene) -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 18] = [
+    let tests: [(&str, Test); 19] = [
         ("its_last_words_and_its_status_arrive", last_words),
         ("its_environment_says_where_it_is", environment),
         ("sizes_are_its_pvmds_or_its_own", sizes),
@@ -59,6 +59,10 @@ fn main() -> ExitCode {
         ),
         ("who_is_woken_is_a_task_already", woken::rebuilt),
         ("gates_are_open_until_the_last_round", rounds::open),
+        (
+            "a_move_that_is_not_decided_can_be_called_off",
+            rounds::called_off,
+        ),
     ];
     testhosts::main(tests, || Ok(()), |(), test| Scene::new(3)?.play(test))
 }

@@ -27,7 +27,7 @@ pub struct Args {
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if args.everywhere {
         let (_, mut client) = ps::enrol()?;
-        agent::ensure(&mut client)?;
+        agent::ensure(&mut client, &|_| {})?;
         client.exit()?;
         return Ok(ExitCode::SUCCESS);
     }

@@ -1,11 +1,13 @@
 //! `mistctl migrate`: a task goes to another host.
 
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use mistctl::error::Failure;
-use mistctl::pvm::agent::control::{Answer, Moved, Request};
+use mistctl::pvm::agent::control::{Answer, Moved, Peer, Request};
 use mistctl::pvm::agent::{Caller, Gone, ensure};
 use mistctl::pvm::client::{Client, Pvmd};
 use mistctl::pvm::tid::Tid;
@@ -18,6 +20,8 @@ const LIMIT: Duration = Duration::from_secs(24 * 3600);
 /// How long one may take to come to its end when its agent has ended, and how often that is looked at.
 const ENDING: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(20);
+/// How long the agent may take to call a move off.
+const CALL_OFF: Duration = Duration::from_secs(10);
 
 /// Move a running PVM task to another host
 ///
@@ -26,6 +30,9 @@ const LOOK: Duration = Duration::from_millis(20);
 ///
 /// The task has to run under the shim (`mistctl ps` says so). Files that it has open must be there on the other host
 /// under the same names with the same content. The first time on a host mistctl starts its agent there.
+///
+/// SIGINT (Ctrl-C) and SIGTERM call the move off as long as it is not decided, and the task stays where it is; the exit
+/// code is 130 or 143 then. Behind the decision, the last moment of a move, they say that it is too late.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The task, as PVM writes it: t40002; its virtual tid or the one it has now
@@ -51,7 +58,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
             names.join(", ")
         )));
     }
-    let agents = ensure(&mut client)?;
+    let agents = ensure(&mut client, &out::waits)?;
     let table = ps::table_of(&pvmd)?;
     let now = table
         .and_then(|table| {
@@ -70,9 +77,10 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         to: args.host.clone(),
         agents: agents.clone(),
     };
-    say_when_ended(args)?;
+    let signals = Signals::watch(args, &pvmd, agent)?;
     let answer = match Caller::new(&mut client).ask(Tid(agent.tid), request, LIMIT) {
         Ok(answer) => answer,
+        Err(e) if signals.called_off().is_some() => return signals.end(args, &e),
         Err(e) if e.is::<Gone>() => {
             let found = whereabouts(&pvmd, &mut client, args.tid);
             return Err(e.context(match found {
@@ -91,6 +99,10 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let Answer::Moved(moved) = answer else {
         bail!("the agent of {} answers {answer:?}", agent.name);
     };
+    // It may have ended before that was said.
+    if signals.called_off().is_some() {
+        too_late(args.tid, &args.host);
+    }
     client.exit()?;
     print(args, &moved)?;
     Ok(ExitCode::SUCCESS)
@@ -108,7 +120,7 @@ fn unknown(args: &Args, from: &str) -> String {
 /// to be found out.
 fn whereabouts(pvmd: &Pvmd, client: &mut Client, tid: Tid) -> Option<String> {
     // The agent that follows brings it to its end, if the mover does not.
-    ensure(client).ok()?;
+    ensure(client, &out::waits).ok()?;
     let until = Instant::now() + ENDING;
     while Instant::now() < until {
         let table = ps::table_of(pvmd).ok().flatten()?;
@@ -127,36 +139,134 @@ fn whereabouts(pvmd: &Pvmd, client: &mut Client, tid: Tid) -> Option<String> {
     None
 }
 
-/// Should a signal end us from here on: the agent moves the task without us, and whoever sent it is to know.
-fn say_when_ended(args: &Args) -> anyhow::Result<()> {
-    let status = procfs::process::Process::myself().and_then(|own| own.status());
-    let ignored = status.context("reading our status")?.sigign;
-    let mut set = SigSet::empty();
-    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        if ignored & (1 << (signal as i32 - 1)) == 0 {
-            set.add(signal);
+/// Signals that would end us, from here on. The agent moves the task without us, so SIGINT and SIGTERM have it call the
+/// move off; the second of them, and a terminal that goes, end this command alone.
+struct Signals {
+    /// The signal by which the move was to be called off, and nothing is said of that yet; 0 without one.
+    by: Arc<AtomicI32>,
+}
+
+impl Signals {
+    fn watch(args: &Args, pvmd: &Pvmd, agent: &Peer) -> anyhow::Result<Signals> {
+        let status = procfs::process::Process::myself().and_then(|own| own.status());
+        let ignored = status.context("reading our status")?.sigign;
+        let mut set = SigSet::empty();
+        for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+            if ignored & (1 << (signal as i32 - 1)) == 0 {
+                set.add(signal);
+            }
+        }
+        set.thread_block().context("blocking signals")?;
+        let by = Arc::new(AtomicI32::new(0));
+        let watcher = Watcher {
+            set,
+            by: Arc::clone(&by),
+            pvmd: pvmd.clone(),
+            agent: agent.clone(),
+            tid: args.tid,
+            host: args.host.clone(),
+            json: args.json,
+        };
+        std::thread::spawn(move || watcher.run());
+        Ok(Signals { by })
+    }
+
+    fn called_off(&self) -> Option<Signal> {
+        Signal::try_from(self.by.load(Ordering::SeqCst)).ok()
+    }
+
+    /// The end of a move that was called off.
+    fn end(&self, args: &Args, e: &anyhow::Error) -> anyhow::Result<ExitCode> {
+        let Some(signal) = self.called_off() else {
+            return Ok(ExitCode::FAILURE);
+        };
+        let code = interrupted(args.json, signal, &format!("{e:#}"))?;
+        Ok(ExitCode::from(code))
+    }
+}
+
+struct Watcher {
+    set: SigSet,
+    by: Arc<AtomicI32>,
+    pvmd: Pvmd,
+    agent: Peer,
+    tid: Tid,
+    host: String,
+    json: bool,
+}
+
+impl Watcher {
+    fn run(&self) {
+        let mut asked = false;
+        while let Ok(signal) = self.set.wait() {
+            let mut more = String::new();
+            if signal != Signal::SIGHUP && !std::mem::replace(&mut asked, true) {
+                match self.call_off(signal) {
+                    // Who asked for the move is told.
+                    Ok(true) => continue,
+                    Ok(false) => {
+                        too_late(self.tid, &self.host);
+                        continue;
+                    }
+                    Err(e) => more = format!(" (it could not be called off: {e:#})"),
+                }
+            }
+            let why = format!(
+                "the move of {} to {} goes on without this command, or comes to nothing and leaves the task where it \
+                 is: `mistctl ps` shows it{more}",
+                self.tid, self.host
+            );
+            let code = interrupted(self.json, signal, &why).unwrap_or(1);
+            std::process::exit(code.into());
         }
     }
-    set.thread_block().context("blocking signals")?;
-    let (json, tid, host) = (args.json, args.tid, args.host.clone());
-    std::thread::spawn(move || {
-        let Ok(signal) = set.wait() else {
-            return;
-        };
-        let code = 128 + signal as i32;
-        let why = format!(
-            "ended by {signal}; the move of {tid} to {host} goes on without this command, or comes to nothing and leaves the \
-             task where it is: `mistctl ps` shows it"
-        );
-        out::note(&format!("mistctl: {why}"));
-        if json {
-            let _ = out::object(
-                &serde_json::json!({"error": why, "failure": Failure::Failed.name(), "exit": code}),
-            );
+
+    /// True when the task stays; who asked for the move is told so then.
+    fn call_off(&self, signal: Signal) -> anyhow::Result<bool> {
+        // Before it is done: the answer to who asked for the move may be faster.
+        self.by.store(signal as i32, Ordering::SeqCst);
+        let done = self.ask();
+        if !matches!(done, Ok(true)) {
+            self.by.store(0, Ordering::SeqCst);
         }
-        std::process::exit(code);
-    });
-    Ok(())
+        done
+    }
+
+    fn ask(&self) -> anyhow::Result<bool> {
+        let mut client = Client::enrol(&self.pvmd, 0)?;
+        let until = Instant::now() + CALL_OFF;
+        loop {
+            let call_off = Request::CallOff { tid: self.tid.0 };
+            let left = until.saturating_duration_since(Instant::now());
+            match Caller::new(&mut client).ask(Tid(self.agent.tid), call_off, left)? {
+                Answer::CalledOff {
+                    in_time: Some(in_time),
+                } => return Ok(in_time),
+                // It has not begun yet; or it is over, and who asked for it is about to say so.
+                Answer::CalledOff { in_time: None } => std::thread::sleep(LOOK),
+                other => bail!("the agent of {} answers {other:?}", self.agent.name),
+            }
+        }
+    }
+}
+
+fn too_late(tid: Tid, host: &str) {
+    out::note(&format!(
+        "mistctl: it is decided that {tid} goes to {host}, which cannot be called off any more"
+    ));
+}
+
+/// Says that a signal has ended us, and what came of that; the exit code.
+fn interrupted(json: bool, signal: Signal, why: &str) -> anyhow::Result<u8> {
+    let code = 128 + signal as u8;
+    let why = format!("ended by {signal}; {why}");
+    out::note(&format!("mistctl: {why}"));
+    if json {
+        out::object(
+            &serde_json::json!({"error": why, "failure": Failure::Failed.name(), "exit": code}),
+        )?;
+    }
+    Ok(code)
 }
 
 fn print(args: &Args, moved: &Moved) -> anyhow::Result<()> {

@@ -37,6 +37,11 @@ pub fn note(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 
+/// Says what is waited for: nobody should have to guess why nothing happens.
+pub fn waits(what: &str) {
+    note(&format!("mistctl: {what}"));
+}
+
 /// Whether progress can be shown: standard error is a terminal.
 pub fn progress() -> bool {
     std::io::stderr().is_terminal()

@@ -137,7 +137,7 @@ fn seen_elsewhere(client: &mut Client, hosts: &[Host]) -> HashMap<u32, Seen> {
     if hosts.len() < 2 {
         return found;
     }
-    let agents = match agent::ensure(client) {
+    let agents = match agent::ensure(client, &out::waits) {
         Ok(agents) => agents,
         Err(e) => {
             out::note(&format!(

@@ -152,7 +152,8 @@ fn restore_task(args: &Args, path: &Path, task: &PvmTask) -> anyhow::Result<Exit
             path.display()
         )));
     }
-    let done = mistctl::pvm::restore::run(path, task, args.host.as_deref(), args.lazy)?;
+    let done =
+        mistctl::pvm::restore::run(path, task, args.host.as_deref(), args.lazy, &out::waits)?;
     let state = format!("{} is on {} as {}", done.virtual_tid, done.host, done.tid);
     let told = match args.json {
         true => out::object(&done),

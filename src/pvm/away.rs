@@ -36,7 +36,7 @@ impl Away {
     /// # Errors
     /// When an agent cannot be started, or some task does not come to an end of its send. The gates are open then.
     pub fn begin(task: &Task, client: &mut Client) -> Result<Away> {
-        let agents = ensure(client).context(
+        let agents = ensure(client, &|_| {}).context(
             "partners are to wait for the task, which needs mistctl's agents on all hosts",
         )?;
         let away = Away {

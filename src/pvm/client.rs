@@ -250,26 +250,34 @@ impl Client {
         wait: u32,
         until: Option<Instant>,
     ) -> Result<Message> {
+        self.answer_until(tag, wait, until)?.with_context(|| {
+            format!(
+                "{} did not answer within {} s (request {:#x})",
+                self.pvmd,
+                self.patience.as_secs(),
+                tag
+            )
+        })
+    }
+
+    /// An answer of the pvmd; none when it has not come in time.
+    pub(super) fn answer_until(
+        &mut self,
+        tag: u32,
+        wait: u32,
+        until: Option<Instant>,
+    ) -> Result<Option<Message>> {
         let is_it = |m: &Message| m.wait == wait && m.ctx == CTX_TM as u32 && m.tag == tag;
-        if let Some(at) = self.inbox.iter().position(is_it)
-            && let Some(answer) = self.inbox.remove(at)
-        {
-            return Ok(answer);
+        if let Some(at) = self.inbox.iter().position(is_it) {
+            return Ok(self.inbox.remove(at));
         }
-        loop {
-            let Some(message) = self.next(until)? else {
-                bail!(
-                    "{} did not answer within {} s (request {:#x})",
-                    self.pvmd,
-                    self.patience.as_secs(),
-                    tag
-                );
-            };
+        while let Some(message) = self.next(until)? {
             if is_it(&message) {
-                return Ok(message);
+                return Ok(Some(message));
             }
             self.inbox.push_back(message);
         }
+        Ok(None)
     }
 
     /// Asks the own pvmd, and does not wait for the answer: a message that bears this wait id.

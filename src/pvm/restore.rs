@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::error::Failure;
 use crate::image::pvm::PvmTask;
 use crate::pvm::agent::control::{Answer, Known, Landing, Peer, Request};
-use crate::pvm::agent::{Caller, ensure};
+use crate::pvm::agent::{self, Caller, Waits, ensure};
 use crate::pvm::client::{Client, Pvmd};
 use crate::pvm::contexts;
 use crate::pvm::mailbox::packed;
@@ -39,8 +39,14 @@ pub struct Restored {
 /// where it was if that host is in the virtual machine, else here.
 ///
 /// # Errors
-/// `Refused` when it cannot be here; nothing is left of it then.
-pub fn run(path: &Path, task: &PvmTask, host: Option<&str>, lazy: bool) -> Result<Restored> {
+/// `Refused` when it cannot be here, `Busy` when a host does not answer; nothing is left of it then.
+pub fn run(
+    path: &Path,
+    task: &PvmTask,
+    host: Option<&str>,
+    lazy: bool,
+    waits: Waits<'_>,
+) -> Result<Restored> {
     let pvmd = Pvmd::find()?.ok_or_else(|| {
         Failure::NoSuchProcess.because(format!(
             "{} holds a PVM task, and no virtual machine is running here; `mistctl pvm start` starts one",
@@ -51,12 +57,13 @@ pub fn run(path: &Path, task: &PvmTask, host: Option<&str>, lazy: bool) -> Resul
     let mut client = Client::enrol(&pvmd, 0)?;
     let hosts = client.hosts()?;
     let host = choose(&hosts, task, host, client.tid())?.name.clone();
+    agent::all_answer(&mut client, waits)?;
     let begins_anew = use_up(&mut client, &hosts, v)?;
     if begins_anew {
         // Ours may be among those that were used up.
         client = Client::enrol(&pvmd, 0)?;
     }
-    let agents = ensure(&mut client)?;
+    let agents = ensure(&mut client, waits)?;
     let mut landing = Restore {
         id: format!("r{:x}-{:x}", client.tid().0, v.0),
         client,

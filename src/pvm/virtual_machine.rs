@@ -1,6 +1,6 @@
 //! What a task can ask of the virtual machine: hosts, tasks, notices.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use pvm_abi::{HELPER_PID, place};
@@ -100,28 +100,30 @@ impl Client {
         let answer = self
             .ask(tm::TASK, Body::new().uint(at.0))
             .context("cannot get the list of tasks")?;
-        let mut reader = answer.reader();
-        let status = reader.int()?;
-        if status < 0 {
-            bail!("cannot list the tasks of {at}: {}", error_name(status));
-        }
-        let mut tasks = Vec::new();
-        while !reader.rest().is_empty() {
-            let mut task = Task {
-                tid: reader.tid()?,
-                parent: reader.tid()?,
-                host: reader.tid()?,
-                flags: reader.int()?,
-                program: reader.text()?,
-                pid: reader.int()?,
-            };
-            if let Some(name) = place::spawned_as(task.program.as_bytes()) {
-                task.program = String::from_utf8_lossy(name).into_owned();
-            }
-            tasks.push(task);
-        }
-        tasks.retain(|task| task.pid != HELPER_PID);
-        Ok(tasks)
+        tasks(at, &answer)
+    }
+
+    /// Begins to ask for the tasks on a host: the question's wait id.
+    ///
+    /// # Errors
+    /// As for [`Client::begin`].
+    pub fn begin_tasks(&mut self, at: Tid) -> Result<u32> {
+        self.begin(tm::TASK, Body::new().uint(at.0))
+    }
+
+    /// The answer to [`Client::begin_tasks`]; none when it has not come in time, and still may.
+    ///
+    /// # Errors
+    /// When the connection breaks, or there is no such host.
+    pub fn end_tasks(
+        &mut self,
+        at: Tid,
+        question: u32,
+        limit: Duration,
+    ) -> Result<Option<Vec<Task>>> {
+        let until = Some(Instant::now() + limit);
+        let answer = self.answer_until(tm::TASK, question, until)?;
+        answer.map(|answer| tasks(at, &answer)).transpose()
     }
 
     /// Whether a task lives (TM_PSTAT).
@@ -297,6 +299,31 @@ fn host(reader: &mut Reader<'_>) -> Result<Host> {
     };
     let _signature = reader.int()?;
     Ok(host)
+}
+
+fn tasks(at: Tid, answer: &Message) -> Result<Vec<Task>> {
+    let mut reader = answer.reader();
+    let status = reader.int()?;
+    if status < 0 {
+        bail!("cannot list the tasks of {at}: {}", error_name(status));
+    }
+    let mut tasks = Vec::new();
+    while !reader.rest().is_empty() {
+        let mut task = Task {
+            tid: reader.tid()?,
+            parent: reader.tid()?,
+            host: reader.tid()?,
+            flags: reader.int()?,
+            program: reader.text()?,
+            pid: reader.int()?,
+        };
+        if let Some(name) = place::spawned_as(task.program.as_bytes()) {
+            task.program = String::from_utf8_lossy(name).into_owned();
+        }
+        tasks.push(task);
+    }
+    tasks.retain(|task| task.pid != HELPER_PID);
+    Ok(tasks)
 }
 
 /// What an answer to [`Client::begin_lives`] says.

@@ -9,21 +9,28 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use super::control::{Answer, Envelope, Known, Peer, Request, TAG, VERSION, What};
 use super::names;
+use crate::error::Failure;
 use crate::pvm::client::Client;
 use crate::pvm::spawn::{Sink, Spawn};
 use crate::pvm::tid::Tid;
-use crate::pvm::virtual_machine::{Host, Notify, noticed};
+use crate::pvm::virtual_machine::{Host, Notify, Task, noticed};
 use crate::pvm::wire::Body;
 
 /// Tag of pvmd's notice that an agent has ended.
 const ENDED: i32 = TAG + 1;
 /// How long an agent may take to say that it is there.
 const STARTING: Duration = Duration::from_secs(20);
+/// How long a host may be silent before whoever waits is told, and before it is waited for no longer.
+const SILENT: Duration = Duration::from_secs(5);
+const GIVES_UP: Duration = Duration::from_secs(30);
 /// How long one may take for what it has at hand.
 const LIMIT: Duration = Duration::from_secs(30);
 /// How long the last step of a move may take: then its gates open by themselves. How often that is looked at.
 const MOVES_END: Duration = Duration::from_secs(120);
 const LOOK: Duration = Duration::from_millis(20);
+
+/// Is told in words for people what is waited for, when that takes long.
+pub type Waits<'a> = &'a dyn Fn(&str);
 
 /// Asks agents.
 pub struct Caller<'c> {
@@ -56,13 +63,18 @@ impl<'c> Caller<'c> {
         loop {
             let left = until.saturating_duration_since(Instant::now());
             let Some(message) = self.client.recv(Some(left))? else {
-                bail!("{agent} did not answer within {} s", limit.as_secs());
+                return Err(Failure::Busy.because(format!(
+                    "{} did not answer within {} s: its host is down or cut off, or something holds it up there; \
+                     `mistctl ps` names hosts that do not answer; try again when it does",
+                    self.name(agent),
+                    limit.as_secs()
+                )));
             };
             if message.ctx != 0 {
                 continue;
             }
             if message.tag == ENDED as u32 && noticed(&message).contains(&agent) {
-                return Err(anyhow!(Gone(agent)));
+                return Err(anyhow!(Gone(self.name(agent))));
             }
             if message.tag != TAG as u32 || message.src != agent {
                 continue;
@@ -77,15 +89,24 @@ impl<'c> Caller<'c> {
             }
         }
     }
+
+    /// What people know an agent by.
+    fn name(&mut self, agent: Tid) -> String {
+        let hosts = self.client.hosts().unwrap_or_default();
+        match hosts.iter().find(|host| host.tid.host() == agent.host()) {
+            Some(host) => format!("mistctl's agent on {} ({agent})", host.name),
+            None => format!("mistctl's agent {agent}, whose host has left the virtual machine,"),
+        }
+    }
 }
 
-/// The task that was asked has ended.
+/// The agent that was asked has ended: its name for people.
 #[derive(Debug)]
-pub struct Gone(Tid);
+pub struct Gone(String);
 
 impl std::fmt::Display for Gone {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "the agent {} has ended", self.0)
+        write!(f, "{} has ended", self.0)
     }
 }
 
@@ -95,24 +116,33 @@ impl std::error::Error for Gone {}
 /// of tasks that moved.
 ///
 /// # Errors
-/// When there is no agent on some host and none can be started.
-pub fn ensure(client: &mut Client) -> Result<Vec<Peer>> {
-    let (agents, learned) = present(client)?;
+/// When there is no agent on some host and none can be started; `Busy` when a host does not answer.
+pub fn ensure(client: &mut Client, waits: Waits<'_>) -> Result<Vec<Peer>> {
+    let (agents, learned) = present(client, waits)?;
     if !learned {
         introduce(client, &agents)?;
     }
     Ok(agents)
 }
 
+/// Sees to it that all hosts are there before anything is begun.
+///
+/// # Errors
+/// `Busy` when one does not answer.
+pub fn all_answer(client: &mut Client, waits: Waits<'_>) -> Result<()> {
+    let hosts = client.hosts()?;
+    (hosts.iter()).try_for_each(|host| tasks(client, host, waits).map(drop))
+}
+
 /// The agents of all hosts, and whether all know what the others do: those that do not wait until no move is at its end.
 ///
 /// # Errors
 /// As for [`ensure`].
-pub(super) fn present(client: &mut Client) -> Result<(Vec<Peer>, bool)> {
+pub(super) fn present(client: &mut Client, waits: Waits<'_>) -> Result<(Vec<Peer>, bool)> {
     let mut agents = Vec::new();
     let mut all = true;
     for host in client.hosts()? {
-        let (tid, learned) = on_host(client, &host)?;
+        let (tid, learned) = on_host(client, &host, waits)?;
         all &= learned;
         agents.push(Peer {
             host: host.tid.host().0,
@@ -124,17 +154,11 @@ pub(super) fn present(client: &mut Client) -> Result<(Vec<Peer>, bool)> {
 }
 
 /// Finds the agent of a host, or starts one; true when it has been told what the others know.
-pub(super) fn on_host(client: &mut Client, host: &Host) -> Result<(Tid, bool)> {
+pub(super) fn on_host(client: &mut Client, host: &Host, waits: Waits<'_>) -> Result<(Tid, bool)> {
     let program = program()?;
     let until = Instant::now() + STARTING;
     loop {
-        let tasks = client.tasks(host.tid).with_context(|| {
-            format!(
-                "asking host {} (when one is down or cut off, PVM gives it up after some minutes; try again then)",
-                host.name
-            )
-        })?;
-        for task in &tasks {
+        for task in &tasks(client, host, waits)? {
             let name = task.program.as_bytes();
             if name != program.as_os_str().as_bytes() {
                 continue;
@@ -171,6 +195,29 @@ pub(super) fn on_host(client: &mut Client, host: &Host) -> Result<(Tid, bool)> {
                 )
             })?;
     }
+}
+
+/// The tasks of a host. The pvmds wait for one that is down or cut off until they give it up, for minutes; nobody can do
+/// without it before: what is on it goes on, and it has to know who moves.
+fn tasks(client: &mut Client, host: &Host, waits: Waits<'_>) -> Result<Vec<Task>> {
+    let question = client.begin_tasks(host.tid)?;
+    let soon = client.end_tasks(host.tid, question, SILENT)?;
+    let late = match soon {
+        Some(tasks) => return Ok(tasks),
+        None => {
+            waits(&format!("waiting for {}, which does not answer", host.name));
+            client.end_tasks(host.tid, question, GIVES_UP - SILENT)?
+        }
+    };
+    late.ok_or_else(|| {
+        Failure::Busy.because(format!(
+            "{} has not answered within {} s: it is down, or cut off. Every host of the virtual machine has to know of a \
+             task that comes and goes; nothing has been done. PVM gives such a host up after some minutes (the console's \
+             `conf` does not show it then): try again when it has, or when {0} is back",
+            host.name,
+            GIVES_UP.as_secs()
+        ))
+    })
 }
 
 /// mistctl's own path, by which tasks that are agents are known, too.

@@ -11,7 +11,7 @@ use crate::pvm::local::Seen;
 /// Tag of control messages: "MIST".
 pub const TAG: i32 = 0x4d49_5354;
 /// Version of what is in them. Agents of another version refuse.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 /// Longest message that is taken.
 pub const LONGEST: usize = 4 << 20;
 
@@ -118,6 +118,8 @@ pub enum Request {
         to: String,
         agents: Vec<Peer>,
     },
+    /// Call the move of a task of your host off, if it is not decided.
+    CallOff { tid: u32 },
 }
 
 /// What came of a move.
@@ -251,6 +253,10 @@ pub enum Answer {
         last: u32,
     },
     Moved(Moved),
+    /// Whether it was not decided yet: the task stays. None when no move of it is under way.
+    CalledOff {
+        in_time: Option<bool>,
+    },
 }
 
 /// What a move did.

@@ -14,7 +14,7 @@ mod names;
 mod output;
 mod settle;
 
-pub use call::{Caller, Gone, ensure};
+pub use call::{Caller, Gone, Waits, all_answer, ensure};
 pub use compare::look;
 pub use settle::{conclude, hand_over_mailbox, has_gone, inquire, settle, until_known};
 
@@ -437,6 +437,9 @@ impl Agent {
             Request::Migrate { tid, to, agents } => {
                 self.migrate(ticket, tid, &to, agents).map(|()| None)
             }
+            Request::CallOff { tid } => Ok(Some(Answer::CalledOff {
+                in_time: self.call_off(tid),
+            })),
         }
     }
 

@@ -7,7 +7,8 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, anyhow};
 use nix::poll::{PollFd, PollFlags};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use pvm_abi::table::{Entry, State};
 
 use super::control::{Answer, Failed, Outcome, Peer, Request, What};
@@ -28,6 +29,8 @@ struct Move {
     ticket: Option<Ticket>,
     /// The incarnation it is to become, once there is one.
     next: u32,
+    /// Somebody wants the task to stay.
+    called_off: bool,
 }
 
 /// All of them.
@@ -133,6 +136,7 @@ impl Agent {
             job,
             ticket: Some(ticket),
             next: 0,
+            called_off: false,
         })
     }
 
@@ -188,7 +192,7 @@ impl Agent {
             FromMover::Commit { r2 } => {
                 if let Some(mover) = self.moves.moves.get_mut(&number) {
                     // Whoever of us ends from here on: the table says it.
-                    let decided = self.table.decide(mover.job.v, r2)?;
+                    let decided = !mover.called_off && self.table.decide(mover.job.v, r2)?;
                     let _ = mover.line.say(&match decided {
                         true => ToMover::GoOn,
                         false => ToMover::GoBack,
@@ -228,6 +232,24 @@ impl Agent {
         }
     }
 
+    /// Calls a move off, unless it is decided; true if it was in time, none when there is none. The mover is killed: it may
+    /// be waiting for a slow link, and its death leaves the task as it was (see [`Agent::resolve`]).
+    pub(super) fn call_off(&mut self, tid: u32) -> Option<bool> {
+        let v = self.table.v_of(tid);
+        let moves = |m: &&mut Move| m.job.v == v && !m.line.has_ended();
+        let mover = self.moves.moves.values_mut().find(moves)?;
+        let decided = |entry: Entry| entry.state == State::Decided;
+        if self.table.entry(v).is_some_and(decided) {
+            return Some(false);
+        }
+        mover.called_off = true;
+        // Until it is waited for, which sets the pid to 0, it is nobody else's.
+        if mover.pid != 0 {
+            let _ = kill(Pid::from_raw(mover.pid), Signal::SIGKILL);
+        }
+        Some(true)
+    }
+
     /// A mover has died. Before its decision the task stays here, afterwards it goes.
     fn resolve(&mut self, gone: Move) -> Result<()> {
         let (v, next) = (gone.job.v, gone.next);
@@ -240,7 +262,11 @@ impl Agent {
                 gone.job.to.name
             ),
             false => format!(
-                "the mover has died; task {} runs on {} as before",
+                "{}; task {} runs on {} as before",
+                match gone.called_off {
+                    true => "the move is called off",
+                    false => "the mover has died",
+                },
                 Tid(v),
                 self.host
             ),

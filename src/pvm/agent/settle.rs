@@ -22,6 +22,9 @@ const LOOK: Duration = Duration::from_millis(5);
 /// How often it is asked what nobody can say yet.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
 
+/// Nobody looks on.
+fn quietly(_: &str) {}
+
 /// Tells the agents of all hosts what came of a move, and the lander if it came to nothing. Agents that have ended
 /// are started again.
 ///
@@ -32,7 +35,7 @@ pub fn settle(client: &mut Client, outcome: &Outcome) -> Result<()> {
     let mut failed = None;
     for _ in 0..TRIES {
         failed = None;
-        for agent in present(client)?.0 {
+        for agent in present(client, &quietly)?.0 {
             if told.contains(&agent.tid) {
                 continue;
             }
@@ -132,7 +135,7 @@ pub fn has_gone(client: &mut Client, r: Tid) -> Result<Option<bool>> {
     let hosts = client.hosts()?;
     let master = hosts.iter().find(|host| host.tid.is_master());
     let master = master.context("the master's host is not in the virtual machine")?;
-    let (agent, _) = on_host(client, master)?;
+    let (agent, _) = on_host(client, master, &quietly)?;
     match Caller::new(client).ask(agent, Request::Gone { r: r.0 }, PATIENCE)? {
         Answer::Gone { gone } => Ok(gone),
         other => bail!("the agent of {} answers {other:?}", master.name),
@@ -178,7 +181,7 @@ pub fn inquire(client: &mut Client, v: u32, from: Tid, next: Tid) -> Result<Opti
     let hosts = client.hosts()?;
     let host = hosts.iter().find(|host| host.tid.host() == from.host());
     let host = host.with_context(|| format!("the host of {from} has left the virtual machine"))?;
-    let (agent, _) = on_host(client, host)?;
+    let (agent, _) = on_host(client, host, &quietly)?;
     let fate = Request::Fate { v, next: next.0 };
     match Caller::new(client).ask(agent, fate, PATIENCE)? {
         Answer::Fate { moved } => Ok(moved),

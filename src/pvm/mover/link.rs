@@ -126,7 +126,7 @@ impl Link {
             }
             let heard = self
                 .hear(Some(until))
-                .with_context(|| format!("waiting for the agent of {}", to.name))?;
+                .with_context(|| format!("waiting for mistctl's agent on {}", to.name))?;
             if let ToMover::Answer { id, what } = heard {
                 self.kept.insert(id, what);
             }
