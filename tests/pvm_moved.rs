@@ -206,6 +206,17 @@ fn mailbox(scene: &Scene) -> Result<()> {
             ensure!(got.contains("text text"), "{got}");
         }
     }
+    // PvmMboxMultiInstance: those of one name keep their numbers, and what they are.
+    ensure!(boss.ask("put several other 2") == "0");
+    ensure!(worker.ask("put several text 2") == "1");
+    for host in ["h1", "h0"] {
+        scene.migrate(v, host)?;
+        let me = boss.enrol();
+        ensure!(boss.ask("boxes several") == format!("{me:x} {v:x}"));
+        let flags = boss.ask("boxflags several");
+        ensure!(flags == "0/2 1/2", "{flags}");
+    }
+    ensure!(worker.ask("put several third 2") == "2");
     // It is its own to take away, and goes with it.
     ensure!(worker.ask("del mine 0") == "0");
     worker.leave();

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use pvm_abi::block::{Call, flag};
 use pvm_abi::table::State;
-use pvm_abi::{HELPER_PID, is_task, place};
+use pvm_abi::{HELPER_PID, is_task, mbox_flags, place};
 
 use crate::border::{NO_MEM, SYS_ERR, wait_open};
 use crate::hosts::{self, WAIT_ID_HOSTS};
@@ -414,6 +414,13 @@ pub unsafe extern "C" fn pvm_getmboxinfo(
             if inside.from_outside && moved().is_some() && !first.is_null() && n > 0 {
                 for class in std::slice::from_raw_parts_mut(first, n as usize) {
                     answers(class.owners, class.entries);
+                    if !class.flags.is_null() && class.entries > 0 {
+                        let flags =
+                            std::slice::from_raw_parts_mut(class.flags, class.entries as usize);
+                        flags
+                            .iter_mut()
+                            .for_each(|flags| *flags = mbox_flags(*flags));
+                    }
                 }
             }
             if let Some(count) = count.as_mut() {

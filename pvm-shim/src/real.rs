@@ -135,7 +135,7 @@ pub struct MboxInfo {
     pub entries: c_int,
     indices: Ints,
     pub owners: Ints,
-    flags: Ints,
+    pub flags: Ints,
 }
 
 macro_rules! variables {

@@ -227,21 +227,30 @@ impl Client {
         self.answer(tag, wait, Some(until))
     }
 
-    /// Asks the own pvmd two things: both leave at once, if there is room for them.
+    /// Asks the own pvmd several things: all leave at once, if there is room for them.
     ///
     /// # Errors
     /// As for [`Client::ask`].
-    pub fn ask_both(&mut self, tag: u32, first: Body, second: Body) -> Result<[Message; 2]> {
+    pub fn ask_several<const N: usize>(
+        &mut self,
+        tag: u32,
+        bodies: [Body; N],
+    ) -> Result<[Message; N]> {
         let until = Instant::now() + self.patience;
-        let ctx = CTX_TM as u32;
-        let one = self.wait + 1;
-        let two = one + 1;
-        self.wait = two;
-        let mut bytes = self.encode(Tid::PVMD, tag, ctx, one, first.into_bytes());
-        bytes.extend(self.encode(Tid::PVMD, tag, ctx, two, second.into_bytes()));
+        let mut bytes = Vec::new();
+        let questions = bodies.map(|body| {
+            self.wait += 1;
+            bytes.extend(self.encode(Tid::PVMD, tag, CTX_TM as u32, self.wait, body.into_bytes()));
+            self.wait
+        });
         self.write(Tid::PVMD, &bytes, until)?;
-        let until = Some(until);
-        Ok([self.answer(tag, one, until)?, self.answer(tag, two, until)?])
+        let mut answers = Vec::new();
+        for question in questions {
+            answers.push(self.answer(tag, question, Some(until))?);
+        }
+        answers
+            .try_into()
+            .map_err(|_| anyhow::anyhow!("an answer is missing"))
     }
 
     pub(super) fn answer(

@@ -1,6 +1,7 @@
 //! PVM's mailbox (TM_DB): packed messages under names, kept by the master pvmd.
 
 use anyhow::{Context, Result, bail};
+use pvm_abi::{MBOX_HANDED_OVER, MBOX_INDEX_SHIFT, MBOX_MULTI_INSTANCE, mbox_flags};
 
 use crate::pvm::client::Client;
 use crate::pvm::tid::Tid;
@@ -15,12 +16,9 @@ const NAMES: i32 = 4;
 /// pvm3.h: PvmMboxPersistent. The entry outlives its owner.
 pub const PERSISTENT: i32 = 1;
 /// pvm3.h: PvmMboxMultiInstance. Others may use the same name.
-pub const MULTI_INSTANCE: i32 = 2;
+pub const MULTI_INSTANCE: i32 = MBOX_MULTI_INSTANCE;
 /// pvm3.h: PvmMboxOverWritable. Others may write it over, and take it away.
-const OVERWRITABLE: i32 = 4;
-/// pvm3.h: PvmMboxDirectIndexShift. Above these bits of the flags the caller asks for an index; 0 is the first one
-/// that is free.
-const INDEX_SHIFT: i32 = 10;
+pub const OVERWRITABLE: i32 = 4;
 /// The name under which those are that `reset` of PVM's console spares.
 pub const NO_RESET: &str = "###_PVM_NO_RESET_###";
 /// PvmNotFound, PvmNoEntry
@@ -76,12 +74,10 @@ impl Client {
         }
     }
 
-    /// Makes an entry another's; false if it was not there any more. Two requests leave at once: whatever becomes of us,
-    /// the second follows the first. A pvmd takes one of a task at a time, and others' in between, which find the entry
-    /// all the same: its owner makes it one that anybody may write over, and the new one does. (mb_insert, pvmd's msgbox.c:
-    /// what is written over is replaced.) An entry that others may write over anyway is taken away and put back, so that it
-    /// is seen whether somebody else has taken it, and one of several of its name can only be put where there is none: who
-    /// asks for these right then does not find them.
+    /// Makes an entry another's; false if it was not the owner's any more. It is written over where it is (mb_insert, pvmd's
+    /// msgbox.c: what is put without PvmMboxMultiInstance replaces what is its owner's, or what anybody may write over), so
+    /// that who looks for it right then finds it. Requests leave at once: whatever becomes of us, the last follows the
+    /// first. A pvmd takes one of a task at a time, and others' in between.
     ///
     /// # Errors
     /// When the pvmd refuses, with its reason.
@@ -90,25 +86,57 @@ impl Client {
         let Some(message) = self.mailbox_get(name, index)? else {
             return Ok(false);
         };
-        let in_place = entry.flags & (OVERWRITABLE | MULTI_INSTANCE) == 0;
-        let free = match in_place {
-            true => put(owner, name, index, entry.flags | OVERWRITABLE, &message),
-            false => request(REMOVE, owner, name, index, 0),
+        // One of several of its name says so in another way from then on.
+        let flags = match entry.flags & MULTI_INSTANCE {
+            0 => entry.flags,
+            _ => entry.flags & !MULTI_INSTANCE | MBOX_HANDED_OVER,
         };
-        let put = put(to, name, index, entry.flags, &message);
-        let [freed, put] = self
-            .ask_both(tm::DB, free, put)
-            .context("cannot ask for the mailbox of the virtual machine")?;
+        let put_to = put(to, name, index, flags, &message);
+        let asking = "cannot ask for the mailbox of the virtual machine";
         let what = || format!("cannot hand '{name}' over from {owner} to {to}");
-        let index = checked(put.reader().int()?).with_context(what)?;
-        match freed.reader().int()? {
-            // Somebody has taken it away: so it is not put back.
-            NO_ENTRY => {
+        if entry.flags & OVERWRITABLE == 0 {
+            // Nobody but its owner can write it over: he makes it one that anybody may.
+            let free = put(owner, name, index, flags | OVERWRITABLE, &message);
+            let [freed, put] = self.ask_several(tm::DB, [free, put_to]).context(asking)?;
+            for answer in [freed, put] {
+                checked(answer.reader().int()?).with_context(what)?;
+            }
+            return Ok(true);
+        }
+        // Anybody may have written it over, or taken it away. What there was right before tells.
+        let tid = self.tid();
+        let look = [
+            request(NAMES, tid, name, 0, 0),
+            request(GET, tid, name, index, 0),
+        ];
+        let [entries, kept] = look;
+        let [entries, kept, done] = self
+            .ask_several(tm::DB, [entries, kept, put_to])
+            .context(asking)?;
+        checked(done.reader().int()?).with_context(what)?;
+        let before = names(&mut entries.reader())?;
+        let before = before.iter().find(|e| e.name == *name && e.index == index);
+        let kept = read(&kept, name)?;
+        match (before, kept) {
+            (Some(before), _) if before.owner == owner => Ok(true),
+            (Some(before), Some(kept)) => {
+                self.mailbox_put_over(before, &kept)?;
+                Ok(false)
+            }
+            _ => {
                 self.mailbox_remove(to, name, index)?;
                 Ok(false)
             }
-            code => checked(code).map(|_| true).with_context(what),
         }
+    }
+
+    /// Puts an entry where one is that anybody may write over.
+    fn mailbox_put_over(&mut self, entry: &Entry, message: &[u8]) -> Result<()> {
+        let flags = entry.flags & !MULTI_INSTANCE;
+        let body = put(entry.owner, &entry.name, entry.index, flags, message);
+        checked(self.mailbox(body)?.reader().int()?)
+            .map(drop)
+            .with_context(|| format!("cannot put '{}' back for {}", entry.name, entry.owner))
     }
 
     /// The packed message of an entry; none if it is not there.
@@ -118,14 +146,7 @@ impl Client {
     pub fn mailbox_get(&mut self, name: &str, index: i32) -> Result<Option<Vec<u8>>> {
         let tid = self.tid();
         let answer = self.mailbox(request(GET, tid, name, index, 0))?;
-        let mut reader = answer.reader();
-        match reader.int()? {
-            NO_ENTRY => Ok(None),
-            code => {
-                checked(code).with_context(|| format!("cannot read '{name}' of the mailbox"))?;
-                without_empty_pieces(reader).map(Some)
-            }
-        }
+        read(&answer, name)
     }
 
     /// All entries whose name matches `pattern` (`*`: all).
@@ -164,7 +185,7 @@ fn request(op: i32, tid: Tid, name: &str, index: i32, flags: i32) -> Body {
 }
 
 fn put(owner: Tid, name: &str, index: i32, flags: i32, message: &[u8]) -> Body {
-    let flags = flags & ((1 << INDEX_SHIFT) - 1) | index.wrapping_shl(INDEX_SHIFT as u32);
+    let flags = flags & ((1 << MBOX_INDEX_SHIFT) - 1) | index.wrapping_shl(MBOX_INDEX_SHIFT);
     request(PUT, owner, name, -1, flags).bytes(message)
 }
 
@@ -179,6 +200,18 @@ fn without_empty_pieces(mut message: Reader<'_>) -> Result<Vec<u8>> {
         }
     }
     Ok(bytes)
+}
+
+/// The packed message in an answer to a GET; none if there is none.
+fn read(answer: &Message, name: &str) -> Result<Option<Vec<u8>>> {
+    let mut reader = answer.reader();
+    match reader.int()? {
+        NO_ENTRY => Ok(None),
+        code => {
+            checked(code).with_context(|| format!("cannot read '{name}' of the mailbox"))?;
+            without_empty_pieces(reader).map(Some)
+        }
+    }
 }
 
 fn checked(code: i32) -> Result<i32> {
@@ -198,7 +231,7 @@ fn names(reader: &mut Reader<'_>) -> Result<Vec<Entry>> {
                 name: name.clone(),
                 index: reader.int()?,
                 owner: reader.tid()?,
-                flags: reader.int()?,
+                flags: mbox_flags(reader.int()?),
             });
         }
     }

@@ -271,32 +271,54 @@ pub fn mailbox(kit: &Path) {
 
 pub fn mailbox_read(kit: &Path) {
     let vm = started(|| Vm::start(kit));
-    let (mut one, mut two, mut reader) = (client_of(&vm), client_of(&vm), client_of(&vm));
+    let (mut one, mut two) = (client_of(&vm), client_of(&vm));
     let (a, b) = (one.tid(), two.tid());
+    let (multi, over) = (mailbox::MULTI_INSTANCE, mailbox::OVERWRITABLE);
+    let other = mailbox::packed(b, b"else");
+    two.mailbox_put(b, "several", 0, multi, &other).unwrap();
+    two.mailbox_put(b, "anybody's", 0, multi, &other).unwrap();
     let message = mailbox::packed(a, b"text");
-    one.mailbox_put(a, "name", 0, 0, &message).unwrap();
-    let over = Arc::new(AtomicBool::new(false));
-    let seen = Arc::clone(&over);
-    let looks = std::thread::spawn(move || {
-        let mut missed = 0;
-        while !seen.load(Ordering::Relaxed) {
-            missed += usize::from(reader.mailbox_get("name", 0).unwrap().is_none());
+    let kinds = [
+        ("single", 0, 0),
+        ("several", 1, multi),
+        ("written over", 0, over),
+        ("anybody's", 1, multi | over),
+    ];
+    for (name, index, flags) in kinds {
+        let put = one.mailbox_put(a, name, 0, flags, &message).unwrap();
+        assert_eq!(put, index, "{name}");
+        let (mut reader, over) = (client_of(&vm), Arc::new(AtomicBool::new(false)));
+        let seen = Arc::clone(&over);
+        let looks = std::thread::spawn(move || {
+            let mut missed = 0;
+            while !seen.load(Ordering::Relaxed) {
+                missed += usize::from(reader.mailbox_get(name, index).unwrap().is_none());
+            }
+            missed
+        });
+        for n in 0..500 {
+            let entries = one.mailbox_names(name).unwrap();
+            let entry = entries.iter().find(|entry| entry.index == index).unwrap();
+            let (owner, next) = if n % 2 == 0 { (a, b) } else { (b, a) };
+            assert_eq!((entry.owner, entry.flags), (owner, flags), "{name}");
+            assert!(one.mailbox_hand_over(entry, next).unwrap());
         }
-        missed
-    });
-    for n in 0..500 {
-        let [entry] = &one.mailbox_names("name").unwrap()[..] else {
-            panic!("not one entry");
-        };
-        let (owner, next) = if n % 2 == 0 { (a, b) } else { (b, a) };
-        assert_eq!((entry.owner, entry.flags), (owner, 0));
-        assert!(one.mailbox_hand_over(entry, next).unwrap());
+        over.store(true, Ordering::Relaxed);
+        assert_eq!(looks.join().unwrap(), 0, "times {name} was not found");
+        assert_eq!(one.mailbox_get(name, index).unwrap(), Some(message.clone()));
     }
-    over.store(true, Ordering::Relaxed);
-    assert_eq!(looks.join().unwrap(), 0, "times it was not found");
     // It is locked as before.
-    assert!(two.mailbox_put(b, "name", 0, 0, &message).is_err());
-    assert_eq!(one.mailbox_get("name", 0).unwrap(), Some(message));
+    assert!(two.mailbox_put(b, "single", 0, 0, &other).is_err());
+    // What somebody has written over, or taken away, is his.
+    let entry = one.mailbox_names("written over").unwrap().remove(0);
+    two.mailbox_put(b, "written over", 0, over, &other).unwrap();
+    let third = client_of(&vm).tid();
+    assert!(!one.mailbox_hand_over(&entry, third).unwrap());
+    assert_eq!(one.mailbox_names("written over").unwrap()[0].owner, b);
+    assert_eq!(one.mailbox_get("written over", 0).unwrap(), Some(other));
+    assert!(two.mailbox_remove(b, "written over", 0).unwrap());
+    assert!(!one.mailbox_hand_over(&entry, third).unwrap());
+    assert_eq!(one.mailbox_get("written over", 0).unwrap(), None);
 }
 
 pub fn refuses_route(kit: &Path) {

@@ -302,6 +302,12 @@ static int run(int argc, char **argv)
 			if (!strcmp(boxes[i].mi_name, ARG(1)))
 				for (cc = 0; cc < boxes[i].mi_nentries; cc++)
 					say("%x ", boxes[i].mi_owners[cc]);
+	} else if (!strcmp(c, "boxflags")) {
+		cc = pvm_getmboxinfo("", &n, &boxes);
+		for (i = 0; cc >= 0 && i < n; i++)
+			if (!strcmp(boxes[i].mi_name, ARG(1)))
+				for (cc = 0; cc < boxes[i].mi_nentries; cc++)
+					say("%d/%x ", boxes[i].mi_indices[cc], boxes[i].mi_flags[cc]);
 	} else if (!strcmp(c, "noresets")) {
 		pvm_getnoresets(&list, &n);
 		for (i = 0; i < n; i++)

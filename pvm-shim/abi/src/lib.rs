@@ -53,6 +53,23 @@ pub const WAIT_ID_LATE: i32 = 0x4c41_5445;
 /// carries it. mistctl may write such a request into the connection of a paused task.
 pub const WAIT_ID_IGNORE: i32 = 0x4d49_5354;
 
+/// pvm3.h: PvmMboxMultiInstance. Others may use the same name.
+pub const MBOX_MULTI_INSTANCE: i32 = 2;
+/// pvm3.h: PvmMboxDirectIndexShift. Above these bits of the flags the caller asks for an index; 0 is the first one that is
+/// free.
+pub const MBOX_INDEX_SHIFT: u32 = 10;
+/// Bit of an entry's flags, which PVM has no use for: it was put with [`MBOX_MULTI_INSTANCE`], which nothing that replaces
+/// an entry may have, and handed over to another incarnation since.
+pub const MBOX_HANDED_OVER: i32 = 256;
+
+/// The flags of an entry as its owner put it.
+pub fn mbox_flags(flags: i32) -> i32 {
+    match flags & MBOX_HANDED_OVER {
+        0 => flags,
+        _ => flags & ((1 << MBOX_INDEX_SHIFT) - 1) & !MBOX_HANDED_OVER | MBOX_MULTI_INSTANCE,
+    }
+}
+
 /// The mailbox class in which every agent has an entry. A task that enrols on a host whose table is not learned waits
 /// for that if there are agents elsewhere: its host is new, and somebody may have moved before it came.
 pub const AGENTS: &CStr = c"mist.agent";
