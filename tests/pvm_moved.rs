@@ -31,9 +31,10 @@ const LIMIT: Duration = Duration::from_secs(60);
 type Test = fn(&Scene) -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 19] = [
+    let tests: [(&str, Test); 20] = [
         ("its_last_words_and_its_status_arrive", last_words),
         ("its_environment_says_where_it_is", environment),
+        ("who_looks_for_it_elsewhere_is_told_where_it_is", elsewhere),
         ("sizes_are_its_pvmds_or_its_own", sizes),
         ("it_has_the_siblings_it_had", siblings),
         ("its_mailbox_entries_are_its_own", mailbox),
@@ -126,6 +127,20 @@ fn last_words(scene: &Scene) -> Result<()> {
     let of = |what: &str| format!("[t{v:x}] {what}");
     let expected = ["BEGIN", "before", "after", "EOF"].map(of);
     ensure!(boss.said == expected, "{:?}", boss.said);
+    Ok(())
+}
+
+/// A dump is made on the task's host.
+fn elsewhere(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    let (worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    scene.migrate(v, "h0")?;
+    let dump = format!("{} dump t{v:x} -o /tmp/x 2>&1; true", scene.mistctl.path());
+    let said = scene.hosts.exec("h1", &dump)?;
+    let expected = format!("task t{v:x} is on host h0: run mistctl there");
+    ensure!(said.contains(&expected), "{said}");
+    worker.leave();
+    boss.leave();
     Ok(())
 }
 

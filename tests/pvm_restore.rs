@@ -63,6 +63,10 @@ fn main() -> ExitCode {
         ),
         ("partners_of_a_task_that_is_away_wait_for_it", away),
         (
+            "what_others_print_goes_to_a_collector_that_came_back",
+            collects,
+        ),
+        (
             "a_move_runs_when_the_old_one_has_ended",
             parking::runs_when_ended,
         ),
@@ -212,6 +216,30 @@ fn waits_for_info(scene: &Scene) -> Result<()> {
     ensure!(worker.ask("mytid") == format!("{v:x}"));
     worker.leave();
     boss.leave();
+    Ok(())
+}
+
+/// Nobody else tells a child that does not call PVM, and its pvmd, where its collector is.
+fn collects(scene: &Scene) -> Result<()> {
+    for how in ["--kill --away", "--kill"] {
+        let name = |who: &str| format!("{who}{}", how.len());
+        let mut boss = scene.actor("h0", &name("boss"))?;
+        boss.ask("catchout");
+        let (mut worker, v) = scene.worker(&mut boss, "h1", &name("worker"))?;
+        ensure!(worker.ask("print one") == "ok");
+        let one = format!("[t{v:x}] one");
+        wait_for("what it prints", LIMIT, || {
+            boss.ask("probe 1 1");
+            Ok(boss.said.contains(&one).then_some(()))
+        })?;
+        let image = scene.dump("h0", boss.pid(), &name("image"), how)?;
+        restore(scene, "h1", &image, "--host h1")?;
+        ensure!(worker.ask("print two") == "ok");
+        worker.leave();
+        ensure!(boss.ask("exit") == "0");
+        let expected = ["BEGIN", "one", "two", "EOF"].map(|what| format!("[t{v:x}] {what}"));
+        ensure!(boss.said == expected, "{how}: {:?}", boss.said);
+    }
     Ok(())
 }
 

@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use pvm_abi::NOOP_MARKER;
+use pvm_abi::block::flag;
 
 use crate::dump::Session;
-use crate::pvm::agent::control::{Peer, Request};
+use crate::pvm::agent::control::{Answer, Peer, Request};
 use crate::pvm::agent::{Caller, ensure};
 use crate::pvm::capture::Task;
 use crate::pvm::client::Client;
@@ -27,6 +28,8 @@ pub struct Away {
     r: Tid,
     /// Of our markers.
     number: u32,
+    /// Others print to it.
+    collects: bool,
 }
 
 impl Away {
@@ -39,7 +42,8 @@ impl Away {
         let agents = ensure(client, &|_| {}).context(
             "partners are to wait for the task, which needs mistctl's agents on all hosts",
         )?;
-        let away = Away {
+        let mut away = Away {
+            collects: task.block.flags()? & flag::COLLECTOR != 0,
             agents,
             v: task.v,
             r: task.r,
@@ -53,20 +57,30 @@ impl Away {
             next: 0,
             lease_ms: LEASE_MS + bytes / BYTES_A_MS,
         };
-        if let Err(e) = away.ask_all(client, &close) {
-            return Err(away.call_off(client, e));
+        match away.ask_all(client, &close) {
+            Ok(answers) => {
+                let collects =
+                    |answer: &Answer| matches!(answer, Answer::Closed { collects: true });
+                away.collects |= answers.iter().any(collects);
+                Ok(away)
+            }
+            Err(e) => Err(away.call_off(client, e)),
         }
-        Ok(away)
     }
 
-    fn ask_all(&self, client: &mut Client, request: &Request) -> Result<()> {
+    /// Whether what others print is lost while it is away: no gate holds that.
+    pub fn collects(&self) -> bool {
+        self.collects
+    }
+
+    fn ask_all(&self, client: &mut Client, request: &Request) -> Result<Vec<Answer>> {
         let mut caller = Caller::new(client);
-        for agent in &self.agents {
+        let ask = |agent: &Peer| {
             caller
                 .ask(Tid(agent.tid), request.clone(), PATIENCE)
-                .with_context(|| format!("the agent of {}", agent.name))?;
-        }
-        Ok(())
+                .with_context(|| format!("the agent of {}", agent.name))
+        };
+        self.agents.iter().map(ask).collect()
     }
 
     /// Waits, while the task stands still, until all that was sent to it is in its socket, and all that it sent has
@@ -101,7 +115,7 @@ impl Away {
             next: 0,
             lease_ms: 0,
         };
-        self.ask_all(client, &close)
+        self.ask_all(client, &close).map(drop)
     }
 
     /// Opens the gates; `why` the task was not saved, which it returns.
@@ -111,7 +125,7 @@ impl Away {
             r: self.r.0,
         };
         match self.ask_all(client, &open) {
-            Ok(()) => why,
+            Ok(_) => why,
             Err(e) => why.context(format!(
                 "messages to {} wait for a while, until its gates open by themselves ({e:#})",
                 self.v

@@ -63,6 +63,12 @@ fn run_task(task: &Task, opts: &Options, away: bool) -> Result<Report> {
             task.v
         ));
     }
+    if away.as_ref().is_some_and(Away::collects) {
+        report.warnings.push(format!(
+            "what others print, which task {} collects, is lost until it is restored",
+            task.v
+        ));
+    }
     if let Some(away) = &away
         && let Err(e) = away.stays(&mut client)
     {

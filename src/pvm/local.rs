@@ -13,6 +13,7 @@ use crate::error::Failure;
 use crate::kernel::{maps, pidfd};
 use crate::pvm::block::TaskBlock;
 use crate::pvm::client::{Client, Pvmd};
+use crate::pvm::table;
 use crate::pvm::tid::Tid;
 use crate::pvm::virtual_machine::Task;
 
@@ -265,7 +266,12 @@ fn elsewhere(tid: Tid) -> Result<i32> {
     let mut client = Client::enrol(&pvmd, 0)?;
     let (own, tasks, hosts) = (client.tid(), client.tasks(Tid::NONE)?, client.hosts()?);
     client.exit()?;
-    let Some(task) = tasks.iter().find(|task| task.tid == tid) else {
+    // Elsewhere it has the tid of the incarnation there.
+    let known = pvmd
+        .table_path()
+        .and_then(|path| table::present(&path, tid.0));
+    let now = known.ok().flatten().map_or(tid, Tid);
+    let Some(task) = tasks.iter().find(|task| task.tid == now) else {
         return Err(nowhere());
     };
     if task.host.host() == own.host() {

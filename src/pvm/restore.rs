@@ -118,8 +118,13 @@ fn use_up(client: &mut Client, hosts: &[Host], v: Tid) -> Result<bool> {
     let Some(host) = hosts.iter().find(|h| h.tid.host() == v.host()) else {
         return Ok(false);
     };
-    let used = tids::use_up(client, host, v.slot(), tids::MOST)
-        .with_context(|| format!("making sure that nobody gets the tid {v}"))?;
+    let used = tids::use_up(client, host, v.slot(), tids::MOST).with_context(|| {
+        let name = &host.name;
+        format!(
+            "making sure that nobody on {name} gets the tid {v}; if {name} is down, take it out (`delete {name}` in \
+             PVM's console), and restore again"
+        )
+    })?;
     Ok(used.len() > 1)
 }
 

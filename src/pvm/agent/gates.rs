@@ -182,16 +182,17 @@ impl Agent {
 
     pub(super) fn open_gate(&mut self, v: u32, r: u32) -> Result<()> {
         let closed = self.table.entry(v).filter(|entry| entry.state.is_closed());
+        let before = self.table.r_of(v);
         self.table.open_gate(v, r)?;
         self.closing.retain(|closing| closing.v != v);
         self.closed_for.remove(&v);
         if let Some(entry) = closed {
             self.left_standing(Tid(entry.next), entry.next == r)?;
-            if entry.next == r {
-                // Of those whose collector has moved some may have been on their way themselves when that was told. Who
-                // cannot be told now does it himself.
-                let _ = self.redirect(v, r, Duration::ZERO);
-            }
+        }
+        if before != r {
+            // Those whose collector was restored know nothing yet, and of those whose collector has moved some may have been
+            // on their way themselves when that was told. Who cannot be told now does it himself.
+            let _ = self.redirect(v, r, Duration::ZERO);
         }
         self.nudge()
     }
