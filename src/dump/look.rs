@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 
 use super::files::{FileDumper, Order};
 use super::hold::HeldProcess;
-use super::queries::{self, Queries, ThreadAnswers};
+use super::queries::{self, Queries};
 use super::tables::Tables;
 use super::{After, Options, Report, Sink, late, maps, memory, process, threads};
 use crate::error::Failure;
@@ -232,8 +232,7 @@ fn ask_one<'a>(
         }
     }
     for t in held.threads.iter().skip(1) {
-        let b = batch.in_thread(t, ThreadAnswers::LEN, &queries::thread_calls)?;
-        answers.push(ThreadAnswers::read(&b));
+        answers.push(queries::of_thread(&batch, t)?);
     }
     for (t, a) in p.threads.iter_mut().zip(&answers) {
         threads::complete(t, a);

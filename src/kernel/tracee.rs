@@ -190,7 +190,9 @@ impl Tracee {
             &raw mut iov as usize,
         )
         .with_context(|| format!("reading extended state of thread {}", self.tid))?;
+        // Kept for each of thousands of threads: without the room.
         buf.truncate(iov.iov_len);
+        buf.shrink_to_fit();
         Ok(buf)
     }
 

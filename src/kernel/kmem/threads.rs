@@ -1,6 +1,7 @@
-//! When the kernel is going to wake a thread that sleeps in a system call with a time-out, from what the kernel itself
-//! goes by: the timer on the thread's kernel stack while it sleeps, and its restart block once it was stopped.
-//! Nothing is guessed: a timer is the thread's when it points to it and is queued.
+//! What the kernel knows of a thread and tells nobody but the thread itself. When it is going to wake one that sleeps in
+//! a system call with a time-out, from what the kernel itself goes by: the timer on the thread's kernel stack while it
+//! sleeps, and its restart block once it was stopped. Nothing is guessed: a timer is the thread's when it points to it
+//! and is queued. Besides, what it has set for itself.
 
 use std::fs::File;
 use std::io;
@@ -14,6 +15,7 @@ use super::{
     CALL, EXIT, FUNC_GET_CURRENT_TASK, FUNC_PROBE_READ_KERNEL, JEQ_IMM, JGT_IMM, LD_IMM64, LDX_DW,
     MAP_VALUE, MOV, MOV_IMM, STX_DW, fetch, insn, load, map_of, run, types,
 };
+use crate::image::signals::AltStack;
 
 /// Of a sleeping thread's kernel stack this much is looked at: the frames of the call it sleeps in.
 const STACK: usize = 8 * 1024;
@@ -38,6 +40,9 @@ pub struct Look {
     pub until: Option<i64>,
     /// The coarse one, of sockets, that is to: with the tick of this number (jiffies).
     pub until_tick: Option<i64>,
+    /// Where it wants a zero written when it ends (set_tid_address(2)).
+    pub clear_child_tid: u64,
+    altstack: AltStack,
 }
 
 impl Look {
@@ -51,6 +56,24 @@ impl Look {
     pub fn futex_until(&self, word: u64) -> Option<i64> {
         let [_, _, at, _, _, until, _] = self.restart;
         (at == word).then_some(until as i64)
+    }
+
+    /// What sigaltstack(2) tells a thread with this stack pointer (kernel/signal.c, do_sigaltstack).
+    pub fn altstack(&self, sp: u64) -> AltStack {
+        const AUTODISARM: i32 = 1 << 31;
+        let AltStack { sp: at, size, .. } = self.altstack;
+        let kept = self.altstack.flags & AUTODISARM;
+        let state = if size == 0 {
+            libc::SS_DISABLE
+        } else if kept == 0 && sp > at && sp - at <= size {
+            libc::SS_ONSTACK
+        } else {
+            0
+        };
+        AltStack {
+            flags: kept | state,
+            ..self.altstack
+        }
     }
 
     /// The same of poll(2) with this array.
@@ -108,6 +131,10 @@ struct TaskLayout {
     sp: u64,
     stack: u64,
     restart: u64,
+    altstack: u64,
+    altstack_size: u64,
+    altstack_flags: u64,
+    clear_child_tid: u64,
 }
 
 /// struct hrtimer_sleeper; all but the task by where that is.
@@ -165,6 +192,10 @@ impl Layout {
                 sp: task("thread.sp")?,
                 stack: task("stack")?,
                 restart: task("restart_block")?,
+                altstack: task("sas_ss_sp")?,
+                altstack_size: task("sas_ss_size")?,
+                altstack_flags: task("sas_ss_flags")?,
+                clear_child_tid: task("clear_child_tid")?,
             },
             hops: [
                 task("files")?,
@@ -193,14 +224,19 @@ impl Layout {
     }
 }
 
-/// In what a look brings: nvcsw, stack pointer, stack, pid, state and on_cpu (four bytes each), restart block.
+/// In what a look brings: nvcsw, stack pointer, stack, pid, state, on_cpu and flags of the alternate stack (four bytes
+/// each), restart block, alternate stack, clear_child_tid.
 const SLEEPS: i32 = 0;
 const SP: i32 = 8;
 const BOTTOM: i32 = 16;
 const PID: i32 = 24;
 const STATE: i32 = 28;
 const ON_CPU: i32 = 32;
+const ALTSTACK_FLAGS: i32 = 36;
 const RESTART: i32 = 40;
+const ALTSTACK: i32 = RESTART + RESTART_BLOCK as i32;
+const ALTSTACK_SIZE: i32 = ALTSTACK + 8;
+const CLEAR_CHILD_TID: i32 = ALTSTACK + 16;
 
 /// Reads what [`Look`] is made of. The context: the task; what the helper said.
 fn look_program(map: i32, l: &TaskLayout) -> Vec<[u8; 8]> {
@@ -221,6 +257,10 @@ fn look_program(map: i32, l: &TaskLayout) -> Vec<[u8; 8]> {
         (SP, l.sp, 8),
         (BOTTOM, l.stack, 8),
         (RESTART, l.restart, RESTART_BLOCK as i32),
+        (ALTSTACK, l.altstack, 8),
+        (ALTSTACK_SIZE, l.altstack_size, 8),
+        (ALTSTACK_FLAGS, l.altstack_flags, 4),
+        (CLEAR_CHILD_TID, l.clear_child_tid, 8),
     ];
     for (to, from, len) in fields {
         p.extend(value(1, to));
@@ -348,6 +388,12 @@ impl Threads {
             restart,
             until: asleep.then(|| timer(&|at| l.sleeper(stack, at))).flatten(),
             until_tick: asleep.then(|| timer(&|at| l.timer(stack, at))).flatten(),
+            clear_child_tid: word(CLEAR_CHILD_TID as usize),
+            altstack: AltStack {
+                sp: word(ALTSTACK as usize),
+                flags: half(ALTSTACK_FLAGS) as i32,
+                size: word(ALTSTACK_SIZE as usize),
+            },
         })
     }
 }
@@ -414,6 +460,7 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::{Look, Threads};
+    use crate::image::signals::AltStack;
     use crate::kernel::time_ns::host_monotonic_ns;
 
     /// Looks at a thread that does `sleep` until it is asleep with a timer.
@@ -458,6 +505,54 @@ mod tests {
             return eprintln!("SKIPPED: needs CAP_BPF");
         };
         assert!(end > now && end <= now + 300_000_000, "{end} at {now}");
+    }
+
+    #[test]
+    fn what_a_thread_has_set_is_what_it_is_told() {
+        let Some(threads) = Threads::get() else {
+            return eprintln!("SKIPPED: needs CAP_BPF");
+        };
+        const PR_GET_TID_ADDRESS: libc::c_int = 40;
+        let mut stack = vec![0u8; 64 * 1024];
+        let sp = stack.as_mut_ptr() as u64;
+        // Beginning, flags (SS_DISABLE, SS_AUTODISARM), bytes.
+        for (flags, size) in [(0, 1 << 16), (2, 0), (1 << 31, 1 << 15)] {
+            let wanted = [sp, flags, size];
+            let (mut told, mut address) = ([0u64; 3], 0u64);
+            // SAFETY: a stack_t each; the memory is there until the alternate stack is given up below.
+            unsafe {
+                libc::sigaltstack(wanted.as_ptr().cast(), told.as_mut_ptr().cast());
+                libc::sigaltstack(std::ptr::null(), told.as_mut_ptr().cast());
+                libc::prctl(PR_GET_TID_ADDRESS, &raw mut address);
+            }
+            // SAFETY: no arguments.
+            let look = threads
+                .find(unsafe { libc::gettid() })
+                .and_then(|t| threads.look(t));
+            let look = look.unwrap();
+            assert_eq!(look.clear_child_tid, address);
+            let outside = look.altstack(&raw const told as u64);
+            assert_eq!(
+                [outside.sp, u64::from(outside.flags as u32), outside.size],
+                told
+            );
+        }
+        let look = Look {
+            altstack: AltStack {
+                sp: 100,
+                flags: 0,
+                size: 50,
+            },
+            ..threads
+                .find(std::process::id() as i32)
+                .and_then(|t| threads.look(t))
+                .unwrap()
+        };
+        let states = [100, 101, 150, 151].map(|sp| look.altstack(sp).flags);
+        assert_eq!(states, [0, libc::SS_ONSTACK, libc::SS_ONSTACK, 0]);
+        let none = [0u64, libc::SS_DISABLE as u64, 0];
+        // SAFETY: a stack_t.
+        unsafe { libc::sigaltstack(none.as_ptr().cast(), std::ptr::null_mut()) };
     }
 
     #[test]
