@@ -228,12 +228,15 @@ pub fn not_copied(pid: i32, copy: i32, vmas: &[Vma]) -> Result<Vec<&Vma>> {
     let (ours, theirs) = (Pagemap::open(pid)?, Pagemap::open(copy)?);
     let mut all = Vec::new();
     for v in vmas.iter().filter(|v| is_private(v)) {
-        if !starts.contains(&v.start) || v.has("ht") {
-            all.push(v);
-        } else if v.backing == Backing::Anonymous
-            && let Some(first) = ours.first_private(v.start, v.end)?
-            && theirs.first_private(first, first + PAGE)?.is_none()
-        {
+        let lacks_pages = || {
+            // In this order: nearly always the copy has some, which is the answer.
+            Ok::<_, anyhow::Error>(
+                v.backing == Backing::Anonymous
+                    && theirs.first_private(v.start, v.end)?.is_none()
+                    && ours.first_private(v.start, v.end)?.is_some(),
+            )
+        };
+        if !starts.contains(&v.start) || v.has("ht") || lacks_pages()? {
             all.push(v);
         }
     }

@@ -6,31 +6,35 @@ use crate::kernel::proc_file;
 
 /// Reads them. Kernel memory is opened before anything stands still: that takes milliseconds.
 #[derive(Default)]
-pub struct Semaphores(Option<KernelMemory>);
+pub struct Semaphores {
+    kernel: Option<KernelMemory>,
+    /// Ids and sizes of all sets.
+    sets: Vec<(i32, usize)>,
+}
 
 impl Semaphores {
     /// Where kernel memory cannot be read, none are seen.
     pub fn prepare() -> Self {
-        // As nearly always.
-        if sets().is_empty() {
-            return Self(None);
+        let mut semaphores = Self::default();
+        semaphores.look();
+        semaphores
+    }
+
+    /// Which sets there are now: to be called when the processes stand.
+    pub fn look(&mut self) {
+        self.sets = listed(&proc_file::text("/proc/sysvipc/sem").unwrap_or_default());
+        // None, as nearly always.
+        if self.kernel.is_none() && !self.sets.is_empty() {
+            self.kernel = KernelMemory::open().ok();
         }
-        Self(KernelMemory::open().ok())
     }
 
     /// Those of a process that stands still, through its thread `tid`.
-    pub fn read(&mut self, tid: i32) -> Vec<SemaphoreUndo> {
-        let sets = sets();
-        if sets.is_empty() {
-            return Vec::new();
-        }
-        if self.0.is_none() {
-            self.0 = KernelMemory::open().ok();
-        }
-        let Some(kernel) = &self.0 else {
+    pub fn read(&self, tid: i32) -> Vec<SemaphoreUndo> {
+        let Some(kernel) = self.kernel.as_ref().filter(|_| !self.sets.is_empty()) else {
             return Vec::new();
         };
-        let found = kmem::semaphores::adjustments(kernel, tid, &sets).unwrap_or_default();
+        let found = kmem::semaphores::adjustments(kernel, tid, &self.sets).unwrap_or_default();
         found
             .into_iter()
             .filter(|(_, adjustments)| adjustments.iter().any(|a| *a != 0))
@@ -39,12 +43,7 @@ impl Semaphores {
     }
 }
 
-/// Ids and sizes of all sets.
-fn sets() -> Vec<(i32, usize)> {
-    listed(&proc_file::text("/proc/sysvipc/sem").unwrap_or_default())
-}
-
-/// The same, from /proc/sysvipc/sem (key, id, permissions, number of semaphores ...).
+/// Ids and sizes of all sets, from /proc/sysvipc/sem (key, id, permissions, number of semaphores ...).
 fn listed(text: &str) -> Vec<(i32, usize)> {
     let set = |line: &str| {
         let mut words = line.split_whitespace().skip(1);

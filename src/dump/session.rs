@@ -45,6 +45,8 @@ pub struct Session {
     opts: Options,
     /// Of their descriptors, before they stood.
     order: Order,
+    /// How many we, and so a restore here, may have.
+    descriptors_allowed: u64,
     semaphores: Semaphores,
     /// But for the time.
     origin: Origin,
@@ -106,6 +108,7 @@ impl Session {
         let order = Order::look(&pids);
         let origin = look::origin()?;
         let semaphores = Semaphores::prepare();
+        let descriptors_allowed = fds::allow_all();
         let guardian = Guardian::start().context("starting the guardian process")?;
         let (pids, holds, stopped) = stop_all(opts, stop_first)?;
         Ok(Self {
@@ -120,6 +123,7 @@ impl Session {
             pids,
             opts: opts.clone(),
             order,
+            descriptors_allowed,
             semaphores,
             origin,
             inside,
@@ -172,6 +176,7 @@ impl Session {
             std::mem::take(&mut self.order),
             self.inside,
         )?;
+        self.semaphores.look();
         for (s, hold) in subjects.iter_mut().zip(&self.holds) {
             if let Some(held) = hold {
                 s.process.semaphores = self.semaphores.read(held.via());
@@ -383,7 +388,7 @@ impl Session {
             shared_memory: std::mem::take(&mut self.tables.shared_memory),
             pvm: self.pvm.take(),
         };
-        let (needed, allowed) = (manifest.descriptors_to_restore(), fds::allow_all());
+        let (needed, allowed) = (manifest.descriptors_to_restore(), self.descriptors_allowed);
         if needed > allowed {
             self.tables.warnings.push(format!(
                 "a restore needs up to {needed} descriptors, and only {allowed} are allowed here: raise the limit before it (ulimit -Hn)"

@@ -134,10 +134,9 @@ struct Seen<'a> {
 }
 
 impl FileDumper {
-    /// For a dump of these processes, whose descriptors were looked at before they stood.
+    /// For a dump of these processes, whose descriptors were looked at before they stood. A duplicate of every
+    /// description is held until the end: as many should be allowed as can be.
     pub fn new(pids: &[i32], order: Order) -> Self {
-        // A duplicate of every description is held until the end. Not worth an error before it runs short.
-        fds::allow_all();
         Self {
             pids: pids.iter().copied().collect(),
             open: Vec::new(),
@@ -566,18 +565,27 @@ fn one_table(pid: i32, tid: i32) -> Result<()> {
         let Some(other) = name.to_str().and_then(|n| n.parse::<i32>().ok()) else {
             continue;
         };
+        if other == tid {
+            continue;
+        }
         // A dead leader has no table; a thread that is gone has none either.
-        if other != tid
-            && std::fs::read_dir(format!("/proc/{other}/fd")).is_ok_and(|mut d| d.next().is_some())
-        {
-            let own = |what| Ok::<_, anyhow::Error>(kcmp::common(tid, other, what)?.is_ne());
-            let (name, flag) = if own(Common::Descriptors)? {
-                ("descriptor table", "CLONE_FILES")
-            } else if own(Common::Directories)? {
-                ("current directory", "CLONE_FS")
-            } else {
-                continue;
-            };
+        let has_table = || {
+            let fds = std::fs::read_dir(format!("/proc/{other}/fd"));
+            fds.is_ok_and(|mut d| d.next().is_some())
+        };
+        let own = |what| match kcmp::common(tid, other, what) {
+            Ok(order) => Ok(order.is_ne()),
+            Err(e) if has_table() => Err(e),
+            Err(_) => Ok(false),
+        };
+        let (name, flag) = if own(Common::Descriptors)? {
+            ("descriptor table", "CLONE_FILES")
+        } else if own(Common::Directories)? {
+            ("current directory", "CLONE_FS")
+        } else {
+            continue;
+        };
+        if has_table() {
             return Err(Failure::Refused.because(format!(
                 "process {pid}: thread {other} has a {name} of its own (unshare {flag}), which cannot be carried"
             )));
