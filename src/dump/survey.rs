@@ -28,7 +28,7 @@ pub fn refusals(pid: i32, pvmd: Option<u64>) -> Result<Vec<String>> {
     let tasks = Proc::new(pid).and_then(|p| p.tasks());
     for thread in tasks.into_iter().flatten().flatten() {
         if let Ok(status) = threads::status(pid, thread.tid) {
-            found.extend(threads::unfiltered(pid, &status).err());
+            found.extend(threads::unfiltered(pid, thread.tid, &status).err());
         }
     }
     found.extend(maps::read(via, &mut Tables::new(1)).err());

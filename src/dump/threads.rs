@@ -1,7 +1,6 @@
 //! Threads: registers, and what the kernel keeps for each.
 
 use anyhow::{Context, Result, bail};
-use procfs::process::Status;
 
 use super::queries::ThreadAnswers;
 use crate::error::Failure;
@@ -12,14 +11,14 @@ use crate::kernel::batch::Held;
 use crate::kernel::mem::Mem;
 use crate::kernel::proc_file;
 use crate::kernel::sched;
+use crate::kernel::thread_status::ThreadStatus;
 
 /// Refuses a thread whose calls are filtered.
-pub fn unfiltered(pid: i32, status: &Status) -> Result<()> {
-    if status.seccomp.unwrap_or(0) != 0 {
+pub fn unfiltered(pid: i32, tid: i32, status: &ThreadStatus) -> Result<()> {
+    if status.seccomp != 0 {
         return Err(Failure::Refused.because(format!(
-            "thread {} of process {pid} has a seccomp filter, which cannot be carried; start the \
-             program without its sandbox",
-            status.pid
+            "thread {tid} of process {pid} has a seccomp filter, which cannot be carried; start the \
+             program without its sandbox"
         )));
     }
     Ok(())
@@ -42,7 +41,7 @@ pub fn read(pid: i32, held: &Held) -> Result<Thread> {
         )));
     }
     let status = status(pid, t.tid)?;
-    unfiltered(pid, &status)?;
+    unfiltered(pid, t.tid, &status)?;
     let (robust_list, robust_list_len) = t.robust_list()?;
     Ok(Thread {
         tid: t.tid,
@@ -110,10 +109,8 @@ pub fn abort_rseq(held: &mut Held, mem: &Mem) -> Result<()> {
     Ok(())
 }
 
-pub fn status(pid: i32, tid: i32) -> Result<Status> {
-    use procfs::FromRead;
-    let path = format!("/proc/{pid}/task/{tid}/status");
-    Status::from_file(&path).with_context(|| format!("reading {path}"))
+pub fn status(pid: i32, tid: i32) -> Result<ThreadStatus> {
+    ThreadStatus::read(format!("/proc/{pid}/task/{tid}/status"))
 }
 
 fn comm(pid: i32, tid: i32) -> Result<String> {
@@ -131,18 +128,18 @@ pub fn number(path: &str) -> Result<u64> {
 }
 
 /// But for the securebits, which only the thread itself knows.
-pub fn creds(s: &Status) -> Creds {
+pub fn creds(s: &ThreadStatus) -> Creds {
     Creds {
-        uids: [s.ruid, s.euid, s.suid, s.fuid],
-        gids: [s.rgid, s.egid, s.sgid, s.fgid],
+        uids: s.uids,
+        gids: s.gids,
         groups: s.groups.clone(),
-        cap_inheritable: s.capinh,
-        cap_permitted: s.capprm,
-        cap_effective: s.capeff,
-        cap_bounding: s.capbnd.unwrap_or(0),
-        cap_ambient: s.capamb.unwrap_or(0),
+        cap_inheritable: s.cap_inheritable,
+        cap_permitted: s.cap_permitted,
+        cap_effective: s.cap_effective,
+        cap_bounding: s.cap_bounding,
+        cap_ambient: s.cap_ambient,
         // Asked of the process itself.
         securebits: 0,
-        no_new_privs: s.nonewprivs.unwrap_or(0) != 0,
+        no_new_privs: s.no_new_privs,
     }
 }

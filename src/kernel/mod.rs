@@ -31,6 +31,7 @@ pub mod socket_timeout;
 pub mod sockopt;
 pub mod stack;
 pub mod tcp_repair;
+pub mod thread_status;
 pub mod time_ns;
 pub mod timer_list;
 pub mod tracee;
