@@ -285,7 +285,7 @@ fn seize(pid: i32, tid: i32) -> Result<Option<Tracee>> {
             Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
             Err(e) => e,
         };
-        let status = procfs::process::Process::new(tid).and_then(|p| p.status());
+        let status = proc_file::status(tid);
         match status.ok() {
             // A leader that called pthread_exit: it is carried by its other threads.
             Some(s) if s.state.starts_with('Z') => return Ok(None),

@@ -12,6 +12,7 @@ use crate::error::Failure;
 use crate::image::files::{Description, Kind};
 use crate::image::process::Process;
 use crate::kernel::pid_ns;
+use crate::kernel::proc_file;
 
 /// Number of a namespace of a task ("self" is ours); None where that cannot be seen.
 fn number(who: &str, kind: &str) -> Option<u64> {
@@ -61,7 +62,7 @@ pub fn check(pid: i32, via: i32, first: i32) -> Result<()> {
 
 /// The id of a task in its own pid namespace.
 fn inside_id(tid: i32) -> Option<i32> {
-    let ids = Proc::new(tid).and_then(|p| p.status()).ok()?.nspid?;
+    let ids = proc_file::status(tid).ok()?.nspid?;
     ids.last().copied()
 }
 

@@ -18,7 +18,7 @@ use crate::kernel::{proc_file, waker};
 pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<Flags> {
     let refuse = |what: String| Err(Failure::Refused.because(what));
     let asked_for = inside.first() == Some(&pid);
-    let status = match Proc::new(pid).and_then(|p| p.status()) {
+    let status = match proc_file::status(pid) {
         Ok(s) => s,
         Err(ProcError::NotFound(_)) if !asked_for => {
             return came_and_went(pid).map(|()| Flags::default());
@@ -45,7 +45,7 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<Flags> {
     }
     let (via, status) = match living_thread(pid) {
         via if via == pid => (pid, status),
-        via => match Proc::new(via).and_then(|p| p.status()) {
+        via => match proc_file::status(via) {
             Ok(s) => (via, s),
             // The thread has ended since: whoever stops the process finds another, or none.
             Err(ProcError::NotFound(_)) => return Ok(Flags::default()),
@@ -67,9 +67,7 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<Flags> {
     if status.vmsize.is_none() {
         // include/linux/sched.h
         const PF_KTHREAD: u32 = 0x0020_0000;
-        let kernel = Proc::new(pid)
-            .and_then(|p| p.stat())
-            .is_ok_and(|s| s.flags & PF_KTHREAD != 0);
+        let kernel = proc_file::stat(pid).is_ok_and(|s| s.flags & PF_KTHREAD != 0);
         return match (kernel, asked_for) {
             (true, _) => refuse(format!(
                 "process {pid} ({}) is a kernel thread",
@@ -145,7 +143,7 @@ pub fn living_thread(pid: i32) -> i32 {
 
 /// Whether a thread is a zombie, or not there at all.
 pub fn has_ended(tid: i32) -> bool {
-    let stat = Proc::new(tid).and_then(|t| t.stat());
+    let stat = proc_file::stat(tid);
     stat.map_or(true, |s| matches!(s.state, 'Z' | 'X'))
 }
 
@@ -159,7 +157,7 @@ pub fn is_ending(pid: i32) -> bool {
         return true;
     };
     let ends = |s: &Stat| matches!(s.state, 'Z' | 'X') || s.flags & PF_EXITING != 0;
-    (tasks.flatten()).all(|t| t.stat().map_or(true, |s| ends(&s)))
+    (tasks.flatten()).all(|t| proc_file::stat(t.tid).map_or(true, |s| ends(&s)))
 }
 
 /// What an error in looking at a process is: where that is ending, it is that.
@@ -176,7 +174,7 @@ pub fn tracer(tid: i32) -> Option<i32> {
     const LOOK_EVERY: Duration = Duration::from_micros(200);
     let begun = Instant::now();
     loop {
-        let status = Proc::new(tid).and_then(|p| p.status()).ok()?;
+        let status = proc_file::status(tid).ok()?;
         let tracer = Some(status.tracerpid).filter(|pid| *pid != 0)?;
         let name = proc_file::text(format!("/proc/{tracer}/comm")).unwrap_or_default();
         if name.trim_end().as_bytes() != waker::NAME.to_bytes() || begun.elapsed() > MOMENT {
@@ -208,7 +206,7 @@ fn ancestors() -> Vec<i32> {
     let mut at = nix::unistd::getppid().as_raw();
     while at > 1 && !all.contains(&at) {
         all.push(at);
-        at = Proc::new(at).and_then(|p| p.stat()).map_or(0, |s| s.ppid);
+        at = proc_file::stat(at).map_or(0, |s| s.ppid);
     }
     // The init of a pid namespace is not one's shell.
     all
@@ -244,8 +242,7 @@ pub fn read(
     tables: &mut Tables,
 ) -> Result<(Process, queries::Queries)> {
     let ctx = || format!("reading the state of process {pid}");
-    let leader = Proc::new(pid).with_context(ctx)?;
-    let stat = leader.stat().with_context(ctx)?;
+    let stat = proc_file::stat(pid).with_context(ctx)?;
     let mut p = empty(&stat);
     let Some(via) = via else {
         p.state = State::Zombie {
@@ -256,7 +253,7 @@ pub fn read(
     let is_init = |s: &Status| s.nspid.as_ref().is_some_and(|ids| ids.last() == Some(&1));
     let mut leader_is_init = false;
     if via != pid {
-        let status = leader.status().with_context(ctx)?;
+        let status = proc_file::status(pid).with_context(ctx)?;
         leader_is_init = is_init(&status);
         p.ended_leader = Some(EndedLeader {
             status: stat.exit_code.unwrap_or(0),
@@ -264,9 +261,8 @@ pub fn read(
         });
     }
     // The numbers of the address space are shown by living threads only.
-    let proc = Proc::new(via).with_context(ctx)?;
-    let stat = proc.stat().with_context(ctx)?;
-    let status = proc.status().with_context(ctx)?;
+    let stat = proc_file::stat(via).with_context(ctx)?;
+    let status = proc_file::status(via).with_context(ctx)?;
     let timers = proc_file::text(format!("/proc/{via}/timers")).unwrap_or_default();
     p.posix_timers = queries::parse_timers(&timers)?;
     p.umask = status.umask.unwrap_or(0o22);

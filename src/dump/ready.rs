@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 
 use super::maps::Flags;
 use crate::error::Failure;
+use crate::kernel::proc_file;
 
 /// How long a process is waited for that is traced, and one whose memory is being filled.
 const TRACED: Duration = Duration::from_secs(2);
@@ -45,7 +46,7 @@ pub fn wait(pid: i32) -> Result<Flags> {
 }
 
 fn is_traced(pid: i32) -> bool {
-    let status = procfs::process::Process::new(pid).and_then(|p| p.status());
+    let status = proc_file::status(pid);
     status.is_ok_and(|status| status.tracerpid != 0)
 }
 

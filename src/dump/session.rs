@@ -26,6 +26,7 @@ use crate::image::pvm::PvmTask;
 use crate::image::{ChangedFlags, FORMAT_NAME, FORMAT_VERSION, Fd, Manifest, Origin, SpaceId, Vma};
 use crate::kernel::batch::{Snapshot, Twin};
 use crate::kernel::guardian::Guardian;
+use crate::kernel::proc_file;
 use crate::kernel::sched::Urgent;
 use crate::kernel::{caps, fds, pidfd, socket};
 
@@ -481,7 +482,7 @@ fn stop_all(
             return Ok((pids, holds, begun.unwrap_or_else(Instant::now)));
         }
         for pid in new {
-            let stat = procfs::process::Process::new(pid).and_then(|p| p.stat());
+            let stat = proc_file::stat(pid);
             let zombie = match stat {
                 Ok(s) => s.state == 'Z' && s.num_threads <= 1,
                 Err(procfs::ProcError::NotFound(_)) if pid != opts.pid => {
@@ -533,7 +534,7 @@ fn copy_memory(
         let Some(pid) = s.shown_by(hold.as_ref()) else {
             continue;
         };
-        let status = procfs::process::Process::new(pid).and_then(|p| p.status());
+        let status = proc_file::status(pid);
         populated += status.map_or(0, |s| s.rssanon.unwrap_or(0) + s.vmswap.unwrap_or(0)) * 1024;
         let left = |v: &&Vma| !s.copied.contains(&v.start);
         let vmas = s.process.vmas.iter().filter(left);

@@ -4,6 +4,7 @@ use anyhow::{Context, Result, bail};
 
 use super::queries::ThreadAnswers;
 use crate::error::Failure;
+use crate::image::Bytes;
 use crate::image::process::Creds;
 use crate::image::signals::PendingSignal;
 use crate::image::threads::Thread;
@@ -41,6 +42,7 @@ pub fn read(pid: i32, held: &Held) -> Result<Thread> {
         )));
     }
     let status = status(pid, t.tid)?;
+    let (comm, comm_raw) = comm(pid, t.tid)?;
     unfiltered(pid, t.tid, &status)?;
     let (robust_list, robust_list_len) = t.robust_list()?;
     Ok(Thread {
@@ -48,7 +50,8 @@ pub fn read(pid: i32, held: &Held) -> Result<Thread> {
         regs: held.program.to_bytes().into(),
         xstate: t.xstate()?.into(),
         resume: held.resume.clone(),
-        comm: comm(pid, t.tid)?,
+        comm,
+        comm_raw,
         sigmask: held.sigmask,
         pending: pending(held, false)?,
         altstack: Default::default(),
@@ -113,10 +116,20 @@ pub fn status(pid: i32, tid: i32) -> Result<ThreadStatus> {
     ThreadStatus::read(format!("/proc/{pid}/task/{tid}/status"))
 }
 
-fn comm(pid: i32, tid: i32) -> Result<String> {
+/// A thread's name, and its bytes where they are not UTF-8.
+fn comm(pid: i32, tid: i32) -> Result<(String, Bytes)> {
     let path = format!("/proc/{pid}/task/{tid}/comm");
-    let text = proc_file::read(&path).with_context(|| format!("reading {path}"))?;
-    Ok(String::from_utf8_lossy(text.strip_suffix(b"\n").unwrap_or(&text)).into_owned())
+    let mut text = proc_file::read(&path).with_context(|| format!("reading {path}"))?;
+    if text.ends_with(b"\n") {
+        text.pop();
+    }
+    Ok(match String::from_utf8(text) {
+        Ok(comm) => (comm, Bytes::default()),
+        Err(e) => {
+            let shown = String::from_utf8_lossy(e.as_bytes()).into_owned();
+            (shown, Bytes(e.into_bytes()))
+        }
+    })
 }
 
 pub fn number(path: &str) -> Result<u64> {

@@ -14,6 +14,9 @@ pub struct Thread {
     pub xstate: Bytes,
     pub resume: Resume,
     pub comm: String,
+    /// Its bytes, where they are not UTF-8.
+    #[serde(default, skip_serializing_if = "no_bytes")]
+    pub comm_raw: Bytes,
     /// Blocked signals.
     pub sigmask: u64,
     pub pending: Vec<PendingSignal>,
@@ -27,6 +30,10 @@ pub struct Thread {
     pub timer_slack_ns: u64,
     pub pdeathsig: i32,
     pub creds: super::process::Creds,
+}
+
+fn no_bytes(bytes: &Bytes) -> bool {
+    bytes.is_empty()
 }
 
 /// How a thread goes on.

@@ -266,6 +266,11 @@ fn thread(t: &Thread) -> Result<()> {
         t.xstate.len()
     );
     text("comm", &t.comm, 64)?;
+    ensure!(
+        t.comm_raw.len() <= 64 && !t.comm_raw.contains(&0),
+        "the name of thread {} is none",
+        t.tid
+    );
     pending(&t.pending)?;
     if let Some(rseq) = t.rseq {
         ensure!(rseq.pointer < USER_END, "rseq at {:#x}", rseq.pointer);

@@ -5,6 +5,9 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
+use procfs::process::{Stat, Status};
+use procfs::{FromRead, ProcError, ProcResult};
+
 /// All of a file.
 ///
 /// # Errors
@@ -36,6 +39,41 @@ pub fn read(path: impl AsRef<Path>) -> io::Result<Vec<u8>> {
 /// As [`read`]; InvalidData for what is not UTF-8.
 pub fn text(path: impl AsRef<Path>) -> io::Result<String> {
     String::from_utf8(read(path)?).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
+}
+
+/// What /proc/TID/stat tells, whatever bytes the name in it has: the kernel cuts names at 15 bytes, within a letter too.
+///
+/// # Errors
+/// NotFound where there is no such thread.
+pub fn stat(tid: i32) -> ProcResult<Stat> {
+    parsed(format!("/proc/{tid}/stat"))
+}
+
+/// /proc/TID/status, likewise.
+///
+/// # Errors
+/// NotFound where there is no such thread.
+pub fn status(tid: i32) -> ProcResult<Status> {
+    parsed(format!("/proc/{tid}/status"))
+}
+
+/// A file that has names of processes in it.
+///
+/// # Errors
+/// NotFound where there is none.
+pub fn parsed<T: FromRead>(path: String) -> ProcResult<T> {
+    let bytes = match read(&path) {
+        Ok(bytes) => bytes,
+        Err(e) => {
+            let path = Some(path.into());
+            return Err(match e.raw_os_error() {
+                Some(libc::ENOENT | libc::ESRCH) => ProcError::NotFound(path),
+                Some(libc::EACCES | libc::EPERM) => ProcError::PermissionDenied(path),
+                _ => ProcError::Io(e, path),
+            });
+        }
+    };
+    T::from_read(String::from_utf8_lossy(&bytes).as_bytes())
 }
 
 #[cfg(test)]

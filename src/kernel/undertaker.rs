@@ -194,7 +194,7 @@ fn gather(known: &mut Vec<(i32, OwnedFd)>) {
             .filter_map(|e| e.file_name().to_str()?.parse().ok())
         {
             let is_known = |pid| known.iter().any(|(k, _)| *k == pid);
-            let stat = procfs::process::Process::new(pid).and_then(|p| p.stat());
+            let stat = super::proc_file::stat(pid);
             if !is_known(pid) && stat.is_ok_and(|s| is_known(s.ppid)) {
                 known.extend(pidfd::open(pid).map(|fd| (pid, fd)));
             }

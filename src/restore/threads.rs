@@ -9,6 +9,7 @@ use super::signals;
 use crate::image::process::{Creds, EndedLeader, Process};
 use crate::image::threads::Thread;
 use crate::kernel::arch::Regs;
+use crate::kernel::proc_file;
 use crate::kernel::remote::{Arg, Remote};
 use crate::kernel::sched::SchedAttr;
 use crate::kernel::vacancy;
@@ -46,11 +47,15 @@ pub fn make(leader: &mut Remote, p: &Process, ids: &Ids) -> Result<Vec<Remote>> 
 /// Everything of a thread but its registers. `orphaned`: its parent is us, who end when it runs.
 pub fn furnish(r: &mut Remote, t: &Thread, ours: &Creds, orphaned: bool) -> Result<()> {
     let what = |s: &str| format!("{s} of thread {}", t.tid);
-    let comm = format!("{}\0", t.comm);
+    let mut comm = match t.comm_raw.is_empty() {
+        true => t.comm.clone().into_bytes(),
+        false => t.comm_raw.to_vec(),
+    };
+    comm.push(0);
     r.must(
         what("name"),
         libc::SYS_prctl,
-        &[libc::PR_SET_NAME.into(), Arg::In(comm.as_bytes())],
+        &[libc::PR_SET_NAME.into(), Arg::In(&comm)],
     )?;
     r.must(
         what("robust futex list"),
@@ -200,6 +205,6 @@ pub fn end(leader: &Remote, l: &EndedLeader, place: u64) -> Result<()> {
 }
 
 fn is_zombie(pid: i32) -> bool {
-    let stat = procfs::process::Process::new(pid).and_then(|p| p.stat());
+    let stat = proc_file::stat(pid);
     stat.is_ok_and(|s| s.state == 'Z')
 }

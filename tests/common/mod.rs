@@ -158,7 +158,9 @@ pub fn tail(path: &Path, max: usize) -> String {
 
 /// What `/proc/PID/status` says after `key:`.
 pub fn status_field(pid: u32, key: &str) -> Option<String> {
-    let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    // Its name may be any bytes.
+    let text = fs::read(format!("/proc/{pid}/status")).ok()?;
+    let text = String::from_utf8_lossy(&text);
     text.lines()
         .find_map(|l| l.strip_prefix(key)?.strip_prefix(':'))
         .map(|v| v.trim().to_owned())
