@@ -726,3 +726,26 @@ fn a_restore_may_have_as_many_descriptors_as_the_hard_limit_allows() {
     run("ulimit -S -n 1024", &restore);
     kill(Pid::from_raw(target.0.id() as i32), Signal::SIGKILL).unwrap();
 }
+
+#[test]
+fn bytes_of_an_outsiders_pipe_that_were_not_read_are_told_of() {
+    if !engine() {
+        return;
+    }
+    let dir = temp();
+    let mut target = Command::new("sleep")
+        .arg("1000")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let pid = target.id().to_string();
+    let pipe = target.stdin.as_mut().unwrap();
+    let dump = |name: &str| run(&["dump", &pid, "-o", path(&dir.path().join(name))]).ends_with(0);
+    let told = "5 bytes stand in it that were not read";
+    assert!(!both(&dump("before").0).contains(told));
+    pipe.write_all(b"hello").unwrap();
+    dump("after").says(&[told, "fd 0"]);
+    target.kill().unwrap();
+    target.wait().unwrap();
+}

@@ -95,6 +95,16 @@ struct Open {
     description: Description,
 }
 
+impl Open {
+    /// How many bytes can be read of a pipe or socket.
+    fn unread(&self) -> usize {
+        if self.description.flags & libc::O_ACCMODE == libc::O_WRONLY {
+            return 0;
+        }
+        fds::readable(self.own.as_fd()).unwrap_or(0)
+    }
+}
+
 /// Where a description was met first, for messages.
 #[derive(Debug, Clone)]
 struct Place {
@@ -409,6 +419,14 @@ impl FileDumper {
                 tables.warn(format!(
                     "{}: is a {}; it leads to /dev/null after a restore",
                     open.place, external.what
+                ));
+            }
+            let unread = self.open[id].unread();
+            if unread > 0 && !external.terminal {
+                tables.warn(format!(
+                    "{}: is a {}, and {unread} bytes stand in it that were not read: they are not carried; \
+                     dump the other side too (--tree), or stop it and let them be read first",
+                    self.open[id].place, external.what
                 ));
             }
             let mut external = external.clone();
