@@ -281,6 +281,7 @@ pub fn parse_timers(text: &str) -> Result<Vec<crate::image::signals::PosixTimer>
                 left_ns: 0,
                 interval_ns: 0,
                 overrun: 0,
+                due_ns: None,
             });
             continue;
         }

@@ -10,6 +10,7 @@ use indicatif::ProgressBar;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::appointments::Appointments;
 use super::files::Order;
 use super::hold::HeldProcess;
 use super::look::{self, Holds, Looked, Subject};
@@ -49,6 +50,7 @@ pub struct Session {
     /// How many we, and so a restore here, may have.
     descriptors_allowed: u64,
     semaphores: Semaphores,
+    appointments: Appointments,
     /// But for the time.
     origin: Origin,
     /// The processes have a pid namespace of their own.
@@ -110,6 +112,7 @@ impl Session {
         let origin = look::origin()?;
         let semaphores = Semaphores::prepare();
         let descriptors_allowed = fds::allow_all();
+        let appointments = Appointments::prepare(&pids);
         let guardian = Guardian::start().context("starting the guardian process")?;
         let (pids, holds, stopped) = stop_all(opts, stop_first)?;
         Ok(Self {
@@ -126,6 +129,7 @@ impl Session {
             order,
             descriptors_allowed,
             semaphores,
+            appointments,
             origin,
             inside,
             guardian: Arc::new(guardian),
@@ -181,6 +185,8 @@ impl Session {
         for (s, hold) in subjects.iter_mut().zip(&self.holds) {
             if let Some(held) = hold {
                 s.process.semaphores = self.semaphores.read(held.via());
+                let timers = &mut s.process.posix_timers;
+                self.appointments.mark(held.via(), timers);
             }
         }
         let twin = match self.opts.after {

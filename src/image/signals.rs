@@ -50,4 +50,8 @@ pub struct PosixTimer {
     pub left_ns: i64,
     pub interval_ns: i64,
     pub overrun: i32,
+    /// The time of day that it was set to (TIMER_ABSTIME of CLOCK_REALTIME), nanoseconds: it is due then, however long it was
+    /// away. Where it has expired since and goes on by its interval, the time of day then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub due_ns: Option<i64>,
 }

@@ -3,6 +3,7 @@
 //! fields are. Root only: CAP_BPF and CAP_PERFMON, which file capabilities do not give mistctl.
 
 mod btf;
+pub mod posix_timers;
 pub mod semaphores;
 pub mod threads;
 

@@ -373,7 +373,7 @@ impl Site<'_> {
         }
         process::marks(body, p)?;
         layout::seal(body, p, changed)?;
-        signals::timers(body, p, &id_of)?;
+        signals::timers(body, p, self.image.manifest.origin.realtime_ns, &id_of)?;
         Ok(others)
     }
 }

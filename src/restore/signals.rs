@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use crate::image::process::Process;
-use crate::image::signals::PendingSignal;
+use crate::image::signals::{PendingSignal, PosixTimer};
 use crate::kernel::remote::{Arg, Remote};
 
 const SIGNALS: i32 = 64;
@@ -67,10 +67,27 @@ fn timespec(ns: i64) -> [u8; 16] {
     b
 }
 
+/// When a timer that was set to a time of day is due, as seen at `then`: what has been before has sent its signal.
+fn due(t: &PosixTimer, then: i128) -> Option<i64> {
+    let due = i128::from(t.due_ns.filter(|due| *due > 0)?);
+    let interval = i128::from(t.interval_ns.max(1));
+    let passed = match then - due {
+        early if early < 0 => 0,
+        late => late / interval + 1,
+    };
+    i64::try_from(due + passed * interval).ok()
+}
+
 /// Makes POSIX timers with their ids and starts all timers; the last thing before the program runs.
-/// `tid_of` gives the present id of a thread of the image.
-pub fn timers(body: &mut Remote, p: &Process, tid_of: &dyn Fn(i32) -> i32) -> Result<()> {
+/// `then` was the time of day when the image was made; `tid_of` gives the present id of a thread of the image.
+pub fn timers(
+    body: &mut Remote,
+    p: &Process,
+    then: i128,
+    tid_of: &dyn Fn(i32) -> i32,
+) -> Result<()> {
     const PR_TIMER_CREATE_RESTORE_IDS: u64 = 77;
+    const TIMER_ABSTIME: u64 = 1;
     if !p.posix_timers.is_empty() {
         body.must(
             "choosing the ids of timers (Linux 6.16)",
@@ -112,11 +129,15 @@ pub fn timers(body: &mut Remote, p: &Process, tid_of: &dyn Fn(i32) -> i32) -> Re
         )?;
     }
     for t in p.posix_timers.iter().filter(|t| t.left_ns != 0) {
-        let spec = [timespec(t.interval_ns), timespec(t.left_ns)].concat();
+        let (flags, value) = match due(t, then) {
+            Some(due) => (TIMER_ABSTIME, due),
+            None => (0, t.left_ns),
+        };
+        let spec = [timespec(t.interval_ns), timespec(value)].concat();
         body.must(
             format!("starting timer {}", t.id),
             libc::SYS_timer_settime,
-            &[t.id.into(), 0u64.into(), Arg::In(&spec), 0u64.into()],
+            &[t.id.into(), flags.into(), Arg::In(&spec), 0u64.into()],
         )?;
     }
     for t in &p.itimers {
