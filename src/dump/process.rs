@@ -12,6 +12,7 @@ use super::tables::Tables;
 use super::{namespace, queries, ready, threads};
 use crate::error::{Classify, Failure};
 use crate::image::process::{EndedLeader, Limit, MmLayout, Process, State};
+use crate::kernel::maps::{self, Name};
 use crate::kernel::{proc_file, waker};
 
 /// Refuses what no dump can carry, before anything is stopped. What was read of its mappings for that.
@@ -102,7 +103,7 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<Flags> {
         return Err(is_traced(pid, tracer));
     }
     crate::kernel::caps::caller()?.may_dump(pid)?;
-    if !flags.vdso && !flags.is_empty() {
+    if !flags.vdso && !flags.is_empty() && has_no_vdso(via) {
         return refuse(format!(
             "process {pid} ({}) has no vDSO (it unmaps it, as valgrind does, or the kernel was started with vdso=0), \
              and mistctl works from there; run the program without that",
@@ -112,6 +113,24 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<Flags> {
     let first = inside.first().map_or(via, |first| living_thread(*first));
     namespace::check(pid, via, first)?;
     Ok(flags)
+}
+
+/// Whether a process lacks it for good. One that executes a program has its mappings one after the other, and while one
+/// ends, /proc shows the first of them only.
+fn has_no_vdso(pid: i32) -> bool {
+    const MOMENT: Duration = Duration::from_secs(1);
+    const LOOK_EVERY: Duration = Duration::from_millis(1);
+    let begun = Instant::now();
+    loop {
+        let maps = maps::read(pid).unwrap_or_default();
+        if maps.is_empty() || maps.iter().any(|m| m.name() == Name::Special("vdso")) {
+            return false;
+        }
+        if begun.elapsed() > MOMENT {
+            return true;
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
 }
 
 /// Whether a thread stands in the freezer of its control group: it would be waited for until it is thawed.
