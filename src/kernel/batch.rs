@@ -158,6 +158,8 @@ pub struct Batch<'a> {
     area: Area,
     mapped: bool,
     cloned: bool,
+    /// Its clean-up is still to come.
+    waits: bool,
     results: Vec<i64>,
 }
 
@@ -219,6 +221,7 @@ pub fn start<'a>(
         area,
         mapped: false,
         cloned: false,
+        waits: false,
         results: Vec::new(),
     };
     t.set_options(libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_TRACECLONE)?;
@@ -226,6 +229,7 @@ pub fn start<'a>(
     step_calls(&t, 1)?;
     let got = t.regs()?.rax;
     if got != at {
+        batch.waits = true;
         batch.finish()?;
         bail!(
             "process {}: no room for a scratch area: {} (see its limits, and raise them: prlimit --pid {0} --as=unlimited --data=unlimited)",
@@ -261,6 +265,7 @@ pub fn start<'a>(
         .chunks_exact(CALL_SIZE)
         .map(|c| i64::from_le_bytes(c[64..72].try_into().unwrap_or_default()))
         .collect();
+    batch.waits = true;
     Ok((batch, cloned))
 }
 
@@ -312,7 +317,14 @@ impl Batch<'_> {
     }
 
     /// Runs the rest, and holds the leader as it was before the batch.
-    pub fn finish(self) -> Result<()> {
+    pub fn finish(mut self) -> Result<()> {
+        self.clean_up()
+    }
+
+    fn clean_up(&mut self) -> Result<()> {
+        if !std::mem::take(&mut self.waits) {
+            return Ok(());
+        }
         let t = self.leader.tracee;
         if self.mapped {
             // wait4 of the helper, the subreaper flag; munmap.
@@ -323,6 +335,14 @@ impl Batch<'_> {
         t.set_options(0)?;
         let len = (self.tail.end - self.tail.start) as usize;
         self.mem.write(self.tail.start, &vec![0; len])
+    }
+}
+
+impl Drop for Batch<'_> {
+    /// Whatever fails meanwhile, the program keeps nothing of ours.
+    fn drop(&mut self) {
+        // It has ended, then.
+        let _ = self.clean_up();
     }
 }
 

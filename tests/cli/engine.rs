@@ -213,6 +213,40 @@ fn what_cannot_be_printed_is_said_and_shows_in_the_exit_code() {
     }
 }
 
+/// Memory that is no part of a clone is written while the program stands: the disk gets full in the middle.
+#[test]
+fn a_dump_to_a_full_disk_leaves_nothing_in_the_program() {
+    if !engine() {
+        return;
+    }
+    const PROGRAM: &str = "import mmap, os, sys, time
+m = mmap.mmap(-1, 16 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+m.madvise(mmap.MADV_DONTFORK)
+m.write(os.urandom(16 << 20))
+open(sys.argv[1], 'w').close()
+time.sleep(1000)";
+    const SCRIPT: &str = r#"
+mount -t tmpfs -o size=4m small small && mkfifo ready || exit 77
+python3 -c "$1" ready & pid=$!
+trap 'kill $pid' EXIT
+cat ready
+cat /proc/$pid/maps >before
+"$2" dump $pid -o small/i; status=$?
+cat /proc/$pid/maps >after
+exit $status"#;
+    let dir = temp();
+    fs::create_dir(dir.path().join("small")).unwrap();
+    let mistctl = env!("CARGO_BIN_EXE_mistctl");
+    let dumped = Command::new("unshare")
+        .args(["--mount", "sh", "-c", SCRIPT, "sh", PROGRAM, mistctl])
+        .current_dir(&dir)
+        .output()
+        .unwrap();
+    Ran(dumped).ends_with(1).says(&["No space left"]);
+    let maps = |name| fs::read_to_string(dir.path().join(name)).unwrap();
+    assert_eq!(maps("before"), maps("after"));
+}
+
 #[test]
 fn without_a_name_dump_picks_one_and_prints_it() {
     if !engine() {
