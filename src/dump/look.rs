@@ -15,6 +15,7 @@ use super::{After, Options, Report, Sink, late, maps, memory, process, threads};
 use crate::error::Failure;
 use crate::image::memory::Backing;
 use crate::image::process::{Process, State};
+use crate::image::threads::Thread;
 use crate::image::{Description, Origin, Socket, SpaceId};
 use crate::kernel::arch::{self, PAGE, TASK_SIZE};
 use crate::kernel::batch::{self, Batch, Cloned, Snapshot, Twin};
@@ -161,7 +162,7 @@ pub fn ask(
             }
         } else if wanted == Twin::Copy {
             report.warnings.push(format!(
-                "process {} could not be cloned (it is an init, or a limit on processes or memory); \
+                "process {} could not be cloned (it is an init, is scheduled by deadlines, or a limit on processes or memory); \
                  its memory was copied while it stood still",
                 held.pid
             ));
@@ -211,8 +212,12 @@ fn ask_one<'a>(
     let ours = held.ours();
     p.vmas
         .retain(|v| !ours.iter().any(|r| r.contains(&v.start)));
+    // Who is scheduled by deadlines has no children (sched(7)).
+    let by_deadline =
+        |t: &Thread| t.tid == held.via() && t.sched.policy == libc::SCHED_DEADLINE as u32;
     let twin = match wanted {
         Twin::Copy if s.queries.is_init => Twin::None,
+        _ if p.threads.iter().any(by_deadline) => Twin::None,
         wanted => wanted,
     };
     let begun = Instant::now();
