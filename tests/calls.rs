@@ -88,6 +88,17 @@ impl Running {
         self.run(restore, "restore")
     }
 
+    /// What the second finds is what the first has made of the calls.
+    fn dump_twice(&mut self, and_restore: bool) -> Result<()> {
+        for image in ["first", "second"] {
+            self.dump(image, and_restore)?;
+            if and_restore {
+                self.restore(image, &["-d"])?;
+            }
+        }
+        Ok(())
+    }
+
     fn result(&self) -> Result<String> {
         Ok(std::fs::read_to_string(self.path("result"))?)
     }
@@ -174,13 +185,7 @@ fn a_connect_that_goes_on_says_the_same_when_its_time_is_up() -> Result<()> {
                 return Ok(());
             };
             p.sleeps_in(libc::SYS_connect)?;
-            // Twice: what the second finds is what the first has made of it.
-            for image in ["image", "second"] {
-                p.dump(image, restored)?;
-                if restored {
-                    p.restore(image, &["-d"])?;
-                }
-            }
+            p.dump_twice(restored)?;
             p.has("result")?;
             let text = p.result()?;
             let wanted = format!("-1 Operation {outcome} in progress");
@@ -223,15 +228,7 @@ fn however_many_calls_sleep_each_ends_when_it_was_to() -> Result<()> {
         let Some(mut p) = Running::start("tests/calls/many.c")? else {
             return Ok(());
         };
-        // Twice: what the second finds is what the first has made of them.
-        for image in ["first", "second"] {
-            p.dump(image, restored)?;
-            if restored {
-                let mut restore = common::mistctl();
-                restore.args(["restore", "-d"]).arg(p.path(image));
-                p.run(restore, "restore")?;
-            }
-        }
+        p.dump_twice(restored)?;
         p.has("result")?;
         let text = p.result()?;
         ensure!(text == "50 0\n".repeat(5), "ended, and early: {text}");
@@ -292,15 +289,7 @@ fn however_many_calls_have_part_of_their_bytes_each_transfers_all() -> Result<()
             Ok(lines.any(|l| l.contains(" r-xp ") && l.contains(" 00:00 0")))
         };
         ensure!(!added()?, "the program has such mappings itself");
-        // Twice: what the second finds is what the first has made of them.
-        for image in ["first", "second"] {
-            p.dump(image, restored)?;
-            if restored {
-                let mut restore = common::mistctl();
-                restore.args(["restore", "-d"]).arg(p.path(image));
-                p.run(restore, "restore")?;
-            }
-        }
+        p.dump_twice(restored)?;
         ensure!(added()?, "nothing was added for them");
         std::fs::write(p.path("go"), "")?;
         p.has("result")?;

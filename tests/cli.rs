@@ -1,10 +1,12 @@
 //! The command line, as its users meet it: what is printed where, and with which code it ends.
 
 mod common;
-#[path = "cli/engine.rs"]
-mod engine;
+#[path = "cli/dump.rs"]
+mod dump;
 #[path = "cli/images.rs"]
 mod images;
+#[path = "cli/restore.rs"]
+mod restore;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -75,6 +77,14 @@ impl Ran {
         assert_eq!(both(&self.0), "");
         self
     }
+}
+
+/// mistctl, in what a shell's command makes of its surroundings.
+fn after(setup: &str) -> Command {
+    let mut sh = Command::new("sh");
+    sh.args(["-c", &format!("{setup}; exec \"$@\""), "sh"])
+        .arg(mistctl().get_program());
+    sh
 }
 
 /// A process of ours that sleeps; dies with this value.

@@ -80,7 +80,10 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let signals = Signals::watch(args, &pvmd, agent)?;
     let answer = match Caller::new(&mut client).ask(Tid(agent.tid), request, LIMIT) {
         Ok(answer) => answer,
-        Err(e) if signals.called_off().is_some() => return signals.end(args, &e),
+        Err(e) if let Some(signal) = signals.called_off() => {
+            let code = interrupted(args.json, signal, &format!("{e:#}"))?;
+            return Ok(ExitCode::from(code));
+        }
         Err(e) if e.is::<Gone>() => {
             let found = whereabouts(&pvmd, &mut client, args.tid);
             return Err(e.context(match found {
@@ -173,15 +176,6 @@ impl Signals {
 
     fn called_off(&self) -> Option<Signal> {
         Signal::try_from(self.by.load(Ordering::SeqCst)).ok()
-    }
-
-    /// The end of a move that was called off.
-    fn end(&self, args: &Args, e: &anyhow::Error) -> anyhow::Result<ExitCode> {
-        let Some(signal) = self.called_off() else {
-            return Ok(ExitCode::FAILURE);
-        };
-        let code = interrupted(args.json, signal, &format!("{e:#}"))?;
-        Ok(ExitCode::from(code))
     }
 }
 

@@ -32,7 +32,7 @@ pub fn is_inside(tid: i32) -> bool {
         let other = p.pid.to_string();
         number(&other, "pid") == pids
             && inside_id(p.pid) == Some(1)
-            && p.stat().is_ok_and(|s| s.comm == pid_ns::INIT_NAME)
+            && proc_file::stat(p.pid).is_ok_and(|s| s.comm == pid_ns::INIT_NAME)
             && number(&other, "mnt") == number(&who, "mnt")
     };
     let all = procfs::process::all_processes();

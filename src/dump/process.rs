@@ -276,7 +276,7 @@ pub fn read(
         leader_is_init = is_init(&status);
         p.ended_leader = Some(EndedLeader {
             status: stat.exit_code.unwrap_or(0),
-            creds: threads::creds(&threads::status(pid, pid)?),
+            creds: threads::status(pid, pid)?.creds,
         });
     }
     // The numbers of the address space are shown by living threads only.

@@ -4,37 +4,34 @@ use crate::image::process::SemaphoreUndo;
 use crate::kernel::kmem::{self, KernelMemory};
 use crate::kernel::proc_file;
 
-/// Reads them. Kernel memory is opened before anything stands still: that takes milliseconds.
-#[derive(Default)]
-pub struct Semaphores {
-    kernel: Option<KernelMemory>,
-    /// Ids and sizes of all sets.
-    sets: Vec<(i32, usize)>,
-}
+/// Ids and sizes of all sets.
+pub struct Semaphores(Vec<(i32, usize)>);
 
 impl Semaphores {
-    /// Where kernel memory cannot be read, none are seen.
-    pub fn prepare() -> Self {
-        let mut semaphores = Self::default();
-        semaphores.look();
-        semaphores
-    }
-
-    /// Which sets there are now: to be called when the processes stand.
-    pub fn look(&mut self) {
-        self.sets = listed(&proc_file::text("/proc/sysvipc/sem").unwrap_or_default());
-        // None, as nearly always.
-        if self.kernel.is_none() && !self.sets.is_empty() {
-            self.kernel = KernelMemory::open().ok();
+    /// Makes ready to read them, before anything stands still: to open kernel memory takes milliseconds.
+    pub fn prepare() {
+        // There are none, nearly always.
+        if !Self::look().0.is_empty() {
+            let _ = KernelMemory::get();
         }
     }
 
-    /// Those of a process that stands still, through its thread `tid`.
+    /// Which sets there are now.
+    pub fn look() -> Self {
+        Self(listed(
+            &proc_file::text("/proc/sysvipc/sem").unwrap_or_default(),
+        ))
+    }
+
+    /// Those of a process that stands still, through its thread `tid`. Where kernel memory cannot be read, none are seen.
     pub fn read(&self, tid: i32) -> Vec<SemaphoreUndo> {
-        let Some(kernel) = self.kernel.as_ref().filter(|_| !self.sets.is_empty()) else {
+        if self.0.is_empty() {
+            return Vec::new();
+        }
+        let Ok(kernel) = KernelMemory::get() else {
             return Vec::new();
         };
-        let found = kmem::semaphores::adjustments(kernel, tid, &self.sets).unwrap_or_default();
+        let found = kmem::semaphores::adjustments(kernel, tid, &self.0).unwrap_or_default();
         found
             .into_iter()
             .filter(|(_, adjustments)| adjustments.iter().any(|a| *a != 0))

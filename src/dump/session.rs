@@ -10,7 +10,6 @@ use indicatif::ProgressBar;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::appointments::Appointments;
 use super::files::Order;
 use super::hold::HeldProcess;
 use super::look::{self, Holds, Looked, Subject};
@@ -18,8 +17,8 @@ use super::maps::Flags;
 use super::semaphores::Semaphores;
 use super::tables::Tables;
 use super::{
-    After, Carried, Options, Report, Round, Run, Sink, Tracker, carry, maps, memory, namespace,
-    process, sharing, survey,
+    After, Carried, Options, Report, Round, Run, Sink, Tracker, appointments, carry, maps, memory,
+    namespace, process, sharing, survey,
 };
 use crate::error::Failure;
 use crate::image::memory::Backing;
@@ -49,8 +48,6 @@ pub struct Session {
     order: Order,
     /// How many we, and so a restore here, may have.
     descriptors_allowed: u64,
-    semaphores: Semaphores,
-    appointments: Appointments,
     /// But for the time.
     origin: Origin,
     /// The processes have a pid namespace of their own.
@@ -110,9 +107,9 @@ impl Session {
         let inside = namespace::is_inside(process::living_thread(opts.pid));
         let order = Order::look(&pids);
         let origin = look::origin()?;
-        let semaphores = Semaphores::prepare();
+        Semaphores::prepare();
         let descriptors_allowed = fds::allow_all();
-        let appointments = Appointments::prepare(&pids);
+        appointments::prepare(&pids);
         let guardian = Guardian::start().context("starting the guardian process")?;
         let (pids, holds, stopped) = stop_all(opts, stop_first)?;
         Ok(Self {
@@ -128,8 +125,6 @@ impl Session {
             opts: opts.clone(),
             order,
             descriptors_allowed,
-            semaphores,
-            appointments,
             origin,
             inside,
             guardian: Arc::new(guardian),
@@ -181,12 +176,11 @@ impl Session {
             std::mem::take(&mut self.order),
             self.inside,
         )?;
-        self.semaphores.look();
+        let semaphores = Semaphores::look();
         for (s, hold) in subjects.iter_mut().zip(&self.holds) {
             if let Some(held) = hold {
-                s.process.semaphores = self.semaphores.read(held.via());
-                let timers = &mut s.process.posix_timers;
-                self.appointments.mark(held.via(), timers);
+                s.process.semaphores = semaphores.read(held.via());
+                appointments::mark(held.via(), &mut s.process.posix_timers);
             }
         }
         let twin = match self.opts.after {

@@ -5,7 +5,6 @@ use anyhow::{Context, Result, bail};
 use super::queries::ThreadAnswers;
 use crate::error::Failure;
 use crate::image::Bytes;
-use crate::image::process::Creds;
 use crate::image::signals::PendingSignal;
 use crate::image::threads::Thread;
 use crate::kernel::batch::Held;
@@ -63,7 +62,7 @@ pub fn read(pid: i32, held: &Held) -> Result<Thread> {
         cpus_allowed: sched::affinity(t.tid)?.into(),
         timer_slack_ns: number(&format!("/proc/{}/timerslack_ns", t.tid)).unwrap_or(50_000),
         pdeathsig: 0,
-        creds: creds(&status),
+        creds: status.creds,
     })
 }
 
@@ -137,22 +136,5 @@ pub fn number(path: &str) -> Result<u64> {
     match text.trim().parse() {
         Ok(n) => Ok(n),
         Err(_) => bail!("{path} holds {:?}, not a number", text.trim()),
-    }
-}
-
-/// But for the securebits, which only the thread itself knows.
-pub fn creds(s: &ThreadStatus) -> Creds {
-    Creds {
-        uids: s.uids,
-        gids: s.gids,
-        groups: s.groups.clone(),
-        cap_inheritable: s.cap_inheritable,
-        cap_permitted: s.cap_permitted,
-        cap_effective: s.cap_effective,
-        cap_bounding: s.cap_bounding,
-        cap_ambient: s.cap_ambient,
-        // Asked of the process itself.
-        securebits: 0,
-        no_new_privs: s.no_new_privs,
     }
 }

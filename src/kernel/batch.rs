@@ -479,7 +479,11 @@ fn follow_clones(t: &Tracee, stub: u64) -> Result<Cloned> {
             Some(Stop::Event(libc::PTRACE_EVENT_CLONE)) => break,
             Some(Stop::Interrupt { .. } | Stop::Syscall) => t.cont(0)?,
             Some(other) => bail!("thread {} ended while it worked for us: {other:?}", t.tid),
-            None => return Err(CloneRefused(t.tid).into()),
+            // Its batch has ended by itself, and it runs.
+            None => bail!(
+                "process {} may not clone itself (limit on processes)",
+                t.tid
+            ),
         }
     }
     let helper = Tracee {
@@ -510,20 +514,3 @@ fn follow_clones(t: &Tracee, stub: u64) -> Result<Cloned> {
     tracee.set_options(libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_EXITKILL)?;
     Ok(Cloned::Copy(Snapshot { tracee, stub }))
 }
-
-/// The process may not have another child, not even for a moment; its batch has ended by itself and it
-/// runs. Hold it again and copy its memory while it stands.
-#[derive(Debug)]
-pub struct CloneRefused(pub i32);
-
-impl std::fmt::Display for CloneRefused {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "process {} may not clone itself (limit on processes)",
-            self.0
-        )
-    }
-}
-
-impl std::error::Error for CloneRefused {}

@@ -7,12 +7,12 @@ pub mod posix_timers;
 pub mod semaphores;
 pub mod threads;
 
-use std::cell::OnceCell;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 
 use super::arch::PAGE;
 use btf::{Btf, Bytes};
@@ -38,14 +38,14 @@ pub struct KernelMemory {
     btf: Btf,
     few: Copier,
     most: Copier,
-    pages: OnceCell<Pages>,
+    pages: OnceLock<Pages>,
 }
 
 /// Copies up to so many bytes by way of a map.
 #[derive(Debug)]
 struct Copier {
     room: usize,
-    map: OwnedFd,
+    map: Mutex<OwnedFd>,
     program: OwnedFd,
 }
 
@@ -197,7 +197,11 @@ impl Copier {
     fn of(room: usize) -> Result<Self> {
         let map = map_of(room)?;
         let program = load(&read_program(map.as_raw_fd(), room)).context("bpf(BPF_PROG_LOAD)")?;
-        Ok(Self { room, map, program })
+        Ok(Self {
+            room,
+            map: Mutex::new(map),
+            program,
+        })
     }
 
     /// Copies into the map. Gives the task_struct of the thread that asks.
@@ -215,15 +219,23 @@ impl Copier {
 }
 
 impl KernelMemory {
+    /// The one of this process. The first call takes some milliseconds.
+    ///
     /// # Errors
     /// A kernel without BTF or BPF; a missing privilege.
-    pub fn open() -> Result<Self> {
+    pub fn get() -> Result<&'static Self> {
+        static ONE: OnceLock<Result<KernelMemory, String>> = OnceLock::new();
+        let one = ONE.get_or_init(|| Self::open().map_err(|e| format!("{e:#}")));
+        one.as_ref().map_err(|e| anyhow!(e.clone()))
+    }
+
+    fn open() -> Result<Self> {
         let btf = types()?;
         Ok(Self {
             btf,
             few: Copier::of(FEW)?,
             most: Copier::of(MOST)?,
-            pages: OnceCell::new(),
+            pages: OnceLock::new(),
         })
     }
 
@@ -235,10 +247,11 @@ impl KernelMemory {
         let copier = if len <= FEW { &self.few } else { &self.most };
         let mut all = Vec::new();
         let mut value = vec![0; copier.room];
+        let map = copier.map.lock().unwrap_or_else(PoisonError::into_inner);
         while all.len() < len {
             let n = (len - all.len()).min(copier.room);
             copier.copy(address.wrapping_add(all.len() as u64), n)?;
-            fetch(&copier.map, &mut value)?;
+            fetch(&map, &mut value)?;
             all.extend_from_slice(value.get(..n).unwrap_or_default());
         }
         Ok(all)
@@ -386,7 +399,7 @@ mod tests {
         if !caps::has_cap(None, caps::CapSet::Effective, caps::Capability::CAP_BPF).unwrap() {
             return eprintln!("SKIPPED: needs CAP_BPF");
         }
-        let kernel = KernelMemory::open().unwrap();
+        let kernel = KernelMemory::get().unwrap();
         let task = kernel.current().unwrap();
         let pid = kernel.field(task, "task_struct", "pid").unwrap();
         let comm = kernel.field(task, "task_struct", "comm").unwrap();
@@ -395,6 +408,6 @@ mod tests {
         assert!(comm.starts_with(&own[..own.len() - 1]), "{comm:?}");
         assert!(kernel.u32(pid).unwrap() > 0);
         assert!(kernel.read(8, 8).is_err());
-        super::Pages::find(&kernel).unwrap();
+        super::Pages::find(kernel).unwrap();
     }
 }

@@ -6,20 +6,13 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 use super::proc_file;
+use crate::image::process::Creds;
 
 /// Whose a thread is, what it may do, and whether its calls are filtered.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ThreadStatus {
-    /// Real, effective, saved, of the file system.
-    pub uids: [u32; 4],
-    pub gids: [u32; 4],
-    pub groups: Vec<u32>,
-    pub cap_inheritable: u64,
-    pub cap_permitted: u64,
-    pub cap_effective: u64,
-    pub cap_bounding: u64,
-    pub cap_ambient: u64,
-    pub no_new_privs: bool,
+    /// But for the securebits, which only the thread itself knows.
+    pub creds: Creds,
     /// 0: none.
     pub seccomp: u32,
 }
@@ -47,15 +40,15 @@ impl ThreadStatus {
             let value = value.trim_ascii();
             let mask = || u64::from_str_radix(value, 16).ok();
             match name {
-                "Uid" => s.uids = ids(value)?.try_into().ok()?,
-                "Gid" => s.gids = ids(value)?.try_into().ok()?,
-                "Groups" => s.groups = ids(value)?,
-                "CapInh" => s.cap_inheritable = mask()?,
-                "CapPrm" => s.cap_permitted = mask()?,
-                "CapEff" => s.cap_effective = mask()?,
-                "CapBnd" => s.cap_bounding = mask()?,
-                "CapAmb" => s.cap_ambient = mask()?,
-                "NoNewPrivs" => s.no_new_privs = value != "0",
+                "Uid" => s.creds.uids = ids(value)?.try_into().ok()?,
+                "Gid" => s.creds.gids = ids(value)?.try_into().ok()?,
+                "Groups" => s.creds.groups = ids(value)?,
+                "CapInh" => s.creds.cap_inheritable = mask()?,
+                "CapPrm" => s.creds.cap_permitted = mask()?,
+                "CapEff" => s.creds.cap_effective = mask()?,
+                "CapBnd" => s.creds.cap_bounding = mask()?,
+                "CapAmb" => s.creds.cap_ambient = mask()?,
+                "NoNewPrivs" => s.creds.no_new_privs = value != "0",
                 _ => {
                     // Not every kernel has filters.
                     if name == "Seccomp" {
@@ -78,7 +71,7 @@ fn ids(text: &str) -> Option<Vec<u32>> {
 
 #[cfg(test)]
 mod tests {
-    use super::ThreadStatus;
+    use super::{Creds, ThreadStatus};
 
     #[test]
     fn says_what_procfs_says() {
@@ -86,7 +79,7 @@ mod tests {
         let all = procfs::process::Process::myself()
             .and_then(|p| p.status())
             .unwrap();
-        let theirs = ThreadStatus {
+        let creds = Creds {
             uids: [all.ruid, all.euid, all.suid, all.fuid],
             gids: [all.rgid, all.egid, all.sgid, all.fgid],
             groups: all.groups,
@@ -95,7 +88,11 @@ mod tests {
             cap_effective: all.capeff,
             cap_bounding: all.capbnd.unwrap(),
             cap_ambient: all.capamb.unwrap(),
+            securebits: 0,
             no_new_privs: all.nonewprivs == Some(1),
+        };
+        let theirs = ThreadStatus {
+            creds,
             seccomp: all.seccomp.unwrap_or(0),
         };
         assert_eq!(ours, theirs);
@@ -106,11 +103,19 @@ mod tests {
         let text = "Name:\ta\\nUid: 5\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nGroups:\t9 10 \nCapInh:\t01\nCapPrm:\t02\n\
                     CapEff:\t03\nCapBnd:\tff\nCapAmb:\t04\nNoNewPrivs:\t1\nSeccomp:\t2\n";
         let s = ThreadStatus::parse(text).unwrap();
-        assert_eq!((s.uids, s.gids), ([1, 2, 3, 4], [5, 6, 7, 8]));
-        assert_eq!(s.groups, [9, 10]);
-        let caps = [s.cap_inheritable, s.cap_permitted, s.cap_effective];
-        assert_eq!((caps, s.cap_bounding, s.cap_ambient), ([1, 2, 3], 255, 4));
-        assert!(s.no_new_privs && s.seccomp == 2);
+        let wanted = Creds {
+            uids: [1, 2, 3, 4],
+            gids: [5, 6, 7, 8],
+            groups: vec![9, 10],
+            cap_inheritable: 1,
+            cap_permitted: 2,
+            cap_effective: 3,
+            cap_bounding: 255,
+            cap_ambient: 4,
+            securebits: 0,
+            no_new_privs: true,
+        };
+        assert_eq!((s.creds, s.seccomp), (wanted, 2));
         assert_eq!(ThreadStatus::parse("Uid:\t1\t2\t3\t4\n"), None);
         assert_eq!(
             ThreadStatus::parse(&text.replace("\t4\nGid", "\nGid")),

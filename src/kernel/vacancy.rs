@@ -88,15 +88,12 @@ impl Members {
 
 impl Member {
     fn read(pid: i32) -> Option<Self> {
-        let stat = proc_file::text(format!("/proc/{pid}/stat")).ok()?;
-        // proc(5): behind the name the state, the parent, the group and the session.
-        let (before, behind) = stat.rsplit_once(')')?;
-        let mut words = behind.split_whitespace().skip(2);
+        let stat = proc_file::stat(pid).ok()?;
         Some(Self {
             pid,
-            name: before.split_once('(')?.1.to_owned(),
-            group: words.next()?.parse().ok()?,
-            session: words.next()?.parse().ok()?,
+            name: stat.comm,
+            group: stat.pgrp,
+            session: stat.session,
         })
     }
 }
@@ -160,21 +157,13 @@ fn ends(id: i32) -> bool {
     // include/linux/sched.h
     const PF_EXITING: u32 = 0x4;
     const KILLED: u64 = 1 << (libc::SIGKILL - 1);
-    let read = |name: &str| proc_file::text(format!("/proc/{id}/{name}")).unwrap_or_default();
-    let stat = read("stat");
-    // proc(5): behind the name, which ends with the last parenthesis, the state and six more before the flags.
-    let behind = stat.rsplit_once(')').map_or("", |(_, behind)| behind);
-    let mut words = behind.split_whitespace();
-    let state = words.next();
-    let flags: u32 = words.nth(5).and_then(|w| w.parse().ok()).unwrap_or(0);
-    if matches!(state, None | Some("Z" | "X")) || flags & PF_EXITING != 0 {
+    let Ok(stat) = proc_file::stat(id) else {
+        return true;
+    };
+    if matches!(stat.state, 'Z' | 'X') || stat.flags & PF_EXITING != 0 {
         return true;
     }
-    read("status").lines().any(|l| {
-        let pending = l.strip_prefix("SigPnd:").or(l.strip_prefix("ShdPnd:"));
-        let pending = pending.and_then(|v| u64::from_str_radix(v.trim(), 16).ok());
-        pending.is_some_and(|p| p & KILLED != 0)
-    })
+    proc_file::status(id).is_ok_and(|s| (s.sigpnd | s.shdpnd) & KILLED != 0)
 }
 
 /// A hint for the errors of clone3(2) with set_tid.
@@ -193,4 +182,29 @@ pub fn explain(id: i32, e: io::Error) -> anyhow::Error {
         .context(why)
         .err()
         .unwrap_or_else(|| anyhow::anyhow!("clone3"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::ffi::OsStrExt;
+    use std::os::unix::process::CommandExt;
+
+    use super::*;
+
+    #[test]
+    fn whatever_its_name_is_who_is_in_a_group_is_known() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join(std::ffi::OsStr::from_bytes(b"\xff"));
+        std::os::unix::fs::symlink("/bin/sleep", &program).unwrap();
+        let mut child = std::process::Command::new(&program)
+            .arg("100")
+            .process_group(0)
+            .spawn()
+            .unwrap();
+        let known = Members::all().has(child.id() as i32);
+        let ended = ends(child.id() as i32);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(known && !ended);
+    }
 }

@@ -17,7 +17,7 @@ const MOST_PIECES: usize = 1 << 20;
 
 /// Reads queues.
 pub(crate) struct Reader {
-    pub(super) kernel: KernelMemory,
+    pub(super) kernel: &'static KernelMemory,
     /// A process in the pid namespace of the dumped ones, when that is not ours.
     inside: Option<i32>,
 }
@@ -37,7 +37,7 @@ impl Reader {
     /// No privilege, or a kernel that cannot.
     pub fn new(inside: Option<i32>) -> Result<Self> {
         Ok(Self {
-            kernel: KernelMemory::open()?,
+            kernel: KernelMemory::get()?,
             inside,
         })
     }

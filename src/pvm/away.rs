@@ -7,6 +7,7 @@ use pvm_abi::NOOP_MARKER;
 use pvm_abi::block::flag;
 
 use crate::dump::Session;
+use crate::kernel::proc_file;
 use crate::pvm::agent::control::{Answer, Peer, Request};
 use crate::pvm::agent::{Caller, ensure};
 use crate::pvm::capture::Task;
@@ -49,7 +50,7 @@ impl Away {
             r: task.r,
             number: client.tid().0,
         };
-        let status = procfs::process::Process::new(task.connection.pid).and_then(|p| p.status());
+        let status = proc_file::status(task.connection.pid);
         let bytes = status.map_or(0, |s| s.rssanon.unwrap_or(0) * 1024);
         let close = Request::CloseGate {
             v: away.v.0,

@@ -10,7 +10,7 @@ use pvm_abi::block::{flag, state, wait};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Failure;
-use crate::kernel::{maps, pidfd};
+use crate::kernel::{maps, pidfd, proc_file};
 use crate::pvm::block::TaskBlock;
 use crate::pvm::client::{Client, Pvmd};
 use crate::pvm::table;
@@ -286,7 +286,7 @@ fn elsewhere(tid: Tid) -> Result<i32> {
 
 /// Whether a process stands by a SIGSTOP, or has one pending that it takes as soon as its tracer lets it go.
 pub fn stands(pid: i32) -> bool {
-    let status = procfs::process::Process::new(pid).and_then(|p| p.status());
+    let status = proc_file::status(pid);
     status.is_ok_and(|status| {
         let pending = (status.sigpnd | status.shdpnd) & 1 << (libc::SIGSTOP - 1);
         status.state.starts_with('T') || pending != 0
@@ -296,7 +296,7 @@ pub fn stands(pid: i32) -> bool {
 /// Whether somebody traces a process and goes on doing so: one that is being killed lets go in a moment.
 pub fn is_traced(pid: i32) -> bool {
     const MOMENT: u16 = 200;
-    let status = procfs::process::Process::new(pid).and_then(|p| p.status());
+    let status = proc_file::status(pid);
     let tracer = status.map_or(0, |status| status.tracerpid);
     let Ok(tracer) = pidfd::open(tracer) else {
         return false;

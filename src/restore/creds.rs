@@ -4,24 +4,12 @@ use anyhow::{Context, Result};
 
 use crate::image::process::Creds;
 use crate::kernel::remote::{Arg, Remote};
+use crate::kernel::thread_status::ThreadStatus;
 
 /// Our own.
 pub fn ours() -> Result<Creds> {
-    let s = procfs::process::Process::myself()
-        .and_then(|p| p.status())
-        .context("reading our own credentials")?;
-    Ok(Creds {
-        uids: [s.ruid, s.euid, s.suid, s.fuid],
-        gids: [s.rgid, s.egid, s.sgid, s.fgid],
-        groups: s.groups,
-        cap_inheritable: s.capinh,
-        cap_permitted: s.capprm,
-        cap_effective: s.capeff,
-        cap_bounding: s.capbnd.unwrap_or(0),
-        cap_ambient: s.capamb.unwrap_or(0),
-        securebits: 0,
-        no_new_privs: s.nonewprivs.unwrap_or(0) != 0,
-    })
+    let status = ThreadStatus::read("/proc/self/status").context("reading our own credentials")?;
+    Ok(status.creds)
 }
 
 fn capability_sets(effective: u64, permitted: u64, inheritable: u64) -> Vec<u8> {

@@ -14,8 +14,8 @@ use super::{FileDumper, Place, Seen};
 use crate::dump::tables::Tables;
 use crate::image::Bytes;
 use crate::image::files::{External, Kind, Pty, PtyFile, Stopped};
-use crate::kernel::tty;
 use crate::kernel::tty::Waiting;
+use crate::kernel::{proc_file, tty};
 
 /// One side of a pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,8 +59,7 @@ impl FileDumper {
     /// Notes the modes of a terminal to somebody outside, if a process of the dump is in its foreground.
     pub(super) fn in_use(&self, terminal: BorrowedFd<'_>, external: &mut External) -> Option<()> {
         let device = tty::device(terminal).ok()?;
-        let first = procfs::process::Process::new(*self.pids.first()?).ok()?;
-        let stat = first.stat().ok()?;
+        let stat = proc_file::stat(*self.pids.first()?).ok()?;
         let in_foreground = |pid: &i32| {
             let group = nix::unistd::getpgid(Some(nix::unistd::Pid::from_raw(*pid)));
             group.is_ok_and(|g| g.as_raw() == stat.tpgid)

@@ -20,6 +20,7 @@ use crate::error::Failure;
 use crate::image::Compress;
 use crate::image::pvm::MailboxEntry;
 use crate::kernel::batch::Snapshot;
+use crate::kernel::proc_file;
 use crate::pvm::agent;
 use crate::pvm::agent::control::{Answer, Failed, Landing, Moved, Outcome, Peer, Request};
 use crate::pvm::capture::Task;
@@ -293,8 +294,7 @@ impl<'j> Mover<'j> {
     /// Bytes of memory the task has.
     fn resident(&self) -> Result<u64> {
         let pid = self.job.pid;
-        let status = procfs::process::Process::new(pid)
-            .and_then(|p| p.status())
+        let status = proc_file::status(pid)
             .with_context(|| format!("reading the status of process {pid}"))?;
         Ok(status.rssanon.unwrap_or(0) * 1024)
     }
