@@ -149,6 +149,14 @@ pub fn has_children(pid: i32, comm: &str, child: Option<i32>) -> anyhow::Error {
     ))
 }
 
+/// The error for a process that traces `tracee`, which no restore could have it do again.
+pub fn traces(pid: i32, comm: &str, tracee: Option<i32>) -> anyhow::Error {
+    let tracee = tracee.map_or("another process".to_owned(), |t| format!("process {t}"));
+    Failure::Refused.because(format!(
+        "process {pid} ({comm}) traces {tracee}, as debuggers do, which it would lose by a restore; have it let that go first"
+    ))
+}
+
 /// The main thread of a process, or, when that has ended, another that has not: what threads share is shown
 /// by living ones only (/proc/TID/...).
 pub fn living_thread(pid: i32) -> i32 {

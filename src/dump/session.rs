@@ -191,16 +191,18 @@ impl Session {
         look::ask(&mut subjects, &self.holds, twin, sink, &mut self.report)?;
         let heirs = subjects.iter_mut().filter_map(|s| s.heir.take());
         self.heirs = heirs.collect();
-        if !self.opts.tree
-            && let Some(s) = subjects.iter().find(|s| s.has_children())
-        {
-            // Born after it was looked at first.
+        let is_missing = |s: &&Subject| {
+            let is_child = |other: &Subject| other.process.ppid == s.process.pid;
+            s.has_children() && !subjects.iter().any(is_child)
+        };
+        if let Some(s) = subjects.iter().find(is_missing) {
+            // Born after it was looked at first, or no child but traced.
             let (pid, comm) = (s.process.pid, &s.process.comm);
-            let child = survey::child(pid);
-            if self.opts.moves() {
-                return Err(stays_behind(pid, child));
-            }
-            return Err(process::has_children(pid, comm, child));
+            return Err(match survey::child(pid) {
+                child if self.opts.moves() => stays_behind(pid, child),
+                None => process::traces(pid, comm, survey::tracee(pid)),
+                child => process::has_children(pid, comm, child),
+            });
         }
         self.report.bytes_memory +=
             memory::copy_contents(&self.tables.contents, &self.tables.shared_memory, sink)?;

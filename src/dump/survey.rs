@@ -11,7 +11,7 @@ use super::tables::Tables;
 use super::{maps, process, threads};
 use crate::error::Failure;
 use crate::kernel::guardian::Guardian;
-use crate::kernel::pidfd;
+use crate::kernel::{pidfd, proc_file};
 use crate::net::{self, SocketDumper};
 
 /// Why process `pid` cannot be carried as it is now: all reasons that can be seen from outside, each with a way out,
@@ -47,6 +47,13 @@ pub fn refusals(pid: i32, pvmd: Option<u64>) -> Result<Vec<String>> {
     found.extend(sockets.refusals());
     found.retain(|e| Failure::of(e) == Failure::Refused);
     Ok(found.iter().map(|e| format!("{e:#}")).collect())
+}
+
+/// A process that `pid` traces.
+pub fn tracee(pid: i32) -> Option<i32> {
+    let all = procfs::process::all_processes().into_iter().flatten();
+    let mut pids = all.flatten().map(|p| p.pid);
+    pids.find(|other| proc_file::status(*other).is_ok_and(|s| s.tracerpid == pid))
 }
 
 /// A child of a process, if it has one.

@@ -17,6 +17,41 @@ fn a_process_that_a_debugger_holds_is_busy_with_4() {
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 }
 
+/// What it traces would be lost, and is no child that `--tree` takes along.
+#[test]
+fn a_debugger_is_refused_with_5() {
+    if !engine() {
+        return;
+    }
+    const PTRACE_SEIZE: i32 = 0x4206;
+    let target = Sleeper::new();
+    let seize = format!(
+        "import ctypes, time
+at = ctypes.c_void_p
+ctypes.CDLL(None).ptrace({PTRACE_SEIZE}, {}, at(0), at(0))
+time.sleep(1000)",
+        target.pid()
+    );
+    let debugger = Sleeper::of(Command::new("python3").args(["-c", &seize]));
+    wait_for("the debugger", LIMIT, || {
+        let status = fs::read_to_string(format!("/proc/{}/status", target.pid()))?;
+        let traced = format!("TracerPid:\t{}\n", debugger.pid());
+        Ok(status.contains(&traced).then_some(()))
+    })
+    .unwrap();
+    let dir = temp();
+    for tree in [None, Some("--tree")] {
+        let image = dir.path().join("i");
+        let pid = debugger.pid();
+        let mut args = vec!["dump", &pid, "-o", path(&image)];
+        args.extend(tree);
+        run(&args)
+            .ends_with(5)
+            .says(&[&pid, &format!("traces process {}", target.pid())]);
+    }
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
 /// A control group of our own, where version 2 is mounted; what is in it is frozen.
 struct Frozen(PathBuf);
 
