@@ -11,7 +11,7 @@ use super::files::{FileDumper, Order};
 use super::hold::HeldProcess;
 use super::queries::{self, Queries};
 use super::tables::Tables;
-use super::{After, Options, Report, Sink, late, maps, memory, process, threads};
+use super::{After, Options, Report, Sink, aio, late, maps, memory, process, threads};
 use crate::error::Failure;
 use crate::image::memory::Backing;
 use crate::image::process::{Process, State};
@@ -100,6 +100,7 @@ pub fn look(
                 p.state = State::Stopped { signal };
             }
             p.vmas = maps::read(held.via(), tables)?;
+            aio::read(held, &mut p.vmas)?;
             let tid = held.via();
             let fd = pidfd::open_thread(tid)?;
             files.process(*pid, tid, fd.as_fd(), tables, &mut sockets)?;

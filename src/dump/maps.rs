@@ -8,8 +8,10 @@ use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Context, Result};
 
+use super::aio;
 use super::tables::{Tables, other_name};
 use crate::error::Failure;
+use crate::image::aio::IoRing;
 use crate::image::memory::{Backing, SharedKind, Vma};
 use crate::kernel::arch::TASK_SIZE;
 use crate::kernel::maps::{self, Map, Name};
@@ -68,11 +70,12 @@ fn vma(pid: i32, m: &Map, tables: &mut Tables) -> Result<Vma> {
             if path.starts_with("anon_inode:") {
                 return Err(refuse(&path, "let the program close it first"));
             }
-            if path.starts_with("/[aio]") {
-                return Err(refuse(
-                    "an asynchronous I/O context (io_setup)",
-                    "let the program destroy it first",
-                ));
+            if aio::is_ring(shown) {
+                // What is in it is read when the process stands.
+                v.backing = Backing::Aio {
+                    ring: IoRing::default(),
+                };
+                return Ok(v);
             }
             if path.starts_with("/secretmem") {
                 return Err(refuse(
@@ -214,6 +217,8 @@ pub struct Flags {
     pub by_uffd: bool,
     /// The vDSO is among them.
     pub vdso: bool,
+    /// So is a ring of asynchronous I/O.
+    pub aio: bool,
 }
 
 impl Flags {
@@ -254,6 +259,7 @@ impl Flags {
             } else if let Some(range) = range(&line) {
                 at = Some(range);
                 flags.vdso |= line.ends_with(b" [vdso]\n");
+                flags.aio |= line.ends_with(b" /[aio] (deleted)\n");
             }
         }
     }

@@ -1,5 +1,6 @@
 //! From running processes to an image.
 
+mod aio;
 mod appointments;
 mod carry;
 pub mod files;

@@ -9,7 +9,7 @@ use procfs::process::{Process as Proc, Stat, Status};
 
 use super::maps::Flags;
 use super::tables::Tables;
-use super::{namespace, queries, ready, threads};
+use super::{aio, namespace, queries, ready, threads};
 use crate::error::{Classify, Failure};
 use crate::image::process::{EndedLeader, Limit, MmLayout, Process, State};
 use crate::kernel::maps::{self, Name};
@@ -109,6 +109,9 @@ pub fn check(pid: i32, inside: &[i32], with_tree: bool) -> Result<Flags> {
              and mistctl works from there; run the program without that",
             status.name
         ));
+    }
+    if flags.aio {
+        aio::check(pid, via)?;
     }
     let first = inside.first().map_or(via, |first| living_thread(*first));
     namespace::check(pid, via, first)?;

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::aio::IoRing;
+
 /// Which address space (or file-like run of bytes) pages belong to: processes first, then shared memory
 /// and contents of deleted files, numbered as they are met.
 pub type SpaceId = u32;
@@ -42,6 +44,8 @@ pub enum Backing {
     Shared { memory: u32 },
     /// [vdso], [vvar], [vvar_vclock]: the kernel's own; content of the vdso is in the pages.
     Kernel { which: String },
+    /// A context of asynchronous I/O: what it gives is in `ring`, and no page of it in the pages.
+    Aio { ring: IoRing },
 }
 
 /// A file that the image needs by path, and carries where it can.

@@ -9,6 +9,7 @@
 //!   objects/HASH       files the image carries (programs, libraries), named by their BLAKE3 hash
 //! ```
 
+pub mod aio;
 pub mod dated;
 pub mod files;
 pub mod memory;

@@ -327,6 +327,11 @@ fn vmas(manifest: &Manifest, vmas: &[Vma]) -> Result<()> {
                     index("shared memory", *memory, manifest.shared_memory.len())?;
                     true
                 }
+                Backing::Aio { ring } => {
+                    ring.check(vma.end - vma.start)?;
+                    ensure!(vma.shared && vma.offset == 0, "its ring is not whole");
+                    false
+                }
                 Backing::Kernel { which } => {
                     text("kernel mapping", which, 32)?;
                     false

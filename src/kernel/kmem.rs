@@ -2,7 +2,9 @@
 //! BPF program of a few instructions copies it (bpf_probe_read_kernel, bpf-helpers(7)); BTF tells where the
 //! fields are. Root only: CAP_BPF and CAP_PERFMON, which file capabilities do not give mistctl.
 
+pub mod aio;
 mod btf;
+mod per_cpu;
 pub mod posix_timers;
 pub mod semaphores;
 pub mod threads;
@@ -39,6 +41,8 @@ pub struct KernelMemory {
     few: Copier,
     most: Copier,
     pages: OnceLock<Pages>,
+    /// What is added to a pointer to a variable of each processor, for each of them.
+    processors: OnceLock<Vec<u64>>,
 }
 
 /// Copies up to so many bytes by way of a map.
@@ -236,6 +240,7 @@ impl KernelMemory {
             few: Copier::of(FEW)?,
             most: Copier::of(MOST)?,
             pages: OnceLock::new(),
+            processors: OnceLock::new(),
         })
     }
 
@@ -301,6 +306,19 @@ impl KernelMemory {
         let table = self.pointer(files, "files_struct", "fdt")?;
         let list = self.pointer(table, "fdtable", "fd")?;
         self.u64(list.wrapping_add(8 * fd.as_raw_fd() as u64))
+    }
+
+    /// Where a variable is that each processor has for itself, of each one there may be.
+    pub fn per_cpu(&self, variable: u64) -> Result<Vec<u64>> {
+        let offsets = match self.processors.get() {
+            Some(known) => known,
+            None => {
+                let found =
+                    per_cpu::offsets(self).context("where processors have their variables")?;
+                self.processors.get_or_init(|| found)
+            }
+        };
+        Ok(offsets.iter().map(|o| variable.wrapping_add(*o)).collect())
     }
 
     /// Where the memory of a struct page is mapped.

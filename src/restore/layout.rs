@@ -5,6 +5,7 @@ use std::os::fd::AsRawFd;
 use anyhow::{Context, Result, bail};
 
 use super::Opened;
+use super::aio;
 use super::bulk::Bulk;
 use super::memory::is_droppable;
 use super::shared::SharedObjects;
@@ -319,7 +320,7 @@ pub fn map(
         }
         let fd = match &v.backing {
             Backing::Kernel { which } if which == "vdso" && redirected => None,
-            Backing::Kernel { .. } => continue,
+            Backing::Kernel { .. } | Backing::Aio { .. } => continue,
             Backing::Anonymous => None,
             Backing::File { file } => Some(opened.file(*file, v.may_be_written())?),
             Backing::Shared { memory } => {
@@ -370,7 +371,8 @@ pub fn map(
             )?;
         }
     }
-    body.flush()
+    body.flush()?;
+    aio::setup(body, p)
 }
 
 /// A System V segment is mapped whole; what the program has unmapped of it is unmapped again.

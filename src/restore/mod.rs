@@ -1,5 +1,6 @@
 //! From an image to running processes.
 
+mod aio;
 mod bulk;
 mod creds;
 pub mod files;

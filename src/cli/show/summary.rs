@@ -210,6 +210,7 @@ fn kind(p: &Process, v: &Vma) -> &'static str {
     match &v.backing {
         Backing::Kernel { .. } => "vDSO",
         Backing::Shared { .. } => "shared",
+        Backing::Aio { .. } => "asynchronous I/O",
         Backing::File { .. } if v.shared => "files, shared",
         Backing::File { .. } if v.prot & libc::PROT_EXEC != 0 => "programs and libraries",
         Backing::File { .. } => "files, private",
