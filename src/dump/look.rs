@@ -207,6 +207,8 @@ fn ask_one<'a>(
     bytes[dead as usize..].fill(0);
     sink.put(p.space, vdso.start, &bytes)?;
     let tail = held.tail();
+    let mappings = p.vmas.iter().filter(|v| !v.is_kernel());
+    s.queries.mappings = mappings.map(|v| v.start).collect();
     let area = s.queries.area();
     let at = hole(&p.vmas, area.len)
         .with_context(|| format!("process {pid} has no room for {} bytes", area.len))?;
@@ -238,7 +240,8 @@ fn ask_one<'a>(
         }
     }
     for t in held.threads.iter().skip(1) {
-        answers.push(queries::of_thread(&batch, t)?);
+        let leader = answers.first().context("a batch gave no answer")?;
+        answers.push(queries::of_thread(&batch, t, leader)?);
     }
     for (t, a) in p.threads.iter_mut().zip(&answers) {
         threads::complete(t, a);

@@ -40,6 +40,7 @@ fn vma(pid: i32, m: &Map, tables: &mut Tables) -> Result<Vma> {
         flags: Vec::new(),
         name: None,
         guards: Vec::new(),
+        policy: None,
     };
     let refuse = |what: &str, way_out: &str| {
         Failure::Refused.because(format!(

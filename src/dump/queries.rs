@@ -2,11 +2,14 @@
 
 use anyhow::{Context, Result};
 
+use crate::image::memory::MemPolicy;
 use crate::image::process::Process;
 use crate::image::signals::{AltStack, ITimer, SigAction};
 use crate::kernel::arch::{Call, PAGE};
 use crate::kernel::batch::{Area, Batch, Held};
 use crate::kernel::kmem::threads::Threads;
+use crate::kernel::kmem::{KernelMemory, policy};
+use crate::kernel::numa;
 
 const SIGNALS: u64 = 64;
 const SIGACTION_SIZE: u64 = 32;
@@ -24,7 +27,8 @@ const AT_SUBREAPER: u64 = AT_ITIMERS + 3 * 32;
 const AT_PDEATHSIG: u64 = AT_SUBREAPER + 8;
 const LEADER_LEN: u64 = 32;
 const AT_LEADER: u64 = AT_PDEATHSIG + 8;
-const AT_TIMERS: u64 = AT_LEADER + LEADER_LEN;
+const AT_TSC: u64 = AT_LEADER + LEADER_LEN;
+const AT_TIMERS: u64 = AT_TSC + 8;
 
 /// The batch of one process.
 #[derive(Default)]
@@ -39,6 +43,8 @@ pub struct Queries {
     pub locked: bool,
     /// It has a local descriptor table (modify_ldt(2)); known once it has answered.
     pub has_ldt: bool,
+    /// Where its mappings begin, ascending.
+    pub mappings: Vec<u64>,
 }
 
 /// Places of answers in the results, in the order of [`Queries::calls`].
@@ -56,7 +62,7 @@ mod at {
     pub const MERGE: usize = PRCTLS + 15;
     pub const LOCKED: usize = PRCTLS + 16;
     pub const LDT: usize = PRCTLS + 17;
-    pub const TIMERS: usize = PRCTLS + 18;
+    pub const TIMERS: usize = PRCTLS + 19;
 }
 
 /// What a process has registered for.
@@ -83,7 +89,13 @@ impl Queries {
     }
 
     fn data_len(&self) -> u64 {
-        AT_TIMERS + 32 * self.timers.len() as u64
+        let policies = numa::mask_words().map_or(0, policy_len);
+        self.at_policies() + policies * (1 + self.mappings.len() as u64)
+    }
+
+    /// Of the thread, and of each mapping: mode, nodes.
+    fn at_policies(&self) -> u64 {
+        AT_TIMERS + 32 * self.timers.len().max(1) as u64
     }
 
     pub fn calls(&self, data: u64) -> Vec<Call> {
@@ -121,10 +133,23 @@ impl Queries {
         v.push(Call::new(libc::SYS_madvise, &[data, PAGE, cold]));
         // Read, to where the timers' answers come: one entry, if there are any.
         v.push(Call::new(libc::SYS_modify_ldt, &[0, data + AT_TIMERS, 8]));
+        v.push(prctl(libc::PR_GET_TSC as u64, data + AT_TSC));
         for (i, id) in self.timers.iter().enumerate() {
             let at = data + AT_TIMERS + i as u64 * 32;
             v.push(Call::new(libc::SYS_timer_gettime, &[*id as u64, at]));
             v.push(Call::new(libc::SYS_timer_getoverrun, &[*id as u64]));
+        }
+        if let Some(words) = numa::mask_words() {
+            let bits = 64 * words as u64 + 1;
+            let mut at = data + self.at_policies();
+            let mut get = |of: u64, flags: u64| {
+                let call = Call::new(libc::SYS_get_mempolicy, &[at, at + 8, bits, of, flags]);
+                at += policy_len(words);
+                v.push(call);
+            };
+            get(0, 0);
+            const MPOL_F_ADDR: u64 = 1 << 1;
+            self.mappings.iter().for_each(|m| get(*m, MPOL_F_ADDR));
         }
         v
     }
@@ -195,16 +220,34 @@ impl Queries {
         }
         let mut leader = ThreadAnswers::read(&data[AT_LEADER as usize..][..LEADER_LEN as usize]);
         leader.pdeathsig = word(AT_PDEATHSIG) as i32;
+        leader.no_tsc = word(AT_TSC) as i32 == libc::PR_TSC_SIGSEGV;
+        if let Some(words) = numa::mask_words() {
+            let policy = |i: usize| {
+                let at = self.at_policies() + i as u64 * policy_len(words);
+                let policy = MemPolicy {
+                    mode: word(at) as u32,
+                    nodes: (0..words as u64).map(|w| word(at + 8 + 8 * w)).collect(),
+                };
+                (policy.mode != 0).then_some(policy)
+            };
+            leader.mempolicy = policy(0);
+            for v in &mut p.vmas {
+                let asked = self.mappings.binary_search(&v.start).ok();
+                v.policy = asked.and_then(|i| policy(1 + i));
+            }
+        }
         Ok(leader)
     }
 }
 
 /// What one thread's own calls gave.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct ThreadAnswers {
     pub altstack: AltStack,
     pub clear_child_tid: u64,
     pub pdeathsig: i32,
+    pub no_tsc: bool,
+    pub mempolicy: Option<MemPolicy>,
 }
 
 impl ThreadAnswers {
@@ -219,14 +262,15 @@ impl ThreadAnswers {
                 size: word(b, 16),
             },
             clear_child_tid: word(b, 24),
-            pdeathsig: 0,
+            ..Self::default()
         }
     }
 }
 
 /// The same of another thread than the leader. From the kernel's memory where we may look at it: to run calls in a
 /// thread takes it a hundred microseconds, of which programs with thousands of threads would see each.
-pub fn of_thread(batch: &Batch, thread: &Held) -> Result<ThreadAnswers> {
+/// What cannot be had like that is taken to be as the main thread's `leader`: threads inherit it.
+pub fn of_thread(batch: &Batch, thread: &Held, leader: &ThreadAnswers) -> Result<ThreadAnswers> {
     let seen = Threads::get().and_then(|kernel| {
         kernel
             .find(thread.tracee.tid)
@@ -238,12 +282,26 @@ pub fn of_thread(batch: &Batch, thread: &Held) -> Result<ThreadAnswers> {
             altstack: look.altstack(thread.program.rsp),
             clear_child_tid: look.clear_child_tid,
             pdeathsig: 0,
+            no_tsc: look.no_tsc.unwrap_or(leader.no_tsc),
+            mempolicy: match look.mempolicy {
+                0 => None,
+                at => Some(policy::read(KernelMemory::get()?, at)?),
+            },
         }),
         None => {
             let data = batch.in_thread(thread, ThreadAnswers::LEN, &thread_calls)?;
-            Ok(ThreadAnswers::read(&data))
+            Ok(ThreadAnswers {
+                no_tsc: leader.no_tsc,
+                mempolicy: leader.mempolicy.clone(),
+                ..ThreadAnswers::read(&data)
+            })
         }
     }
+}
+
+/// Bytes of the answer to get_mempolicy(2).
+fn policy_len(words: usize) -> u64 {
+    8 + 8 * words as u64
 }
 
 /// sigaltstack and PR_GET_TID_ADDRESS, with their results at `data`.

@@ -62,6 +62,8 @@ pub fn read(pid: i32, held: &Held) -> Result<Thread> {
         cpus_allowed: sched::affinity(t.tid)?.into(),
         timer_slack_ns: number(&format!("/proc/{}/timerslack_ns", t.tid)).unwrap_or(50_000),
         pdeathsig: 0,
+        no_tsc: false,
+        mempolicy: None,
         creds: status.creds,
     })
 }
@@ -71,6 +73,8 @@ pub fn complete(thread: &mut Thread, a: &ThreadAnswers) {
     thread.altstack = a.altstack;
     thread.clear_child_tid = a.clear_child_tid;
     thread.pdeathsig = a.pdeathsig;
+    thread.no_tsc = a.no_tsc;
+    thread.mempolicy = a.mempolicy.clone();
 }
 
 pub fn pending(held: &Held, shared: bool) -> Result<Vec<PendingSignal>> {

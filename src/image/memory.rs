@@ -30,6 +30,33 @@ pub struct Vma {
     /// Ranges with guard pages (MADV_GUARD_INSTALL).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub guards: Vec<(u64, u64)>,
+    /// mbind(2).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<MemPolicy>,
+}
+
+/// On which nodes memory is to be, as set_mempolicy(2) and mbind(2) take it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemPolicy {
+    /// MPOL_BIND and so on, and mode flags.
+    pub mode: u32,
+    /// A bit for each node.
+    pub nodes: Vec<u64>,
+}
+
+impl MemPolicy {
+    /// MPOL_F_STATIC_NODES, MPOL_F_RELATIVE_NODES.
+    pub const NODES_AS_ASKED: u32 = 1 << 15 | 1 << 14;
+
+    /// The mask in memory.
+    pub fn mask(&self) -> Vec<u8> {
+        self.nodes.iter().flat_map(|w| w.to_le_bytes()).collect()
+    }
+
+    /// How many bits it has for the kernel, which ignores the last one.
+    pub fn bits(&self) -> u64 {
+        self.nodes.len() as u64 * 64 + 1
+    }
 }
 
 /// What gives a mapping its content.

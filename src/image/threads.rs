@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Bytes;
+use super::memory::MemPolicy;
 use super::signals::{AltStack, PendingSignal};
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -29,6 +30,12 @@ pub struct Thread {
     pub cpus_allowed: Bytes,
     pub timer_slack_ns: u64,
     pub pdeathsig: i32,
+    /// It may not read the time stamp counter (PR_TSC_SIGSEGV of PR_SET_TSC).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub no_tsc: bool,
+    /// set_mempolicy(2).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mempolicy: Option<MemPolicy>,
     pub creds: super::process::Creds,
 }
 

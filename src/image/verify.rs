@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use anyhow::{Context, Result, ensure};
 
-use super::memory::Backing;
+use super::memory::{Backing, MemPolicy};
 use super::pages::PAGE;
 use super::process::{MmLayout, State};
 use super::signals::PendingSignal;
@@ -284,6 +284,7 @@ fn thread(t: &Thread) -> Result<()> {
         "{} bytes of CPU mask",
         t.cpus_allowed.len()
     );
+    policy(t.mempolicy.as_ref())?;
     ensure!(
         (0..=SIGNALS).contains(&t.pdeathsig),
         "pdeathsig {} is impossible",
@@ -295,6 +296,13 @@ fn thread(t: &Thread) -> Result<()> {
         "{} groups",
         t.creds.groups.len()
     );
+    Ok(())
+}
+
+fn policy(policy: Option<&MemPolicy>) -> Result<()> {
+    let words = policy.map_or(0, |p| p.nodes.len());
+    // MAX_NUMNODES is 1024 at most.
+    ensure!(words <= 64, "{words} words of nodes");
     Ok(())
 }
 
@@ -349,6 +357,7 @@ fn vmas(manifest: &Manifest, vmas: &[Vma]) -> Result<()> {
                     .all(|f| f.len() == 2 && f.bytes().all(|b| b.is_ascii_alphanumeric())),
                 "its flags are not pairs of letters"
             );
+            policy(vma.policy.as_ref())?;
             if let Some(name) = &vma.name {
                 text("name", name, 256)?;
             }

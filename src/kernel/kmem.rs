@@ -5,6 +5,7 @@
 pub mod aio;
 mod btf;
 mod per_cpu;
+pub mod policy;
 pub mod posix_timers;
 pub mod semaphores;
 pub mod threads;

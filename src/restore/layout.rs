@@ -355,6 +355,20 @@ pub fn map(
                 ],
             )?;
         }
+        if let Some(policy) = &v.policy {
+            body.may(
+                format!("nodes for the memory at {:#x} (mbind)", v.start),
+                libc::SYS_mbind,
+                &[
+                    v.start.into(),
+                    v.len().into(),
+                    u64::from(policy.mode).into(),
+                    Arg::In(&policy.mask()),
+                    policy.bits().into(),
+                    0u64.into(),
+                ],
+            )?;
+        }
         if let Some(name) = &v.name {
             const PR_SET_VMA: u64 = 0x5356_4d41;
             let text = format!("{name}\0");

@@ -137,6 +137,24 @@ pub fn furnish(r: &mut Remote, t: &Thread, ours: &Creds, orphaned: bool) -> Resu
         libc::SYS_prctl,
         &[libc::PR_SET_PDEATHSIG.into(), pdeathsig.into()],
     )?;
+    if let Some(policy) = &t.mempolicy {
+        r.may(
+            what("nodes for the memory (set_mempolicy)"),
+            libc::SYS_set_mempolicy,
+            &[
+                u64::from(policy.mode).into(),
+                Arg::In(&policy.mask()),
+                policy.bits().into(),
+            ],
+        )?;
+    }
+    if t.no_tsc {
+        r.must(
+            what("forbidden time stamp counter (PR_SET_TSC)"),
+            libc::SYS_prctl,
+            &[libc::PR_SET_TSC.into(), libc::PR_TSC_SIGSEGV.into()],
+        )?;
+    }
     r.flush()
 }
 

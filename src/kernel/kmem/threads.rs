@@ -22,7 +22,7 @@ const STACK: usize = 8 * 1024;
 /// x86's THREAD_SIZE. With debugging aids of the kernel it is larger, and the stack may end unseen.
 const THREAD_SIZE: i32 = 16 * 1024;
 /// What precedes the stack in what a look brings.
-const HEAD: usize = 128;
+const HEAD: usize = 136;
 const RESTART_BLOCK: usize = 56;
 /// Steps from a task to another through a file of /proc.
 const HOPS: usize = 7;
@@ -42,6 +42,10 @@ pub struct Look {
     pub until_tick: Option<i64>,
     /// Where it wants a zero written when it ends (set_tid_address(2)).
     pub clear_child_tid: u64,
+    /// It may not read the time stamp counter (PR_SET_TSC); None where it is not known which flag that is.
+    pub no_tsc: Option<bool>,
+    /// Its struct mempolicy: an address, or 0.
+    pub mempolicy: u64,
     altstack: AltStack,
 }
 
@@ -109,6 +113,8 @@ pub struct Threads {
     map: Mutex<OwnedFd>,
     look: OwnedFd,
     follow: OwnedFd,
+    /// Among the flags of a thread that it may not read the time stamp counter.
+    no_tsc: Option<u64>,
 }
 
 /// Offsets of fields.
@@ -135,6 +141,9 @@ struct TaskLayout {
     altstack_size: u64,
     altstack_flags: u64,
     clear_child_tid: u64,
+    flags: u64,
+    /// None without CONFIG_NUMA.
+    mempolicy: Option<u64>,
 }
 
 /// struct hrtimer_sleeper; all but the task by where that is.
@@ -196,6 +205,8 @@ impl Layout {
                 altstack_size: task("sas_ss_size")?,
                 altstack_flags: task("sas_ss_flags")?,
                 clear_child_tid: task("clear_child_tid")?,
+                flags: task("thread_info.flags")?,
+                mempolicy: task("mempolicy"),
             },
             hops: [
                 task("files")?,
@@ -225,7 +236,7 @@ impl Layout {
 }
 
 /// In what a look brings: nvcsw, stack pointer, stack, pid, state, on_cpu and flags of the alternate stack (four bytes
-/// each), restart block, alternate stack, clear_child_tid.
+/// each), restart block, alternate stack, clear_child_tid, mempolicy, flags.
 const SLEEPS: i32 = 0;
 const SP: i32 = 8;
 const BOTTOM: i32 = 16;
@@ -237,6 +248,8 @@ const RESTART: i32 = 40;
 const ALTSTACK: i32 = RESTART + RESTART_BLOCK as i32;
 const ALTSTACK_SIZE: i32 = ALTSTACK + 8;
 const CLEAR_CHILD_TID: i32 = ALTSTACK + 16;
+const MEMPOLICY: i32 = ALTSTACK + 24;
+const FLAGS: i32 = ALTSTACK + 32;
 
 /// Reads what [`Look`] is made of. The context: the task; what the helper said.
 fn look_program(map: i32, l: &TaskLayout) -> Vec<[u8; 8]> {
@@ -261,8 +274,10 @@ fn look_program(map: i32, l: &TaskLayout) -> Vec<[u8; 8]> {
         (ALTSTACK_SIZE, l.altstack_size, 8),
         (ALTSTACK_FLAGS, l.altstack_flags, 4),
         (CLEAR_CHILD_TID, l.clear_child_tid, 8),
+        (FLAGS, l.flags, 8),
     ];
-    for (to, from, len) in fields {
+    let mempolicy = l.mempolicy.map(|at| (MEMPOLICY, at, 8));
+    for (to, from, len) in fields.into_iter().chain(mempolicy) {
         p.extend(value(1, to));
         p.push(insn(MOV_IMM, 2, 0, 0, len));
         p.push(insn(MOV, 3, 7, 0, 0));
@@ -329,12 +344,29 @@ impl Threads {
         let look =
             load(&look_program(map.as_raw_fd(), &layout.task)).context("bpf(BPF_PROG_LOAD)")?;
         let follow = load(&follow_program()).context("bpf(BPF_PROG_LOAD)")?;
-        Ok(Self {
+        let mut threads = Self {
             layout,
             map: Mutex::new(map),
             look,
             follow,
-        })
+            no_tsc: None,
+        };
+        threads.no_tsc = threads.find_no_tsc().unwrap_or(None);
+        Ok(threads)
+    }
+
+    /// Which flag it is differs from kernel to kernel: the one that comes and goes with ours.
+    fn find_no_tsc(&self) -> Result<Option<u64>> {
+        let own = self.find(nix::unistd::gettid().as_raw())?;
+        let before = self.bring(own)?;
+        // The clocks of the vDSO are read nowhere in between.
+        let forbidden = super::super::tsc::Forbidden::new();
+        let during = self.bring(own);
+        drop(forbidden);
+        let (during, after) = (during?, self.bring(own)?);
+        let [before, during, after] = [before, during, after].map(|b| word(&b, FLAGS as usize));
+        let flag = during & !before & !after;
+        Ok(flag.is_power_of_two().then_some(flag))
     }
 
     /// # Errors
@@ -355,6 +387,10 @@ impl Threads {
     /// # Errors
     /// When its memory cannot be read.
     pub fn look(&self, task: Task) -> Result<Look> {
+        Ok(self.read(task, &self.bring(task)?))
+    }
+
+    fn bring(&self, task: Task) -> Result<Vec<u8>> {
         let mut context = [task.0, 0];
         let map = self.map.lock().unwrap_or_else(PoisonError::into_inner);
         run(&self.look, &mut context)?;
@@ -366,8 +402,11 @@ impl Threads {
         }
         let mut all = vec![0; HEAD + STACK];
         fetch(&map, &mut all)?;
-        drop(map);
-        let word = |at: usize| word(&all, at);
+        Ok(all)
+    }
+
+    fn read(&self, task: Task, all: &[u8]) -> Look {
+        let word = |at: usize| word(all, at);
         let half = |at: i32| word(at as usize) as u32;
         let mut restart = [0; RESTART_BLOCK / 8];
         for (i, r) in restart.iter_mut().enumerate() {
@@ -381,7 +420,7 @@ impl Threads {
         let asleep = half(STATE) != 0 && half(ON_CPU) == 0;
         let l = &self.layout;
         let timer = |at: &dyn Fn(usize) -> Option<i64>| pointers(stack, task).find_map(at);
-        Ok(Look {
+        Look {
             pid: half(PID),
             sleeps: word(SLEEPS as usize),
             asleep,
@@ -389,12 +428,14 @@ impl Threads {
             until: asleep.then(|| timer(&|at| l.sleeper(stack, at))).flatten(),
             until_tick: asleep.then(|| timer(&|at| l.timer(stack, at))).flatten(),
             clear_child_tid: word(CLEAR_CHILD_TID as usize),
+            no_tsc: self.no_tsc.map(|flag| word(FLAGS as usize) & flag != 0),
+            mempolicy: word(MEMPOLICY as usize),
             altstack: AltStack {
                 sp: word(ALTSTACK as usize),
                 flags: half(ALTSTACK_FLAGS) as i32,
                 size: word(ALTSTACK_SIZE as usize),
             },
-        })
+        }
     }
 }
 
