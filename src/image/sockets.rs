@@ -195,6 +195,9 @@ pub struct Tcp {
     /// It ended with a reset that the program was not told of yet.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub reset: bool,
+    /// It never was one: its connect was refused. `reset`: the program was not told so yet.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub refused: bool,
     /// Connections not accepted yet, of clients in the dump, first come first: their inodes, 0 of one that was
     /// closed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

@@ -4,12 +4,10 @@
 #[derive(Debug)]
 pub struct Forbidden(());
 
-impl Forbidden {
-    /// Where the kernel has no such thing it changes nothing.
-    pub fn new() -> Self {
-        set(libc::PR_TSC_SIGSEGV);
-        Self(())
-    }
+/// Where the kernel has no such thing nothing changes.
+pub fn forbid() -> Forbidden {
+    set(libc::PR_TSC_SIGSEGV);
+    Forbidden(())
 }
 
 impl Drop for Forbidden {

@@ -20,6 +20,7 @@
 //! before the network comes up, or drop its segments in a firewall until then.
 
 mod dump;
+mod refused;
 mod restore;
 
 pub(crate) use dump::{Held, hold_until_dead, read, read_connections, release};

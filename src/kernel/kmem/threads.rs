@@ -16,6 +16,7 @@ use super::{
     MAP_VALUE, MOV, MOV_IMM, STX_DW, fetch, insn, load, map_of, run, types,
 };
 use crate::image::signals::AltStack;
+use crate::kernel::tsc;
 
 /// Of a sleeping thread's kernel stack this much is looked at: the frames of the call it sleeps in.
 const STACK: usize = 8 * 1024;
@@ -360,7 +361,7 @@ impl Threads {
         let own = self.find(nix::unistd::gettid().as_raw())?;
         let before = self.bring(own)?;
         // The clocks of the vDSO are read nowhere in between.
-        let forbidden = super::super::tsc::Forbidden::new();
+        let forbidden = tsc::forbid();
         let during = self.bring(own);
         drop(forbidden);
         let (during, after) = (during?, self.bring(own)?);

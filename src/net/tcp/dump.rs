@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, Result};
 
+use super::refused;
 use super::{
     CLOSE, CLOSE_WAIT, ESTABLISHED, LISTEN, SYN_SENT, fin_received, fin_sent, is_connection,
 };
@@ -129,6 +130,15 @@ pub(crate) fn read(
             if events & libc::POLLRDHUP != 0 {
                 tcp.shutdown = 3;
                 tcp.reset = events & libc::POLLERR != 0;
+                let segments = refused::segments(&met.fd);
+                // With none it may have been shut down alone.
+                tcp.refused = segments == Some(1) || segments == Some(0) && tcp.reset;
+                if tcp.reset && segments == Some(0) {
+                    warnings.push(format!(
+                        "{}: its connect failed, and the program was not told why yet: after a restore it is told that it was refused",
+                        met.place()
+                    ));
+                }
                 let unread = sockopt::queued(&met.fd, Queue::In).unwrap_or(0);
                 if sockopt::get_int(&met.fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF).unwrap_or(-1) < 0
                 {

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::{Context, Result, bail};
 
-use super::{CLOSE, SYN_SENT, fin_received, fin_sent, is_connection};
+use super::{CLOSE, SYN_SENT, fin_received, fin_sent, is_connection, refused};
 use crate::error::Failure;
 use crate::image::Bytes;
 use crate::image::sockets::{Socket, SocketState, Tcp, TcpConnection};
@@ -142,7 +142,10 @@ fn is_same(fd: &OwnedFd, t: &Tcp, c: &TcpConnection) -> Result<bool> {
 /// A socket without a connection: fresh, bound, listening, or connecting.
 fn plain(s: &Socket, t: &Tcp, r: &mut Restorer, i: usize) -> Result<OwnedFd> {
     if t.state == CLOSE && t.shutdown == 3 && t.backlog.is_none() {
-        let fd = ended(s, t).context("a connection that has ended")?;
+        let fd = match t.refused {
+            true => refused::again(s, !t.reset).context("a connect that was refused")?,
+            false => ended(s, t).context("a connection that has ended")?,
+        };
         options::apply(&fd, s, Phase::Early, &mut r.warnings);
         options::apply(&fd, s, Phase::Late, &mut r.warnings);
         return Ok(fd);
