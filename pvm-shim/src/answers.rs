@@ -12,11 +12,11 @@ use pvm_abi::{HELPER_PID, is_task, mbox_flags, place};
 use crate::border::{NO_MEM, SYS_ERR, wait_open};
 use crate::hosts::{self, WAIT_ID_HOSTS};
 use crate::inside::{
-    BLOCK, DONT_ROUTE, Inside, ROUTE_DIRECT, answer, argument, as_v, left, moved, outside,
-    wait_for_name, with,
+    DONT_ROUTE, Inside, ROUTE_DIRECT, answer, argument, as_v, left, outside, wait_for_name,
 };
 use crate::notices::{self, TASK_EXIT};
 use crate::real::{Handler, Match, MboxInfo, Real, TaskInfo, real};
+use crate::state::{BLOCK, moved, with};
 
 /// pvm_setopt and pvm_getopt
 const ROUTE: c_int = 1;
@@ -575,7 +575,13 @@ pub unsafe extern "C" fn pvm_addmhf(src: c_int, tag: c_int, ctx: c_int, handler:
     // SAFETY: as the caller's.
     let mhid = unsafe { pvm_addmhf(src, tag, ctx, handler) };
     if inside.from_outside && mhid >= 0 {
-        with(|local| local.notices.add_handler(mhid, src, tag, ctx));
+        let handler = notices::Handler {
+            mhid,
+            src,
+            tag,
+            ctx,
+        };
+        with(|local| local.handlers.push(handler));
     }
     mhid
 }
@@ -591,7 +597,7 @@ pub unsafe extern "C" fn pvm_delmhf(mhid: c_int) -> c_int {
     // SAFETY: a plain number.
     let result = unsafe { pvm_delmhf(mhid) };
     if result >= 0 {
-        with(|local| local.notices.remove_handler(mhid));
+        with(|local| local.handlers.retain(|handler| handler.mhid != mhid));
     }
     result
 }

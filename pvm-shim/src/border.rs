@@ -1,8 +1,8 @@
 //! The functions of libpvm through which all messages pass.
 //!
 //! Outgoing messages go through `mroute` and `pvmmcast` (V to R, and the gate), incoming ones through
-//! `mesg_input` (R to V), requests to the pvmd through `msendrecv`. libpvm calls all of them through its
-//! procedure linkage table, so these definitions come first.
+//! `mesg_input` (R to V), requests to the pvmd through `msendrecv`. libpvm calls all of them through its procedure linkage
+//! table, so these definitions come first. Every message passes [`crate::hot`] before what is here.
 
 use std::ffi::c_int;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
@@ -11,15 +11,14 @@ use pvm_abi::block::{Call, state, wait};
 use pvm_abi::table::{Entry, lease_clock, lease_over};
 use pvm_abi::{CTX_TC, TID_HOST, is_task};
 
-use crate::inside::{
-    BLOCK, Inside, Sending, Set, attention, enrolled, moved, outside, r_of, v_of, with,
-};
+use crate::inside::{Inside, Sending, Set, enrolled, outside, r_of, v_of};
 use crate::layout::{
     self, NO_TIME, Pmsg, SM_FIRST, TC_CONACK, TC_CONREQ, TC_SIBLINGS, TC_TASKEXIT, TM_CONNECT,
 };
 use crate::notices;
 use crate::real::{Errno, Real, real};
 use crate::routes;
+use crate::state::{BLOCK, attention, moved, with};
 
 /// PvmSysErr and PvmNoMem, for what cannot happen.
 pub const SYS_ERR: c_int = -14;
@@ -57,30 +56,25 @@ pub unsafe extern "C" fn pvmbeatask() -> c_int {
     result
 }
 
-/// Every message that has been received whole comes here.
+/// A message that has been received whole.
 ///
 /// # Safety
-/// As libpvm's.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn mesg_input(up: *mut Pmsg) -> c_int {
+/// As libpvm's mesg_input.
+#[cold]
+#[inline(never)]
+pub unsafe extern "C" fn mesg_input_checked(up: *mut Pmsg) -> c_int {
     let Some((real, mesg_input)) = real().and_then(|real| Some((real, real.mesg_input?))) else {
         return SYS_ERR;
     };
-    match with(|local| local.layout) {
-        Some(true) => {}
-        Some(false) => {
-            // SAFETY: libpvm's message, passed on.
-            return unsafe { mesg_input(up) };
-        }
-        None => {
-            // SAFETY: libpvm's message.
-            let fits = unsafe { layout::fits(real, up) };
-            with(|local| local.layout = Some(fits));
-            if !fits {
-                // SAFETY: as above.
-                return unsafe { mesg_input(up) };
-            }
-        }
+    let fits = with(|local| local.layout).unwrap_or_else(|| {
+        // SAFETY: libpvm's message.
+        let fits = unsafe { layout::fits(real, up) };
+        with(|local| local.layout = Some(fits));
+        fits
+    });
+    if !fits {
+        // SAFETY: libpvm's message, passed on.
+        return unsafe { mesg_input(up) };
     }
     // SAFETY: the layout fits.
     unsafe {
@@ -123,7 +117,8 @@ pub unsafe fn deliver(real: &Real, up: *mut Pmsg) -> c_int {
         }
         let handled = with(|local| {
             local.delivered = local.delivered.wrapping_add(1);
-            local.notices.handles(message.src, message.tag, message.ctx)
+            let mut handlers = local.handlers.iter();
+            handlers.any(|handler| handler.handles(message.src, message.tag, message.ctx))
         });
         if handled {
             outside(|| mesg_input(up))
@@ -143,12 +138,26 @@ fn keeps_r(real: &Real, message: &Pmsg) -> bool {
     message.tag >= SM_FIRST && message.tag < 0 && scheduler == Some(&message.src)
 }
 
-/// Sends a message (`mid` not 0) or receives some.
+/// How a task waits that receives for so long.
 ///
 /// # Safety
-/// As libpvm's.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn mroute(
+/// Null or a time.
+#[inline]
+pub unsafe fn receives(tmout: *const libc::timeval) -> u32 {
+    // SAFETY: the caller's promise.
+    match unsafe { tmout.as_ref() } {
+        Some(time) if time.tv_sec == 0 && time.tv_usec == 0 => wait::POLL,
+        _ => wait::RECEIVE,
+    }
+}
+
+/// Sends a message or receives some, when something may have to be done before, or be waited for.
+///
+/// # Safety
+/// As libpvm's mroute.
+#[cold]
+#[inline(never)]
+pub unsafe extern "C" fn mroute_gated(
     mid: c_int,
     dtid: c_int,
     tag: c_int,
@@ -171,9 +180,7 @@ pub unsafe extern "C" fn mroute(
     let sending = Sending::mark();
     let (what, to) = if mid == 0 {
         // SAFETY: null or a timeval, by mroute's contract.
-        let poll =
-            unsafe { tmout.as_ref() }.is_some_and(|time| time.tv_sec == 0 && time.tv_usec == 0);
-        (if poll { wait::POLL } else { wait::RECEIVE }, dtid)
+        (unsafe { receives(tmout) }, dtid)
     } else if is_task(dtid as u32) {
         let to = if in_r(real, dtid, tag) {
             Sending::add(dtid as u32);
@@ -433,6 +440,16 @@ fn housekeep(real: &Real) {
     }
 }
 
+/// The same, behind an mroute; returns what that has returned.
+#[cold]
+#[inline(never)]
+pub extern "C" fn housekeep_after(result: c_int) -> c_int {
+    if let Some(real) = real() {
+        housekeep(real);
+    }
+    result
+}
+
 /// What mistctl asked for, and what a change of the table makes necessary.
 #[cold]
 fn housekeeping(real: &Real) {
@@ -440,7 +457,7 @@ fn housekeeping(real: &Real) {
     if BLOCK.attention.swap(0, SeqCst) != 0 {
         notices::send_markers(real);
     }
-    let generation = crate::inside::generation();
+    let generation = crate::state::generation();
     if generation != BLOCK.seen.load(SeqCst) {
         notices::table_changed(real, crate::inside::taken_over());
         BLOCK.seen.store(generation, SeqCst);

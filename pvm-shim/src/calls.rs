@@ -6,8 +6,9 @@ use std::sync::atomic::Ordering::Relaxed;
 use pvm_abi::block::{Call, flag};
 
 use crate::border::SYS_ERR;
-use crate::inside::{BLOCK, Inside, with};
+use crate::inside::Inside;
 use crate::real::real;
+use crate::state::{BLOCK, with};
 
 type Str = *mut c_char;
 type Ints = *mut c_int;
@@ -59,6 +60,18 @@ pub unsafe extern "C" fn pvm_freecontext(ctx: c_int) -> c_int {
 }
 
 macro_rules! plain {
+    (#[cold] $name:ident($($arg:ident: $type:ty),*) = $call:ident;) => {
+        #[cold]
+        #[inline(never)]
+        pub unsafe extern "C" fn $name($($arg: $type),*) -> c_int {
+            let Some(function) = $crate::real::real().and_then(|real| real.$name) else {
+                return $crate::border::SYS_ERR;
+            };
+            let _inside = $crate::inside::Inside::enter(Call::$call);
+            // SAFETY: the caller's arguments.
+            unsafe { function($($arg),*) }
+        }
+    };
     ($($name:ident($($arg:ident: $type:ty),*) = $call:ident $(, flags $flags:ident)? $(, role $role:ident)?;)*) => {$(
         /// Passes on; see pvm3.h.
         ///
@@ -83,6 +96,8 @@ macro_rules! plain {
     )*};
 }
 
+pub(crate) use plain;
+
 plain! {
     pvm_addhosts(names: *mut Str, count: c_int, status: Ints) = Addhosts;
     pvm_archcode(arch: Str) = Archcode;
@@ -96,19 +111,12 @@ plain! {
     pvm_lookup(name: Str, index: c_int, data: Ints) = Lookup;
     pvm_mcast(tids: Ints, count: c_int, tag: c_int) = Mcast;
     pvm_mstat(host: Str) = Mstat;
-    pvm_nrecv(tid: c_int, tag: c_int) = Nrecv;
-    pvm_precv(tid: c_int, tag: c_int, buf: Any, len: c_int, kind: c_int, rtid: Ints, rtag: Ints, rlen: Ints) = Precv;
-    pvm_probe(tid: c_int, tag: c_int) = Probe;
-    pvm_psend(tid: c_int, tag: c_int, buf: Any, len: c_int, kind: c_int) = Psend;
     pvm_putinfo(name: Str, mid: c_int, flags: c_int) = Putinfo, flags flags;
-    pvm_recv(tid: c_int, tag: c_int) = Recv;
     pvm_recvinfo(name: Str, index: c_int, flags: c_int) = Recvinfo, flags flags;
     pvm_reg_hoster() = RegHoster, role HOSTER;
     pvm_reg_rm(host: Any) = RegRm, role RESOURCE_MANAGER;
     pvm_reg_tasker() = RegTasker, role TASKER;
     pvm_reg_tracer(tctx: c_int, ttag: c_int, octx: c_int, otag: c_int, mask: Str, buf: c_int, opt: c_int) = RegTracer, role TRACER;
-    pvm_send(tid: c_int, tag: c_int) = Send;
     pvm_start_pvmd(argc: c_int, argv: *mut Str, block: c_int) = StartPvmd;
     pvm_tickle(narg: c_int, args: Ints, nresp: Ints, resp: Ints) = Tickle;
-    pvm_trecv(tid: c_int, tag: c_int, tmout: *mut libc::timeval) = Trecv;
 }

@@ -3,96 +3,20 @@
 //! Outside libpvm `pvmmytid` holds V, inside R. The outermost of our functions on the stack switches it;
 //! a callback of the program counts as outside again, and libpvm calls it makes as inside once more.
 
-use std::cell::UnsafeCell;
 use std::ffi::c_int;
 use std::os::unix::ffi::OsStrExt;
-use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::atomic::{AtomicPtr, AtomicU32};
+use std::sync::atomic::Ordering::{Relaxed, Release, SeqCst};
+use std::sync::atomic::{AtomicU32, compiler_fence};
 
-use pvm_abi::block::{Block, Call, flag, state, wait};
-use pvm_abi::table::{self, Table};
-use pvm_abi::{AGENTS, is_task, place};
+use pvm_abi::block::{Call, flag, state, wait};
+use pvm_abi::{AGENTS, is_task, place, table};
 
-use crate::notices::Notices;
 use crate::real::{Errno, Real, complain, real};
+use crate::state::{BLOCK, moved, use_table, with};
 
 /// PvmRoute values
 pub const DONT_ROUTE: c_int = 1;
 pub const ROUTE_DIRECT: c_int = 3;
-
-/// What mistctl reads, and writes to.
-#[unsafe(no_mangle)]
-#[allow(non_upper_case_globals)]
-pub static mist_shim_block: Block = Block::new();
-
-/// The block, under a name for this side.
-pub static BLOCK: &Block = &mist_shim_block;
-
-static TABLE: AtomicPtr<Table> = AtomicPtr::new(std::ptr::null_mut());
-
-/// What the shim knows that nobody else has to.
-pub struct Local {
-    /// In libpvm, as opposed to outside or in a callback.
-    pub inside: bool,
-    /// Real mroutes on the stack: libpvm's only sends and receives in the first.
-    pub in_mroute: u32,
-    /// Stack pointer of the callback that is running.
-    pub callback: u64,
-    /// pvmmcast is on the stack: what it sends is to R.
-    pub in_mcast: bool,
-    /// Counts messages that libpvm has got.
-    pub delivered: u32,
-    /// The layout of this libpvm: not looked at yet, or whether it fits.
-    pub layout: Option<bool>,
-    /// Housekeeping is going on.
-    pub housekeeping: bool,
-    /// The pvm_recvf of the program, when it has one.
-    pub recvf: crate::real::Match,
-    /// libpvm's own match function.
-    pub def_match: crate::real::Match,
-    /// V of the task that gets our output, our children's output, our traces, our children's traces.
-    pub sinks: [u32; 4],
-    /// Requests and notices.
-    pub notices: Notices,
-    /// Context ids that the program has.
-    pub contexts: Vec<crate::calls::Given>,
-    /// Who has (or had) a direct route with this task, by R.
-    pub routes: Vec<c_int>,
-    /// A gate whose lease ended, and which incarnation was found alive: V, the entry's R and next, and
-    /// the R to send to.
-    pub resolved: Option<(u32, u32, u32, u32)>,
-    /// A gate whose lease ended while both incarnations live: V, and when to ask again (as leases count).
-    pub looked: Option<(u32, u64)>,
-}
-
-struct LocalCell(UnsafeCell<Local>);
-// SAFETY: libpvm is not for several threads at a time, and this is only used below its calls.
-unsafe impl Sync for LocalCell {}
-
-static LOCAL: LocalCell = LocalCell(UnsafeCell::new(Local {
-    inside: false,
-    in_mroute: 0,
-    callback: 0,
-    in_mcast: false,
-    delivered: 0,
-    layout: None,
-    housekeeping: false,
-    recvf: None,
-    def_match: None,
-    sinks: [0; 4],
-    notices: Notices::new(),
-    contexts: Vec::new(),
-    routes: Vec::new(),
-    resolved: None,
-    looked: None,
-}));
-
-/// Lends the shim's state to `f`, which must not call libpvm or the program.
-pub fn with<T>(f: impl FnOnce(&mut Local) -> T) -> T {
-    // SAFETY: one thread (see LocalCell); `f` does not come back here, as it calls neither libpvm nor
-    // the program.
-    f(unsafe { &mut *LOCAL.0.get() })
-}
 
 /// Once, when libpvm has been found.
 pub fn begin() {
@@ -104,18 +28,6 @@ pub fn begin() {
     } else if let Some(route) = route {
         BLOCK.route.store(*route, SeqCst);
         *route = DONT_ROUTE;
-    }
-}
-
-/// The table, when there is one and something has ever moved.
-#[inline]
-pub fn moved() -> Option<&'static Table> {
-    // SAFETY: null or a mapping that is never taken away.
-    let table = unsafe { TABLE.load(Relaxed).as_ref()? };
-    if table.header.generation.load(SeqCst) == 0 {
-        None
-    } else {
-        Some(table)
     }
 }
 
@@ -152,6 +64,7 @@ pub fn argument(tid: c_int) -> c_int {
     }
 }
 
+#[inline(never)]
 fn set_mytid(tid: u32) {
     if let Some(real) = real() {
         // SAFETY: `real` has a pvmmytid, which is libpvm's variable.
@@ -163,6 +76,73 @@ fn set_mytid(tid: u32) {
     }
 }
 
+/// The stack pointer.
+#[inline(always)]
+fn stack() -> u64 {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let stack: u64;
+        // SAFETY: reads a register.
+        unsafe {
+            std::arch::asm!("mov {}, rsp", out(reg) stack, options(nomem, nostack, preserves_flags))
+        };
+        stack
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        std::mem::MaybeUninit::<u8>::uninit().as_ptr() as u64
+    }
+}
+
+/// Enters libpvm if nothing of it is on the stack and the task has not moved; as [`Inside`], but [`leave`] is to be
+/// called. Otherwise false, and nothing has been done.
+#[inline(always)]
+pub fn enter_alone(call: Call) -> bool {
+    if BLOCK.depth.load(Relaxed) != 0 {
+        return false;
+    }
+    BLOCK.stack.store(stack(), Relaxed);
+    BLOCK.call.store(call as u32, Relaxed);
+    BLOCK.depth.store(1, Release);
+    // As in Inside::enter.
+    compiler_fence(SeqCst);
+    if BLOCK.r.load(Relaxed) != BLOCK.v.load(Relaxed) {
+        BLOCK.call.store(Call::None as u32, Relaxed);
+        BLOCK.depth.store(0, Release);
+        return false;
+    }
+    with(|local| local.inside = true);
+    true
+}
+
+/// Leaves what [`enter_alone`] entered; returns `result`.
+#[inline(always)]
+pub fn leave(result: c_int) -> c_int {
+    if BLOCK.r.load(Relaxed) != BLOCK.v.load(Relaxed) || BLOCK.depth.load(Relaxed) != 1 {
+        return leave_moved(result);
+    }
+    with(|local| local.inside = false);
+    BLOCK.call.store(Call::None as u32, Relaxed);
+    BLOCK.call_flags.store(0, Relaxed);
+    compiler_fence(SeqCst);
+    BLOCK.depth.store(0, Release);
+    result
+}
+
+/// The same, of a task that has moved meanwhile.
+#[cold]
+#[inline(never)]
+extern "C" fn leave_moved(result: c_int) -> c_int {
+    drop(Inside { from_outside: true });
+    result
+}
+
+/// Whether libpvm calls itself, below a call from outside.
+#[inline(always)]
+pub fn within() -> bool {
+    with(|local| local.inside) && stack() <= BLOCK.stack.load(Relaxed)
+}
+
 /// A call of libpvm, from its start until it is dropped.
 pub struct Inside {
     /// It came from outside (the program, or a callback of it).
@@ -171,20 +151,22 @@ pub struct Inside {
 
 impl Inside {
     /// Enters libpvm.
-    #[inline]
+    #[inline(always)]
     pub fn enter(call: Call) -> Inside {
-        let depth = BLOCK.depth.load(Relaxed);
-        let here = 0u8;
-        let stack = &raw const here as u64;
+        let stack = stack();
+        let mut depth = BLOCK.depth.load(Relaxed);
         if depth != 0 && (stack > BLOCK.stack.load(Relaxed) || !below(call, stack)) {
             abandoned();
-            return Inside::enter(call);
+            depth = 0;
         }
         if depth == 0 {
             BLOCK.stack.store(stack, Relaxed);
             BLOCK.call.store(call as u32, Relaxed);
         }
-        BLOCK.depth.store(depth + 1, SeqCst);
+        BLOCK.depth.store(depth + 1, Release);
+        // Whoever finds the task outside may make another incarnation of it. He stops it to look, so that only
+        // the order of these instructions counts.
+        compiler_fence(SeqCst);
         let from_outside = with(|local| !std::mem::replace(&mut local.inside, true));
         if from_outside {
             let r = BLOCK.r.load(Relaxed);
@@ -197,7 +179,7 @@ impl Inside {
 }
 
 impl Drop for Inside {
-    #[inline]
+    #[inline(always)]
     fn drop(&mut self) {
         if self.from_outside {
             with(|local| local.inside = false);
@@ -211,12 +193,14 @@ impl Drop for Inside {
             BLOCK.call.store(Call::None as u32, Relaxed);
             BLOCK.call_flags.store(0, Relaxed);
         }
-        BLOCK.depth.store(depth, SeqCst);
+        compiler_fence(SeqCst);
+        BLOCK.depth.store(depth, Release);
     }
 }
 
 /// Whether this call may be below the present ones: made by libpvm itself, or by the callback that is
 /// running. If not, the program left them behind.
+#[inline(always)]
 fn below(call: Call, stack: u64) -> bool {
     let (inside, callback, in_mroute) =
         with(|local| (local.inside, local.callback, local.in_mroute != 0));
@@ -265,8 +249,7 @@ fn abandoned() {
 
 /// Runs a callback of the program: outside libpvm again.
 pub fn outside<T>(f: impl FnOnce() -> T) -> T {
-    let here = 0u8;
-    let stack = &raw const here as u64;
+    let stack = stack();
     let (was, outer) = with(|local| {
         (
             std::mem::replace(&mut local.inside, false),
@@ -392,10 +375,10 @@ pub fn left() {
 }
 
 fn map_table(r: u32) {
-    let old = TABLE.swap(std::ptr::null_mut(), SeqCst);
+    let old = use_table(std::ptr::null());
     if !old.is_null() {
         // SAFETY: the mapping of an earlier enrolment; nothing refers to it any more.
-        unsafe { libc::munmap(old.cast(), table::SIZE) };
+        unsafe { libc::munmap(old.cast_mut().cast(), table::SIZE) };
     }
     BLOCK.table.store(0, SeqCst);
     let sock = std::env::var_os("PVMSOCK");
@@ -416,7 +399,7 @@ fn map_table(r: u32) {
             BLOCK.table_len.store(table::SIZE as u64, SeqCst);
             BLOCK.table.store(map as u64, SeqCst);
             BLOCK.flags.fetch_and(!flag::NO_TABLE, SeqCst);
-            TABLE.store(map.cast_mut(), SeqCst);
+            use_table(map);
         }
         Err(error) => {
             BLOCK.flags.fetch_or(flag::NO_TABLE, SeqCst);
@@ -433,8 +416,7 @@ const NEW_HOST: u64 = 30_000;
 
 /// On a host that was added to a virtual machine with agents: waits until that of this host knows what they know.
 fn wait_for_table(real: &Real, r: u32) {
-    // SAFETY: null or a mapping that is never taken away.
-    let Some(table) = (unsafe { TABLE.load(Relaxed).as_ref() }) else {
+    let Some(table) = crate::state::table() else {
         return;
     };
     let learned = || table.header.learned.load(SeqCst) != 0;
@@ -484,6 +466,7 @@ pub struct Sending(u32, u32);
 
 impl Sending {
     /// What is on its way now; [`Sending::reset`] goes back to it.
+    #[inline]
     pub fn mark() -> Sending {
         Sending(
             BLOCK.sending_count.load(Relaxed),
@@ -491,7 +474,8 @@ impl Sending {
         )
     }
 
-    /// Says that something goes to `tid` from here on.
+    /// Says that something goes to `tid` from here on. What is read afterwards is read after it was said.
+    #[inline]
     pub fn add(tid: u32) {
         let count = BLOCK.sending_count.load(Relaxed);
         match BLOCK.sending.get(count as usize) {
@@ -505,10 +489,27 @@ impl Sending {
         }
     }
 
+    /// As [`Sending::add`], when nothing else is on its way; [`Sending::none`] ends it.
+    #[inline(always)]
+    pub fn only(tid: u32) {
+        if let Some(word) = BLOCK.sending.first() {
+            word.store(tid, Relaxed);
+        }
+        BLOCK.sending_count.store(1, SeqCst);
+    }
+
+    /// Says that nothing is on its way any more.
+    #[inline(always)]
+    pub fn none() {
+        BLOCK.sending_count.store(0, Release);
+        BLOCK.sending_more.store(0, Release);
+    }
+
     /// Says that what was added since has gone.
+    #[inline]
     pub fn reset(&self) {
-        BLOCK.sending_count.store(self.0, SeqCst);
-        BLOCK.sending_more.store(self.1, SeqCst);
+        BLOCK.sending_count.store(self.0, Release);
+        BLOCK.sending_more.store(self.1, Release);
     }
 }
 
@@ -516,28 +517,18 @@ impl Sending {
 pub struct Set<'a>(&'a AtomicU32, u32);
 
 impl Set<'_> {
-    /// Sets `word`.
+    /// Sets `word`, which nobody else writes to.
+    #[inline]
     pub fn to(word: &AtomicU32, value: u32) -> Set<'_> {
-        let old = word.swap(value, SeqCst);
+        let old = word.load(Relaxed);
+        word.store(value, Release);
         Set(word, old)
     }
 }
 
 impl Drop for Set<'_> {
+    #[inline]
     fn drop(&mut self) {
-        self.0.store(self.1, SeqCst);
+        self.0.store(self.1, Release);
     }
-}
-
-/// The table's generation, for [`Block::seen`].
-pub fn generation() -> u64 {
-    moved().map_or(0, |table| table.header.generation.load(SeqCst))
-}
-
-/// Whether mistctl wants something looked at, or the table has changed.
-#[inline]
-pub fn attention() -> bool {
-    BLOCK.attention.load(Relaxed) != 0
-        || BLOCK.held.load(Relaxed) != 0
-        || BLOCK.seen.load(Relaxed) != generation()
 }

@@ -4,6 +4,8 @@
 //! libpvm lives in V space (the tids the program knows), the wire in R space (the tids pvmd gave). See
 //! docs/shim.md for the rules and `pvm-abi` for what it shares with mistctl.
 //!
+//! * [`hot`]: what every message passes.
+//! * [`state`]: what the shim knows.
 //! * [`real`]: libpvm's own functions and variables.
 //! * [`layout`]: libpvm's structures, checked before they are used.
 //! * [`inside`]: whether the task is inside libpvm, and as whom.
@@ -20,8 +22,10 @@ mod answers;
 mod border;
 mod calls;
 mod hosts;
+mod hot;
 mod inside;
 mod layout;
 mod notices;
 mod real;
 mod routes;
+mod state;

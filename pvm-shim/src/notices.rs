@@ -12,9 +12,10 @@ use pvm_abi::{
 
 use crate::border::{deliver, send_own};
 use crate::hosts::{self, WAIT_ID_HOSTS, WAIT_ID_NEW_HOSTS};
-use crate::inside::{BLOCK, moved, r_of, v_of, with};
+use crate::inside::{r_of, v_of};
 use crate::layout::{MM_PACK, Pmsg, TC_NOOP, TC_OUTPUT, TM_NOTIFY, TM_SETOPT, get_int, set_int};
 use crate::real::{Real, real};
+use crate::state::{BLOCK, moved, with};
 
 /// Kinds of pvm_notify, and the flag that takes one back.
 pub const TASK_EXIT: c_int = 1;
@@ -50,17 +51,26 @@ struct Asked {
 }
 
 /// A message handler of the program.
-struct Handler {
-    mhid: c_int,
-    src: c_int,
-    tag: c_int,
-    ctx: c_int,
+pub struct Handler {
+    /// Its id.
+    pub mhid: c_int,
+    /// Of which messages: -1 any.
+    pub src: c_int,
+    pub tag: c_int,
+    pub ctx: c_int,
+}
+
+impl Handler {
+    /// Whether such a message goes to it. (libpvm lets no two overlap.)
+    pub fn handles(&self, src: c_int, tag: c_int, ctx: c_int) -> bool {
+        let fits = |want: c_int, has: c_int| want == -1 || want == has;
+        fits(self.src, src) && fits(self.tag, tag) && fits(self.ctx, ctx)
+    }
 }
 
 /// Requests and notices.
 pub struct Notices {
     asked: Vec<Asked>,
-    handlers: Vec<Handler>,
     /// Context and tag of output the program collects itself.
     outputs: Vec<(c_int, c_int)>,
     /// Whose beginning of output has been shown: V, and bits for the two messages that say so.
@@ -77,36 +87,12 @@ impl Notices {
     pub const fn new() -> Notices {
         Notices {
             asked: Vec::new(),
-            handlers: Vec::new(),
             outputs: Vec::new(),
             begun: Vec::new(),
             held: Vec::new(),
             late: 0,
             hosts: Vec::new(),
         }
-    }
-
-    /// The program added a message handler.
-    pub fn add_handler(&mut self, mhid: c_int, src: c_int, tag: c_int, ctx: c_int) {
-        self.handlers.push(Handler {
-            mhid,
-            src,
-            tag,
-            ctx,
-        });
-    }
-
-    /// The program removed a message handler.
-    pub fn remove_handler(&mut self, mhid: c_int) {
-        self.handlers.retain(|handler| handler.mhid != mhid);
-    }
-
-    /// Whether such a message goes to a handler of the program. (libpvm lets no two overlap.)
-    pub fn handles(&self, src: c_int, tag: c_int, ctx: c_int) -> bool {
-        let fits = |want: c_int, has: c_int| want == -1 || want == has;
-        self.handlers.iter().any(|handler| {
-            fits(handler.src, src) && fits(handler.tag, tag) && fits(handler.ctx, ctx)
-        })
     }
 
     fn collects(&self, ctx: c_int, tag: c_int) -> bool {
@@ -624,7 +610,10 @@ pub fn forget() {
             unsafe { umbuf_free(up) };
         }
     }
-    with(|local| local.routes.clear());
+    with(|local| {
+        local.handlers.clear();
+        local.routes.clear();
+    });
     BLOCK.held.store(0, SeqCst);
     BLOCK.notifies.store(0, SeqCst);
 }

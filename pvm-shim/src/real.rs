@@ -1,11 +1,11 @@
 //! libpvm's own functions and variables, found when the first of them is needed.
 
-use std::cell::UnsafeCell;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::layout::{Frag, Pmsg, Tracer, Ttpcb};
+use crate::state::{know, known};
 
 type Str = *mut c_char;
 type Ints = *mut c_int;
@@ -18,12 +18,16 @@ pub type Match = Option<unsafe extern "C" fn(c_int, c_int, c_int) -> c_int>;
 macro_rules! functions {
     ($($name:ident: fn($($arg:ty),*) $(-> $ret:ty)?;)*) => {
         /// libpvm's functions by name; none where this libpvm lacks one.
+        #[repr(C, align(64))]
         pub struct Real {
             $(pub $name: Option<unsafe extern "C" fn($($arg),*) $(-> $ret)?>,)*
             /// libpvm's variables.
             pub var: Vars,
         }
         impl Real {
+            /// Nothing of it.
+            pub const NONE: Real = Real { $($name: None,)* var: Vars::NONE };
+
             fn find() -> Real {
                 Real {
                     // SAFETY: the symbol, when there is one, is libpvm's function of that name, whose
@@ -41,8 +45,16 @@ macro_rules! functions {
 }
 
 functions! {
-    mesg_input: fn(*mut Pmsg) -> c_int;
+    // Those of every message, in a line of cache.
     mroute: fn(c_int, c_int, c_int, *mut libc::timeval) -> c_int;
+    mesg_input: fn(*mut Pmsg) -> c_int;
+    pvm_send: fn(c_int, c_int) -> c_int;
+    pvm_recv: fn(c_int, c_int) -> c_int;
+    pvm_psend: fn(c_int, c_int, Any, c_int, c_int) -> c_int;
+    pvm_precv: fn(c_int, c_int, Any, c_int, c_int, Ints, Ints, Ints) -> c_int;
+    pvm_nrecv: fn(c_int, c_int) -> c_int;
+    pvm_trecv: fn(c_int, c_int, *mut libc::timeval) -> c_int;
+    // The others.
     pvmmcast: fn(c_int, Ints, c_int, c_int) -> c_int;
     msendrecv: fn(c_int, c_int, c_int) -> c_int;
     pvmbeatask: fn() -> c_int;
@@ -91,21 +103,16 @@ functions! {
     pvm_mytid: fn() -> c_int;
     pvm_newcontext: fn() -> c_int;
     pvm_notify: fn(c_int, c_int, c_int, Ints) -> c_int;
-    pvm_nrecv: fn(c_int, c_int) -> c_int;
     pvm_parent: fn() -> c_int;
-    pvm_precv: fn(c_int, c_int, Any, c_int, c_int, Ints, Ints, Ints) -> c_int;
     pvm_probe: fn(c_int, c_int) -> c_int;
-    pvm_psend: fn(c_int, c_int, Any, c_int, c_int) -> c_int;
     pvm_pstat: fn(c_int) -> c_int;
     pvm_putinfo: fn(Str, c_int, c_int) -> c_int;
-    pvm_recv: fn(c_int, c_int) -> c_int;
     pvm_recvf: fn(Match) -> Match;
     pvm_recvinfo: fn(Str, c_int, c_int) -> c_int;
     pvm_reg_hoster: fn() -> c_int;
     pvm_reg_rm: fn(Any) -> c_int;
     pvm_reg_tasker: fn() -> c_int;
     pvm_reg_tracer: fn(c_int, c_int, c_int, c_int, Str, c_int, c_int) -> c_int;
-    pvm_send: fn(c_int, c_int) -> c_int;
     pvm_sendsig: fn(c_int, c_int) -> c_int;
     pvm_setopt: fn(c_int, c_int) -> c_int;
     pvm_siblings: fn(*mut Ints) -> c_int;
@@ -113,7 +120,6 @@ functions! {
     pvm_start_pvmd: fn(c_int, *mut Str, c_int) -> c_int;
     pvm_tasks: fn(c_int, Ints, *mut *mut TaskInfo) -> c_int;
     pvm_tickle: fn(c_int, Ints, Ints, Ints) -> c_int;
-    pvm_trecv: fn(c_int, c_int, *mut libc::timeval) -> c_int;
 }
 
 /// `struct pvmtaskinfo`
@@ -145,6 +151,8 @@ macro_rules! variables {
             $(pub $name: *mut $type,)*
         }
         impl Vars {
+            const NONE: Vars = Vars { $($name: ptr::null_mut(),)* };
+
             fn find() -> Vars {
                 Vars { $($name: global(concat!(stringify!($name), "\0")).cast(),)* }
             }
@@ -207,33 +215,34 @@ fn global(name: &str) -> Any {
     if found.is_null() { next(name) } else { found }
 }
 
-struct Cell(UnsafeCell<Option<Real>>);
-// SAFETY: written once, before READY is set, by the thread that calls libpvm; libpvm is not for several
-// threads at a time, so there is no other one meanwhile.
-unsafe impl Sync for Cell {}
-
-static READY: AtomicU8 = AtomicU8::new(0);
-static REAL: Cell = Cell(UnsafeCell::new(None));
+static LOOKED: AtomicBool = AtomicBool::new(false);
 
 /// libpvm, or none when there is none to be found.
 #[inline]
 pub fn real() -> Option<&'static Real> {
-    if READY.load(Ordering::Acquire) == 0 {
-        resolve();
+    let real = known();
+    // One that is of no use is not kept.
+    if real.mroute.is_some() {
+        Some(real)
+    } else {
+        resolve()
     }
-    // SAFETY: written before READY was set and never again.
-    unsafe { (*REAL.0.get()).as_ref() }
 }
 
 #[cold]
-fn resolve() {
+#[inline(never)]
+fn resolve() -> Option<&'static Real> {
+    if LOOKED.swap(true, Ordering::SeqCst) {
+        return None;
+    }
     let _errno = Errno::keep();
     let real = Real::find();
-    let usable = real.mroute.is_some() && real.mesg_input.is_some() && !real.var.pvmmytid.is_null();
-    // SAFETY: READY is not set yet, so nobody reads.
-    unsafe { *REAL.0.get() = usable.then_some(real) };
-    READY.store(1, Ordering::Release);
+    if real.mroute.is_none() || real.mesg_input.is_none() || real.var.pvmmytid.is_null() {
+        return None;
+    }
+    know(real);
     crate::inside::begin();
+    Some(known())
 }
 
 /// Puts errno back when dropped.

@@ -9,9 +9,10 @@ use std::ffi::c_int;
 use pvm_abi::CTX_TC;
 
 use crate::border::deliver_new;
-use crate::inside::{moved, v_of, with};
+use crate::inside::v_of;
 use crate::layout::{Frag, Pmsg, TC_CONACK, TC_CONREQ, Ttpcb};
 use crate::real::{Errno, Real, complain};
+use crate::state::{moved, with};
 
 /// Bytes of a fragment's header, and of the message header behind the first.
 const FRAGMENT_HEADER: usize = 16;

@@ -1,7 +1,9 @@
-"""What scripts/bench-shim has measured, as one JSON object. Arguments: the directory, library, route, largest size.
+"""What scripts/bench-shim has measured, as one JSON object. Arguments: the directory, library, route, largest size, round
+trips of a trial.
 
-Result files are plain.N and with.N of round N, short.plain.N and short.with.N of pair N, with lines "bytes megabits
-seconds" and "cpu user system"; count.2 and count.12 are callgrind's of so many trials of benches/self.c.
+Result files are plain.N and with.N of round N, with lines "bytes megabits seconds" and "cpu user system"; turns.N of set
+N, with lines "side microseconds" of every trial in order; count.2 and count.12 are callgrind's of so many trials of
+benches/self.c.
 """
 
 import json
@@ -64,28 +66,49 @@ def counted(work):
     return {"library": round(each.pop("library.so")), "beside": round(sum(each.values()))}
 
 
-def main():
-    work, library, route, largest = sys.argv[1:]
+def turns(path):
+    """Times of each side's trials but the first, which is for warming up, in us; the times of a turn stand together."""
+    sides = {"plain": [], "with": [], "control": []}
+    for side, time in map(str.split, open(path)):
+        if time != "waits":
+            sides[side].append(float(time))
+    return list(zip(*(sides[side][1:] for side in sides), strict=True))
 
-    def runs(kind):
-        count = sum(name.startswith(f"{kind}plain.") for name in os.listdir(work))
-        return [[read(f"{work}/{kind}{side}.{i + 1}") for side in ("plain", "with")] for i in range(count)]
 
-    rounds, pairs = runs(""), runs("short.")
-    result = {"library": library, "route": route, "rounds": len(rounds), "pairs": len(pairs)}
-    result["instructions"] = counted(work)
+def latency(sets, repeat):
+    """Of `with` and `control` next to the trial of `plain` in the same turn."""
+    trials = [trial for one in sets for trial in one]
 
-    def figure(name, rounds, wanted, shown, power):
-        chosen = [s for s in sorted(rounds[0][0][0]) if wanted(s)]
-        best = [{s: min(r[side][0][s] for r in rounds) for s in chosen} for side in (0, 1)]
-        plain, with_it = (mean(shown(s, best[side][s]) for s in chosen) for side in (0, 1))
-        paired = [mean((r[1][0][s] / r[0][0][s]) ** power for s in chosen) for r in rounds]
-        result[name] = {
-            "plain": round(plain, 2), "with": round(with_it, 2), "ratio": round(with_it / plain, 4), **middle(paired),
+    def figure(side):
+        return {
+            "us": round(statistics.median(trial[side] for trial in trials) / (2 * repeat), 2),
+            "ratio": round(statistics.median(trial[side] / trial[0] for trial in trials), 4),
+            **middle([statistics.median(trial[side] / trial[0] for trial in one) for one in sets]),
         }
 
-    figure("latency_us", pairs, lambda s: s <= 64, lambda s, t: t * 1e6, 1)
-    figure("bandwidth_mbit", rounds, lambda s: s >= int(largest) / 4, lambda s, t: s * 8 / t / 1e6, -1)
+    with_it = figure(1)
+    plain = round(statistics.median(trial[0] for trial in trials) / (2 * repeat), 2)
+    return {"plain": plain, "with": with_it.pop("us"), "trials": len(trials), **with_it, "control": figure(2)}
+
+
+def main():
+    work, library, route, largest, repeat = sys.argv[1:]
+
+    def files(kind):
+        return [f"{work}/{kind}.{i + 1}" for i in range(sum(name.startswith(kind + ".") for name in os.listdir(work)))]
+
+    rounds = [[read(path) for path in both] for both in zip(files("plain"), files("with"))]
+    sets = [turns(path) for path in files("turns")]
+    result = {"library": library, "route": route, "rounds": len(rounds), "sets": len(sets)}
+    result["instructions"] = counted(work)
+    result["latency_us"] = latency(sets, int(repeat))
+
+    sizes = [size for size in rounds[0][0][0] if size >= int(largest) / 4]
+    best = [mean(size * 8 / min(r[side][0][size] for r in rounds) / 1e6 for size in sizes) for side in (0, 1)]
+    result["bandwidth_mbit"] = {
+        "plain": round(best[0], 2), "with": round(best[1], 2), "ratio": round(best[1] / best[0], 4),
+        **middle([mean(r[0][0][size] / r[1][0][size] for size in sizes) for r in rounds]),
+    }
     plain, with_it = (min(r[side][1] for r in rounds) for side in (0, 1))
     result["sender_cpu_s"] = {
         "plain": plain, "with": with_it, "ratio": round(with_it / plain, 4),

@@ -64,9 +64,14 @@ impl TaskBlock {
             .write(true)
             .open(&mem_path)
             .with_context(|| format!("cannot open {mem_path}; is pid {pid} yours?"))?;
-        let found = TaskBlock { pid, at, memory };
-        let mut head = [0; 16];
-        found.read(0, &mut head)?;
+        let mut found = TaskBlock { pid, at, memory };
+        let (mut address, mut head) = ([0; 8], [0; 16]);
+        found.read(0, &mut address)?;
+        // A shim of version 1 had the block itself there.
+        if address != block::MAGIC {
+            found.at = u64::from_le_bytes(address);
+            found.read(0, &mut head)?;
+        }
         let mut expected = block::MAGIC.to_vec();
         expected.extend(block::VERSION.to_le_bytes());
         expected.extend((size_of::<Block>() as u32).to_le_bytes());
@@ -349,7 +354,7 @@ fn marker(start: usize, slot: usize) -> Result<usize> {
     Ok(start + 8 * slot)
 }
 
-/// Where the shim has its block, and the shim's path.
+/// Where the shim says where its block is, and the shim's path.
 fn published(pid: i32, maps: &[Map]) -> Result<Option<(u64, &Path)>> {
     for map in maps {
         let Some(library) = map.shown() else {
@@ -379,7 +384,7 @@ fn published(pid: i32, maps: &[Map]) -> Result<Option<(u64, &Path)>> {
     Ok(None)
 }
 
-/// Where in a mapped file that has no name any more the block is, if it is a shim.
+/// Where in a mapped file that has no name any more the shim says where its block is, if it is one.
 fn unlinked(pid: i32, map: &Map) -> Option<u64> {
     let path = format!("/proc/{pid}/map_files/{:x}-{:x}", map.start, map.end);
     let file = File::open(path).ok()?;
@@ -394,7 +399,7 @@ fn unlinked(pid: i32, map: &Map) -> Option<u64> {
     symbol(&bytes)
 }
 
-/// Where in the loaded library the block is.
+/// Where in the loaded library the address of the block is.
 fn symbol(library: &[u8]) -> Option<u64> {
     let elf = Elf::parse(library).ok()?;
     let found = elf

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicI32, AtomicU8, AtomicU32, AtomicU64};
 /// First eight bytes of a block.
 pub const MAGIC: [u8; 8] = *b"MISTSHIM";
 /// Layout that this file describes.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Markers that can be asked for at the same time.
 pub const MARKERS: usize = 8;
 /// Sends that are listed one by one; more set [`Block::sending_more`].
@@ -157,7 +157,7 @@ pub struct Globals {
     pub waitlist: AtomicU64,
 }
 
-/// The block.
+/// The block. What every message touches comes first, in two lines of cache.
 #[repr(C)]
 pub struct Block {
     /// [`MAGIC`]
@@ -168,18 +168,12 @@ pub struct Block {
     pub size: u32,
     /// See [`state`].
     pub state: AtomicU32,
-    /// Process that enrolled. A block whose pid is another one was inherited over fork.
-    pub pid: AtomicU32,
+    /// Not 0 inside libpvm: calls of the program, of its callbacks, and some of libpvm itself, that are on the stack.
+    pub depth: AtomicU32,
     /// The virtual tid.
     pub v: AtomicU32,
     /// The real tid. From outside: set when a new incarnation takes over.
     pub r: AtomicU32,
-    /// See [`flag`].
-    pub flags: AtomicU32,
-    /// libpvm calls on the stack (a callback's calls count above those it interrupts).
-    pub depth: AtomicU32,
-    /// Callbacks of the program (message handlers, pvm_recvf) on the stack.
-    pub callbacks: AtomicU32,
     /// See [`Call`]; the call at the bottom of the stack.
     pub call: AtomicU32,
     /// Flags argument of that call, where it has one (pvm_recvinfo); else 0.
@@ -192,28 +186,34 @@ pub struct Block {
     pub sending_count: AtomicU32,
     /// Not 0: more destinations than `sending` holds, or a multicast; take it as "to everybody".
     pub sending_more: AtomicU32,
-    /// What the program asked for with PvmRoute; libpvm itself routes through pvmd.
-    pub route: AtomicI32,
-    /// Exit notices and output ends that are kept back because their task is moving.
-    pub held: AtomicU32,
-    /// Notify requests of the program that have not been answered yet.
-    pub notifies: AtomicU32,
-    /// Destinations (V, or R for messages of libpvm's own) of messages on their way out.
-    pub sending: [AtomicU32; SENDING],
     /// Stack pointer of the call at the bottom.
     pub stack: AtomicU64,
     /// Generation of the table that was last acted upon. From outside: set to all ones when a new
     /// incarnation takes over, so that it looks at everything again.
     pub seen: AtomicU64,
+    /// From outside: set to 1 after `marker_asked` was changed; the shim clears it when it looks.
+    pub attention: AtomicU32,
+    /// From outside: not 0 makes sends to the hosts in `hold_hosts` wait.
+    pub hold_any: AtomicU32,
+    /// Exit notices and output ends that are kept back because their task is moving.
+    pub held: AtomicU32,
+    /// Notify requests of the program that have not been answered yet.
+    pub notifies: AtomicU32,
+    /// Callbacks of the program (message handlers, pvm_recvf) on the stack.
+    pub callbacks: AtomicU32,
+    /// See [`flag`].
+    pub flags: AtomicU32,
+    /// Destinations (V, or R for messages of libpvm's own) of messages on their way out.
+    pub sending: [AtomicU32; SENDING],
+    /// Process that enrolled. A block whose pid is another one was inherited over fork.
+    pub pid: AtomicU32,
+    /// What the program asked for with PvmRoute; libpvm itself routes through pvmd.
+    pub route: AtomicI32,
     /// From outside: markers asked for. Low 32 bits the tid (R) it goes to, high 32 bits a number;
     /// 0 none.
     pub marker_asked: [AtomicU64; MARKERS],
     /// The asked word, once the marker has been given to the pvmd socket behind everything before it.
     pub marker_done: [AtomicU64; MARKERS],
-    /// From outside: not 0 makes sends to the hosts in `hold_hosts` wait.
-    pub hold_any: AtomicU32,
-    /// From outside: set to 1 after `marker_asked` was changed; the shim clears it when it looks.
-    pub attention: AtomicU32,
     /// From outside: bit per host index.
     pub hold_hosts: [AtomicU64; HOST_WORDS],
     /// Address of the mapped table, 0 without one.
@@ -234,28 +234,28 @@ impl Block {
             version: VERSION,
             size: size_of::<Block>() as u32,
             state: AtomicU32::new(state::IDLE),
-            pid: AtomicU32::new(0),
+            depth: AtomicU32::new(0),
             v: AtomicU32::new(0),
             r: AtomicU32::new(0),
-            flags: AtomicU32::new(0),
-            depth: AtomicU32::new(0),
-            callbacks: AtomicU32::new(0),
             call: AtomicU32::new(0),
             call_flags: AtomicI32::new(0),
             wait: AtomicU32::new(0),
             asking: AtomicU32::new(0),
             sending_count: AtomicU32::new(0),
             sending_more: AtomicU32::new(0),
-            route: AtomicI32::new(0),
-            held: AtomicU32::new(0),
-            notifies: AtomicU32::new(0),
-            sending: [const { AtomicU32::new(0) }; SENDING],
             stack: AtomicU64::new(0),
             seen: AtomicU64::new(0),
+            attention: AtomicU32::new(0),
+            hold_any: AtomicU32::new(0),
+            held: AtomicU32::new(0),
+            notifies: AtomicU32::new(0),
+            callbacks: AtomicU32::new(0),
+            flags: AtomicU32::new(0),
+            sending: [const { AtomicU32::new(0) }; SENDING],
+            pid: AtomicU32::new(0),
+            route: AtomicI32::new(0),
             marker_asked: [const { AtomicU64::new(0) }; MARKERS],
             marker_done: [const { AtomicU64::new(0) }; MARKERS],
-            hold_any: AtomicU32::new(0),
-            attention: AtomicU32::new(0),
             hold_hosts: [const { AtomicU64::new(0) }; HOST_WORDS],
             table: AtomicU64::new(0),
             table_len: AtomicU64::new(0),

@@ -1,8 +1,8 @@
 //! What mistctl and the PVM shim share.
 //!
 //! * [`table`]: the tid table, a file every PVM task of a user on a host maps.
-//! * [`block`]: what a task under the shim publishes about itself, found through the ELF symbol
-//!   [`BLOCK_SYMBOL`].
+//! * [`block`]: what a task under the shim publishes about itself; its address is found through the ELF
+//!   symbol [`BLOCK_SYMBOL`].
 //! * [`place`]: where the table of a pvmd lies.
 //! * the numbers of PVM 3.4's protocol that both sides need.
 //!
@@ -15,7 +15,7 @@ pub mod block;
 pub mod place;
 pub mod table;
 
-/// Name of the dynamic symbol under which the shim exports its [`block::Block`].
+/// Name of the dynamic symbol under which the shim exports the address of its [`block::Block`].
 pub const BLOCK_SYMBOL: &str = "mist_shim_block";
 
 /// Bits of a tid that name a task: host (bits 18 to 29) and slot (bits 0 to 17).
@@ -79,6 +79,7 @@ pub const AGENTS: &CStr = c"mist.agent";
 pub const HELPER_PID: i32 = 0x4d49_5354;
 
 /// True for the tid of a task: not a pvmd's, a host's or a group's, not zero, not an error code.
+#[inline]
 pub fn is_task(tid: u32) -> bool {
     tid & !TID_TASK == 0 && tid & TID_HOST != 0 && tid & !TID_HOST != 0
 }

@@ -14,7 +14,8 @@
 //!   was, so a message that is still under way from an old one is attributed to the right V, and a
 //!   notice about an old one is recognised as such.
 //! * Order of a change: the reverse entry of the new R, then the forward entry, then the generation.
-//!   `generation` is 0 as long as nothing ever moved: that is the readers' fast path.
+//! * While `generation` is 0, or `unmoved` is not, nothing ever moved: that is the readers' fast path. `unmoved` becomes
+//!   0, for good, before anything else says that something moves.
 //! * One writer per host at a time (the agent; it holds a lock on the file).
 
 use std::fs::File;
@@ -106,7 +107,35 @@ pub struct Header {
     pub gates: AtomicU64,
     /// 1 when the agent of this host knows all that those of other hosts knew when it began.
     pub learned: AtomicU64,
-    reserved: [AtomicU64; 4],
+    /// 1 while every entry there is says that a task is where it always was (agents); see [`Header::nothing_moved`].
+    pub unmoved: AtomicU64,
+    reserved: [AtomicU64; 3],
+}
+
+impl Header {
+    /// That of a table nobody wrote to.
+    pub const fn new() -> Header {
+        Header {
+            magic: AtomicU64::new(0),
+            generation: AtomicU64::new(0),
+            gates: AtomicU64::new(0),
+            learned: AtomicU64::new(0),
+            unmoved: AtomicU64::new(0),
+            reserved: [const { AtomicU64::new(0) }; 3],
+        }
+    }
+
+    /// Whether every tid stands for itself, and no gate was ever closed. `generation` was read before.
+    #[inline]
+    pub fn nothing_moved(&self, generation: u64) -> bool {
+        (generation == 0) | (self.unmoved.load(SeqCst) != 0)
+    }
+}
+
+impl Default for Header {
+    fn default() -> Header {
+        Header::new()
+    }
 }
 
 #[repr(C)]
@@ -199,6 +228,7 @@ impl Table {
 
     /// Writer: says that incarnation `r` is `v`. To be done on every host before `r` runs.
     pub fn set_incarnation(&self, r: u32, v: u32) -> Result<(), Full> {
+        self.changing(r != v);
         let word = u64::from(r) & TID_MASK | (u64::from(v) & TID_MASK) << TID_BITS;
         let mut at = slot(r, REVERSE_SLOTS.ilog2());
         let mut used = 0;
@@ -225,6 +255,7 @@ impl Table {
             | (u64::from(new.r) & TID_MASK) << TID_BITS
             | (new.state as u64) << (2 * TID_BITS);
         let next = u64::from(new.next) & TID_MASK | new.lease << TID_BITS;
+        self.changing(new.r != new.v || new.state.is_closed());
         let mut at = slot(new.v, FORWARD_SLOTS.ilog2());
         for _ in 0..FORWARD_SLOTS / 4 * 3 {
             let Some(forward) = self.forward.get(at) else {
@@ -253,8 +284,18 @@ impl Table {
 
     /// Writer: the table holds what there is to know.
     pub fn set_learned(&self) {
+        self.changing(false);
         self.header.learned.store(1, SeqCst);
         self.changed();
+    }
+
+    /// Before a change: whether it says that something moves.
+    fn changing(&self, moves: bool) {
+        if moves {
+            self.header.unmoved.store(0, SeqCst);
+        } else if self.header.generation.load(SeqCst) == 0 {
+            self.header.unmoved.store(1, SeqCst);
+        }
     }
 
     fn changed(&self) {
@@ -368,6 +409,46 @@ mod tests {
         assert_eq!(table.header.generation.load(SeqCst), 0);
         assert_eq!(table.entry(0x40002), None);
         assert_eq!(table.v_of(0x40002), None);
+    }
+
+    #[test]
+    fn agents_do_not_move() {
+        let table = empty();
+        let moves_nothing = || {
+            let generation = table.header.generation.load(SeqCst);
+            table.header.nothing_moved(generation)
+        };
+        let hidden = Entry {
+            state: State::Hidden,
+            ..settled(0x40001, 0x40001)
+        };
+        assert!(moves_nothing());
+        table.set_entry(hidden).unwrap();
+        table.set_learned();
+        table.set_incarnation(0x40002, 0x40002).unwrap();
+        assert!(moves_nothing());
+        let moving = Entry {
+            state: State::Moving,
+            ..settled(0x40002, 0x40002)
+        };
+        table.set_entry(moving).unwrap();
+        assert!(!moves_nothing());
+        table.set_entry(settled(0x40002, 0x40002)).unwrap();
+        table.set_entry(hidden).unwrap();
+        assert!(!moves_nothing(), "what was closed once stays slow");
+    }
+
+    #[test]
+    fn a_new_incarnation_is_something_that_moves() {
+        for first in [false, true] {
+            let table = empty();
+            if first {
+                table.set_learned();
+            }
+            table.set_incarnation(0x80003, 0x40002).unwrap();
+            let generation = table.header.generation.load(SeqCst);
+            assert!(!table.header.nothing_moved(generation));
+        }
     }
 
     #[test]
