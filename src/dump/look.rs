@@ -172,13 +172,23 @@ pub fn ask(
         batches.push(batch);
     }
     batches.into_iter().try_for_each(Batch::finish)?;
-    match subjects.iter().find(|s| s.queries.has_ldt) {
-        Some(s) => Err(Failure::Refused.because(format!(
-            "process {} ({}) has a local descriptor table (modify_ldt(2), as programs for Windows and for 16 bits have), which cannot be carried",
-            s.process.pid, s.process.comm
-        ))),
-        None => Ok(()),
+    for s in subjects {
+        let refuse = |what: &str| {
+            let (pid, comm) = (s.process.pid, &s.process.comm);
+            Err(Failure::Refused.because(format!(
+                "process {pid} ({comm}) has {what}, which cannot be carried"
+            )))
+        };
+        if s.queries.has_ldt {
+            return refuse(
+                "a local descriptor table (modify_ldt(2), as programs for Windows and for 16 bits have)",
+            );
+        }
+        if s.queries.has_keys {
+            return refuse("a keyring of its own (keyctl(2), @p or @t)");
+        }
     }
+    Ok(())
 }
 
 fn ask_one<'a>(

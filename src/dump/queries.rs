@@ -20,6 +20,9 @@ const PR_THP_DISABLE_EXCEPT_ADVISED: i64 = 1 << 1;
 const PR_GET_MEMORY_MERGE: u64 = 68;
 pub const PR_GET_TID_ADDRESS: u64 = 40;
 
+/// KEY_SPEC_THREAD_KEYRING, KEY_SPEC_PROCESS_KEYRING. To ask for the one of its session would give it one.
+const KEYRINGS: [i32; 2] = [-1, -2];
+
 // Offsets in the batch's data area.
 const AT_ACTIONS: u64 = 0;
 const AT_ITIMERS: u64 = AT_ACTIONS + SIGNALS * SIGACTION_SIZE;
@@ -43,6 +46,8 @@ pub struct Queries {
     pub locked: bool,
     /// It has a local descriptor table (modify_ldt(2)); known once it has answered.
     pub has_ldt: bool,
+    /// Its main thread or itself has a keyring (keyctl(2)); known once it has answered.
+    pub has_keys: bool,
     /// Where its mappings begin, ascending.
     pub mappings: Vec<u64>,
 }
@@ -62,7 +67,8 @@ mod at {
     pub const MERGE: usize = PRCTLS + 15;
     pub const LOCKED: usize = PRCTLS + 16;
     pub const LDT: usize = PRCTLS + 17;
-    pub const TIMERS: usize = PRCTLS + 19;
+    pub const KEYS: [usize; 2] = [PRCTLS + 19, PRCTLS + 20];
+    pub const TIMERS: usize = PRCTLS + 21;
 }
 
 /// What a process has registered for.
@@ -134,6 +140,11 @@ impl Queries {
         // Read, to where the timers' answers come: one entry, if there are any.
         v.push(Call::new(libc::SYS_modify_ldt, &[0, data + AT_TIMERS, 8]));
         v.push(prctl(libc::PR_GET_TSC as u64, data + AT_TSC));
+        for keyring in KEYRINGS {
+            const KEYCTL_GET_KEYRING_ID: u64 = 0;
+            let args = [KEYCTL_GET_KEYRING_ID, i64::from(keyring) as u64, 0];
+            v.push(Call::new(libc::SYS_keyctl, &args));
+        }
         for (i, id) in self.timers.iter().enumerate() {
             let at = data + AT_TIMERS + i as u64 * 32;
             v.push(Call::new(libc::SYS_timer_gettime, &[*id as u64, at]));
@@ -208,6 +219,7 @@ impl Queries {
             self.locked = true;
         }
         self.has_ldt = result(at::LDT) > 0;
+        self.has_keys = at::KEYS.iter().any(|i| result(*i) > 0);
         self.has_children = result(at::CHILDREN) != -i64::from(libc::ECHILD);
         for (i, t) in p.posix_timers.iter_mut().enumerate() {
             let at = AT_TIMERS + i as u64 * 32;

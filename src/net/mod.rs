@@ -287,6 +287,7 @@ impl SocketDumper {
         for (i, (options, queue)) in rest.into_iter().enumerate() {
             let Some(met) = self.met.get(i) else { break };
             let mut warnings = Vec::new();
+            self.no_choice(met)?;
             let state = match met.family {
                 libc::AF_UNIX => {
                     SocketState::Unix(unix::read(self, met, &diag, &mut warnings, queue)?)
@@ -315,6 +316,25 @@ impl SocketDumper {
         }
         tcp::read_connections(self, &mut sockets)?;
         Ok(sockets)
+    }
+
+    /// Refuses a socket that shares its port with others among which a program chooses, where kernel memory can be read.
+    fn no_choice(&self, met: &Met) -> Result<()> {
+        let shares = matches!(met.family, libc::AF_INET | libc::AF_INET6)
+            && sockopt::get_int(&met.fd, libc::SOL_SOCKET, libc::SO_REUSEPORT).unwrap_or(0) != 0;
+        if shares
+            && let Ok(reader) = self.unaccepted()
+            && reader
+                .is_chosen_by_program(met.fd.as_fd())
+                .with_context(|| format!("{}: who chooses among its port's sockets", met.place()))?
+        {
+            return Err(Failure::Refused.because(format!(
+                "{}: a program chooses among the sockets of its port (SO_ATTACH_REUSEPORT_CBPF), which cannot be carried; let it be \
+                 detached first (SO_DETACH_REUSEPORT_BPF)",
+                met.place()
+            )));
+        }
+        Ok(())
     }
 
     /// For a dump that kills: call it when the image is durable, just before the processes are killed, with

@@ -49,6 +49,13 @@ impl Reader {
         k.pointer(socket, "socket", "sk")
     }
 
+    /// Whether a program chooses among the sockets that share a port with this one.
+    pub(super) fn is_chosen_by_program(&self, fd: BorrowedFd<'_>) -> Result<bool> {
+        let k = &self.kernel;
+        let group = k.pointer(self.sock(fd)?, "sock", "sk_reuseport_cb")?;
+        Ok(group != 0 && k.pointer(group, "sock_reuseport", "prog")? != 0)
+    }
+
     /// The buffers in the receive queue of a struct sock.
     fn queue(&self, sock: u64) -> Result<Vec<u64>> {
         self.list(self.kernel.field(sock, "sock", "sk_receive_queue")?)
