@@ -46,6 +46,7 @@ fn main() -> ExitCode {
         ("a gate closes and opens, and tasks know", gates),
         ("a gate whose closer has gone opens by itself", lease),
         ("a gate that was closed for good stays closed", away),
+        ("one of a task that was saved when it had ended, too", saved),
         ("while both incarnations live nothing is decided", undecided),
         ("it ends with the virtual machine and leaves nothing", ends),
     ])
@@ -172,6 +173,7 @@ fn hostile(kit: &Path) {
     let landing = |id: &str| Landing {
         id: id.to_owned(),
         v: 0,
+        parent: 0,
         program: "../../x".to_owned(),
         moves: None,
         image: Some("/nowhere".into()),
@@ -233,6 +235,7 @@ fn away(kit: &Path) {
             from: v,
             next: 0,
             lease_ms: 0,
+            saved: false,
         };
         ask(&mut closer, agent, close).unwrap();
         let gone = closer.tid();
@@ -254,6 +257,43 @@ fn away(kit: &Path) {
     });
 }
 
+/// Whoever has saved a task dies when it has ended, before he could say so; or before.
+fn saved(kit: &Path) {
+    let vm = started(kit);
+    let mut client = client_of(&vm);
+    let agent = start(&mut client, &vm);
+    answers(&mut client, agent);
+    let (mut from, mut ended, mut lives) = (vm.actor(), vm.actor(), vm.actor());
+    from.enrol();
+    let (e, l) = (ended.enrol(), lives.enrol());
+    for v in [e, l] {
+        let mut closer = client_of(&vm);
+        let close = |lease_ms, saved| Request::CloseGate {
+            v,
+            from: v,
+            next: 0,
+            lease_ms,
+            saved,
+        };
+        ask(&mut closer, agent, close(60_000, false)).unwrap();
+        ask(&mut closer, agent, close(1000, true)).unwrap();
+        if v == e {
+            let pid = nix::unistd::Pid::from_raw(ended.pid());
+            nix::sys::signal::kill(pid, Signal::SIGKILL).unwrap();
+        }
+        closer.exit().unwrap();
+    }
+    assert_eq!(from.ask(&format!("send {l:x} 1 x")), "0");
+    assert!(lives.ask("recv -1 1").contains("text x"));
+    stage::until("the gate of the other to stay closed", || {
+        let answer = ask(&mut client, agent, Request::Table).unwrap();
+        let Answer::Table { entries, .. } = answer else {
+            panic!("{answer:?}");
+        };
+        entries.iter().any(|entry| entry.v == e && entry.away)
+    });
+}
+
 /// Whoever closed a gate has gone, and with him its agent. The next one opens it for the old incarnation when the new one
 /// has ended, and not before; for the new one when the old one has.
 fn undecided(kit: &Path) {
@@ -268,6 +308,7 @@ fn undecided(kit: &Path) {
         from: v,
         next,
         lease_ms: 1,
+        saved: false,
     };
     let mut other = vm.bare_actor();
     let first = other.enrol();
@@ -305,6 +346,7 @@ fn at_a_gate(kit: &Path, open: fn(Client, &mut Client, Tid, u32)) {
         from: v,
         next: 0,
         lease_ms: 600_000,
+        saved: false,
     };
     ask(&mut closer, agent, close).unwrap();
     from.tell(&format!("send {v:x} 5 later"));
@@ -333,4 +375,8 @@ fn ends(kit: &Path) {
     .unwrap();
     vm.pvmd.wait().unwrap();
     stage::until("the agent's folder to go", || folders(&vm.dir) == 0);
+    stage::until("the tid table to go", || {
+        let mut entries = std::fs::read_dir(&vm.dir).unwrap().flatten();
+        !entries.any(|e| e.file_name().to_string_lossy().contains(".mist-"))
+    });
 }

@@ -31,10 +31,11 @@ const LIMIT: Duration = Duration::from_secs(60);
 type Test = fn(&Scene) -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 20] = [
+    let tests: [(&str, Test); 21] = [
         ("its_last_words_and_its_status_arrive", last_words),
         ("its_environment_says_where_it_is", environment),
         ("who_looks_for_it_elsewhere_is_told_where_it_is", elsewhere),
+        ("agents_that_follow_others_are_hidden", hidden_agents),
         ("sizes_are_its_pvmds_or_its_own", sizes),
         ("it_has_the_siblings_it_had", siblings),
         ("its_mailbox_entries_are_its_own", mailbox),
@@ -166,6 +167,40 @@ fn environment(scene: &Scene) -> Result<()> {
         again & 0x3ffc_0000 == boss.enrol() & 0x3ffc_0000,
         "t{again:x}"
     );
+    worker.leave();
+    boss.leave();
+    Ok(())
+}
+
+/// Whoever has killed the one before; and its parent is its parent, not the agent that its pvmd takes for that.
+fn hidden_agents(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    let b = boss.enrol();
+    let (worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    let worker_of = |said: &str| {
+        let mut tasks = said.split_whitespace();
+        let own = tasks.find(|task| task.starts_with(&format!("{v:x}/")));
+        own.and_then(|own| own.split('/').nth(1)).map(str::to_owned)
+    };
+    let ps = format!("{} ps", scene.mistctl.path());
+    for host in ["h0", "h1"] {
+        scene.hosts.exec("h0", &ps)?;
+        let agent = "ps -C mistctl -o pid=,args= | awk '$3 == \"agent\" { print $1 }'";
+        scene.hosts.exec(host, &format!("kill -KILL $({agent})"))?;
+    }
+    scene.migrate(v, "h0")?;
+    wait_for("the agents to be hidden", LIMIT, || {
+        let said = boss.ask("tasks");
+        Ok((!said.contains("mistctl")).then_some(()))
+    })?;
+    let said = boss.ask("tasks");
+    ensure!(worker_of(&said) == Some(format!("{b:x}")), "{said}");
+    // And the console of another host does not show them.
+    let said = (scene.hosts).exec(
+        "h1",
+        &format!("echo ps -a | {} exec pvm", scene.mistctl.path()),
+    )?;
+    ensure!(!said.contains("mistctl"), "{said}");
     worker.leave();
     boss.leave();
     Ok(())

@@ -63,6 +63,10 @@ fn main() -> ExitCode {
         ),
         ("partners_of_a_task_that_is_away_wait_for_it", away),
         (
+            "so_they_do_when_agents_end_while_it_is_saved",
+            away_without_agents,
+        ),
+        (
             "what_others_print_goes_to_a_collector_that_came_back",
             collects,
         ),
@@ -287,6 +291,44 @@ fn away(scene: &Scene) -> Result<()> {
     ensure!(boss.ask("nnotice 66") == "none", "it was told of an end");
     worker.leave();
     ensure!(boss.ask("notice 66").contains(&format!("{v:x}")));
+    boss.leave();
+    other.leave();
+    Ok(())
+}
+
+/// An agent that has closed the gate ends before the task does: the next one knows it from the table.
+fn away_without_agents(scene: &Scene) -> Result<()> {
+    let (mut boss, mut other) = (scene.actor("h0", "boss")?, scene.actor("h1", "other")?);
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    let pid = worker.pid();
+    // So that saving it takes longer than ending an agent.
+    worker.ask("hoard 200");
+    boss.ask(&format!("notify 1 66 {v:x}"));
+    let image = std::thread::scope(|scope| {
+        let dump = scope.spawn(|| scene.dump("h1", pid, "image", "--kill --away"));
+        // Its gate is closed on all hosts, and all that was sent to it is there.
+        wait_for("its memory to be written", LIMIT, || {
+            let pages = fs::metadata(scene.path("image.partial/pages"));
+            Ok(pages.is_ok_and(|pages| pages.len() > 1 << 20).then_some(()))
+        })?;
+        let agent = "ps -C mistctl -o pid=,args= | awk '$3 == \"agent\" { print $1 }'";
+        (scene.hosts).exec("h0", &format!("kill -KILL $({agent})"))?;
+        dump.join().expect("no panic")
+    })?;
+    for (actor, host) in [(&mut boss, "h0"), (&mut other, "h1")] {
+        let pid = actor.pid();
+        actor.tell(&format!("send {v:x} 7 {host}"));
+        let block = TaskBlock::find(inside(scene, host, pid)?)?.context("no block")?;
+        stage::until_waits(&block, mistctl::pvm::shimabi::block::wait::GATE);
+    }
+    restore(scene, "h0", &image, "--host h1")?;
+    ensure!(boss.answer() == "0" && other.answer() == "0");
+    let got: Vec<String> = (0..2).map(|_| worker.ask("recv -1 7")).collect();
+    for text in ["text h0", "text h1"] {
+        ensure!(got.iter().any(|said| said.contains(text)), "{got:?}");
+    }
+    ensure!(boss.ask("nnotice 66") == "none", "it was told of an end");
+    worker.leave();
     boss.leave();
     other.leave();
     Ok(())

@@ -68,6 +68,10 @@ fn main() -> ExitCode {
             notices::requests_again,
         ),
         ("a gate holds sends while reading goes on", gates::gate),
+        (
+            "who waits long at a gate looks less often",
+            gates::long_at_a_gate,
+        ),
         ("a gate holds multicasts", gates::gate_multicast),
         ("a gate inside a message handler", gates::gate_in_handler),
         ("a gate leaves errno alone", gates::errno_at_a_gate),

@@ -212,10 +212,10 @@ pub unsafe extern "C" fn pvm_tasks(
             }
         }
         for task in tasks.iter_mut().take(shown) {
+            // SAFETY: the name is libpvm's copy of it.
+            unsafe { as_of_old(task) };
             task.tid = answer(task.tid);
             task.ptid = answer(task.ptid);
-            // SAFETY: the name is libpvm's copy of it.
-            unsafe { name_of_old(task) };
         }
     }
     // SAFETY: null or the caller's places.
@@ -261,11 +261,11 @@ fn shows(real: &Real, tasks: &[TaskInfo], at: usize) -> bool {
     }
 }
 
-/// The name that the task had before it came, of one that has moved.
+/// Who spawned the task, and the name that it had before it came, of one that has moved.
 ///
 /// # Safety
 /// The name is null or a string.
-unsafe fn spawned_as(task: &TaskInfo) -> Option<&[u8]> {
+unsafe fn spawned_as(task: &TaskInfo) -> Option<(u32, &[u8])> {
     if task.a_out.is_null() {
         return None;
     }
@@ -273,15 +273,16 @@ unsafe fn spawned_as(task: &TaskInfo) -> Option<&[u8]> {
     place::spawned_as(unsafe { CStr::from_ptr(task.a_out) }.to_bytes())
 }
 
-/// Shows a task that has moved by the name it had before.
+/// Shows a task that has moved with the parent and by the name that it had before.
 ///
 /// # Safety
 /// The name is null or a string that may be written.
-unsafe fn name_of_old(task: &mut TaskInfo) {
+unsafe fn as_of_old(task: &mut TaskInfo) {
     // SAFETY: the caller's promise; the name is an end of the string, so there is room for it at the beginning.
     unsafe {
-        if let Some(name) = spawned_as(task) {
+        if let Some((parent, name)) = spawned_as(task) {
             let (from, len) = (name.as_ptr(), name.len());
+            task.ptid = parent as c_int;
             std::ptr::copy(from, task.a_out.cast(), len);
             *task.a_out.add(len) = 0;
         }

@@ -8,7 +8,7 @@ use std::ffi::c_int;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use pvm_abi::block::{Call, state, wait};
-use pvm_abi::table::{Entry, lease_clock, lease_over};
+use pvm_abi::table::{Entry, State, lease_clock, lease_over};
 use pvm_abi::{CTX_TC, TID_HOST, is_task};
 
 use crate::inside::{Inside, Sending, Set, enrolled, outside, r_of, v_of};
@@ -29,8 +29,10 @@ const NO_TASK: c_int = -31;
 /// How long until a task whose lease ended asks again, in milliseconds.
 const ASK_AGAIN: u64 = 500;
 
-/// How long a task at a gate reads before it looks again, in microseconds.
+/// How long a task at a gate reads before it looks again, in microseconds: each time an eighth longer. Hundreds of
+/// tasks of a host may wait at one, and those by whom it is opened need the processors.
 const GATE_LOOK: i64 = 1000;
+const LONGEST_LOOK: i64 = 50_000;
 
 /// libpvm enrols.
 ///
@@ -284,6 +286,7 @@ pub unsafe extern "C" fn msendrecv(other: c_int, tag: c_int, context: c_int) -> 
 /// replaces them by their incarnations. Returns the first.
 pub fn pass_gates(real: &Real, tids: &mut [c_int], nested: bool) -> c_int {
     let mark = Sending::mark();
+    let mut look = GATE_LOOK;
     loop {
         for tid in tids.iter() {
             Sending::add(*tid as u32);
@@ -297,7 +300,7 @@ pub fn pass_gates(real: &Real, tids: &mut [c_int], nested: bool) -> c_int {
             None => break,
             Some(()) => {
                 mark.reset();
-                wait_at_gate(real, nested);
+                wait_at_gate(real, nested, &mut look);
             }
         }
     }
@@ -310,8 +313,9 @@ pub fn pass_gates(real: &Real, tids: &mut [c_int], nested: bool) -> c_int {
 /// Waits until the gate of one task is open, without sending.
 pub fn wait_open(real: &Real, tid: u32) {
     let nested = with(|local| local.in_mroute) != 0;
+    let mut look = GATE_LOOK;
     while closed(real, tid, nested).is_some() {
-        wait_at_gate(real, nested);
+        wait_at_gate(real, nested, &mut look);
     }
 }
 
@@ -353,7 +357,9 @@ fn closed(real: &Real, v: u32, nested: bool) -> Option<()> {
 /// nothing is decided, however long that takes.
 fn lease_ended(real: &Real, entry: Entry) -> bool {
     let now = lease_clock();
-    if !lease_over(entry.lease, now) {
+    // One that was saved comes back: its gate is the agents' to open.
+    let saved = entry.state == State::Decided && entry.next == 0;
+    if saved || !lease_over(entry.lease, now) {
         return false;
     }
     let key = (entry.v, entry.r, entry.next);
@@ -391,12 +397,11 @@ fn lease_ended(real: &Real, entry: Entry) -> bool {
 }
 
 /// Waits a moment, reading on: two tasks that send to each other would never get quiet otherwise.
-fn wait_at_gate(real: &Real, nested: bool) {
+fn wait_at_gate(real: &Real, nested: bool, look: &mut i64) {
     let _errno = Errno::keep();
-    let mut time = libc::timeval {
-        tv_sec: 0,
-        tv_usec: GATE_LOOK,
-    };
+    let tv_usec = *look;
+    *look = (tv_usec + tv_usec / 8).min(LONGEST_LOOK);
+    let mut time = libc::timeval { tv_sec: 0, tv_usec };
     let mut got = -1;
     if !nested && let Some(mroute) = real.mroute {
         housekeep(real);
@@ -409,10 +414,7 @@ fn wait_at_gate(real: &Real, nested: bool) {
     if got < 0 {
         // In a message handler libpvm cannot read; neither can it when the connection is gone.
         let _wait = Set::to(&BLOCK.wait, wait::GATE_DEAF);
-        let mut time = libc::timeval {
-            tv_sec: 0,
-            tv_usec: GATE_LOOK,
-        };
+        let mut time = libc::timeval { tv_sec: 0, tv_usec };
         // SAFETY: no descriptors; a valid time.
         unsafe {
             libc::select(

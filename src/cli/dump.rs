@@ -156,6 +156,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     };
     // Modes of images are given where they are made, and nothing is to be taken from those.
     umask(Mode::from_bits_truncate(0o077));
+    let before = output.exists();
     let ended = match apart::step_apart()? {
         None => return dump(args, pid, output),
         Some(ended) => ended,
@@ -170,6 +171,14 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     }
     match ended {
         Ended::CalledOff(signal) => apart::end_by(signal),
+        // It has this name when it is complete.
+        Ended::Killed(signal) if args.keep.is_none() && !before && output.exists() => {
+            Err(Failure::Failed.because(format!(
+                "the process that did the work was ended by {signal} when the image {} was complete: process {pid} runs \
+                 on, or has ended already where it was to",
+                output.display()
+            )))
+        }
         Ended::Killed(signal) => Err(Failure::Failed.because(format!(
             "the process that did the work was ended by {signal}; no image was made, and what was to be saved runs on"
         ))),

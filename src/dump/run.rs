@@ -17,13 +17,19 @@ use crate::progress;
 pub fn run(opts: &Options) -> Result<Report> {
     let started = Instant::now();
     let writer = ImageWriter::create(&opts.image, opts.store.as_deref(), opts.compress)?;
-    finish(Session::stop(opts)?, writer, opts, started, &mut |_, _| {
-        Ok(())
-    })
+    let session = Session::stop(opts)?;
+    finish(
+        session,
+        writer,
+        opts,
+        started,
+        &mut |_, _| Ok(()),
+        &mut || {},
+    )
 }
 
 /// From processes that stand to an image; `started` is when the whole began. `looked` is called while they still
-/// stand, when everything but their memory has been read.
+/// stand, when everything but their memory has been read; `complete` when the image is, and they have not been ended yet.
 ///
 /// # Errors
 /// As for [`run`].
@@ -33,6 +39,7 @@ pub fn finish(
     opts: &Options,
     started: Instant,
     looked: &mut dyn FnMut(&mut Session, &dyn Sink) -> Result<()>,
+    complete: &mut dyn FnMut(),
 ) -> Result<Report> {
     let bar = progress::bar(opts.progress, 0);
     session.look(&writer)?;
@@ -47,6 +54,7 @@ pub fn finish(
     let manifest = session.manifest()?;
     let written = writer.finish(&manifest)?;
     // Only now the image is durable.
+    complete();
     let mut report = session.end(opts.after)?;
     report.bytes_written = written.bytes_written;
     report.pages = written.pages;

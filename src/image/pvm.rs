@@ -14,6 +14,9 @@ pub struct PvmTask {
     pub r: u32,
     /// The name it was spawned under (as `ps -a` shows it); empty for one that was started by hand.
     pub program: String,
+    /// Who spawned it (virtual tid); 0: nobody.
+    #[serde(default)]
+    pub parent: u32,
     /// Host (name in the virtual machine) it was on.
     pub host: String,
     /// The socket to its pvmd, among the image's descriptions.

@@ -9,7 +9,7 @@ use pvm_abi::block::flag;
 use crate::dump::Session;
 use crate::kernel::proc_file;
 use crate::pvm::agent::control::{Answer, Peer, Request};
-use crate::pvm::agent::{Caller, ensure};
+use crate::pvm::agent::{Caller, ask_everywhere, ensure};
 use crate::pvm::capture::Task;
 use crate::pvm::client::Client;
 use crate::pvm::connection::Raised;
@@ -21,6 +21,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// How long gates stay closed should we die: this, and a millisecond for each so many bytes to save.
 const LEASE_MS: u64 = 60_000;
 const BYTES_A_MS: u64 = 20_000;
+
+/// How long a task may take for its end, until it counts as one that was not ended: much memory takes its time.
+const DYING_MS: u64 = 30_000;
 
 /// The gates of one task, closed everywhere.
 pub struct Away {
@@ -57,6 +60,7 @@ impl Away {
             from: away.r.0,
             next: 0,
             lease_ms: LEASE_MS + bytes / BYTES_A_MS,
+            saved: false,
         };
         match away.ask_all(client, &close) {
             Ok(answers) => {
@@ -105,6 +109,22 @@ impl Away {
         )
     }
 
+    /// The image is complete, and the task about to be ended: should we die from here on, its partners wait when it has
+    /// ended, and go on when it has not.
+    ///
+    /// # Errors
+    /// When an agent does not answer.
+    pub fn saved(&self, client: &mut Client) -> Result<()> {
+        let close = Request::CloseGate {
+            v: self.v.0,
+            from: self.r.0,
+            next: 0,
+            lease_ms: DYING_MS,
+            saved: true,
+        };
+        ask_everywhere(client, &close)
+    }
+
     /// The task has ended: its partners wait until it is restored.
     ///
     /// # Errors
@@ -115,8 +135,9 @@ impl Away {
             from: self.r.0,
             next: 0,
             lease_ms: 0,
+            saved: false,
         };
-        self.ask_all(client, &close).map(drop)
+        ask_everywhere(client, &close)
     }
 
     /// Opens the gates; `why` the task was not saved, which it returns.
@@ -125,8 +146,8 @@ impl Away {
             v: self.v.0,
             r: self.r.0,
         };
-        match self.ask_all(client, &open) {
-            Ok(_) => why,
+        match ask_everywhere(client, &open) {
+            Ok(()) => why,
             Err(e) => why.context(format!(
                 "messages to {} wait for a while, until its gates open by themselves ({e:#})",
                 self.v

@@ -1,11 +1,12 @@
 //! Reads, and writes to, the block that a task under the shim publishes.
 
-use std::fs::{self, File};
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::mem::offset_of;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use goblin::elf::Elf;
@@ -362,10 +363,10 @@ fn published(pid: i32, maps: &[Map]) -> Result<Option<(u64, &Path)>> {
         };
         if library.file_name().is_some_and(|n| n == "libmistshim.so") {
             let seen = PathBuf::from(format!("/proc/{pid}/root{}", library.display()));
-            let bytes = fs::read(&seen).with_context(|| {
+            let offset = offset_in(&seen).with_context(|| {
                 format!("cannot read the shim of pid {pid}, {}", library.display())
             })?;
-            let offset = symbol(&bytes).with_context(|| {
+            let offset = offset.with_context(|| {
                 format!(
                     "{} (loaded by pid {pid}) has no symbol {BLOCK_SYMBOL}",
                     library.display()
@@ -382,6 +383,33 @@ fn published(pid: i32, maps: &[Map]) -> Result<Option<(u64, &Path)>> {
         }
     }
     Ok(None)
+}
+
+/// A file as it was when it was read: device, inode, length, and when it was last changed.
+type Version = (u64, u64, u64, i64, i64);
+
+/// Where the block is in libraries that have been read. Hundreds of tasks of a host have the same one.
+static READ: Mutex<Vec<(Version, Option<u64>)>> = Mutex::new(Vec::new());
+
+/// Where in the library at `path` the block is.
+fn offset_in(path: &Path) -> io::Result<Option<u64>> {
+    let mut file = File::open(path)?;
+    let version = |file: &File| -> io::Result<Version> {
+        let of = file.metadata()?;
+        Ok((of.dev(), of.ino(), of.len(), of.ctime(), of.ctime_nsec()))
+    };
+    let before = version(&file)?;
+    let mut read = READ.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, offset)) = read.iter().find(|(known, _)| *known == before) {
+        return Ok(*offset);
+    }
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    let offset = symbol(&bytes);
+    if version(&file)? == before {
+        read.push((before, offset));
+    }
+    Ok(offset)
 }
 
 /// Where in a mapped file that has no name any more the shim says where its block is, if it is one.

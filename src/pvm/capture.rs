@@ -23,6 +23,7 @@ use crate::pvm::connection::{Connection, Daemons};
 use crate::pvm::contexts;
 use crate::pvm::local::uses_libpvm;
 use crate::pvm::mailbox;
+use crate::pvm::table;
 use crate::pvm::tid::Tid;
 use crate::pvm::wire::{FRAGMENT_HEADER, LONGEST_FRAGMENT, MESSAGE_HEADER, tc};
 
@@ -190,14 +191,15 @@ impl Task {
         };
         let (seen, unread) = self.unread(session.guardian(), client)?;
         let (output_to, trace_to) = self.block.sinks()?;
-        let (program, host) = self.name_and_host(client)?;
+        let origin = self.origin(client)?;
         let pipes = self.connection.pipes()?;
         let (mailbox, has_entries) = self.mailbox(client)?;
         let task = PvmTask {
             v: self.v.0,
             r: self.r.0,
-            program,
-            host,
+            program: origin.program,
+            parent: origin.parent,
+            host: origin.host,
             connection: description(self.connection.fd)?,
             output: pipes
                 .iter()
@@ -219,14 +221,6 @@ impl Task {
             has_entries,
             seen,
         })
-    }
-
-    /// The name it was spawned under; empty for one that was started by hand.
-    ///
-    /// # Errors
-    /// When its pvmd does not know it any more.
-    pub fn program(&self, client: &mut Client) -> Result<String> {
-        self.name_and_host(client).map(|(program, _)| program)
     }
 
     /// Context ids it has at hand: its present one, those of messages it has not read, and of its sinks.
@@ -268,22 +262,41 @@ impl Task {
         Ok((own, any))
     }
 
-    fn name_and_host(&self, client: &mut Client) -> Result<(String, String)> {
+    /// What its pvmd knows of where it comes from.
+    ///
+    /// # Errors
+    /// When its pvmd does not know it any more, or the tid table cannot be read.
+    pub fn origin(&self, client: &mut Client) -> Result<Origin> {
         let tasks = client.tasks(self.r.host())?;
-        let task = tasks.iter().find(|task| task.tid == self.r);
-        let program = task.map(|task| task.program.clone());
+        let task = tasks.into_iter().find(|task| task.tid == self.r);
+        let task = task.with_context(|| {
+            format!(
+                "its pvmd does not know task {} (tid {}) any more",
+                self.v, self.r
+            )
+        })?;
         let hosts = client.hosts()?;
-        let host = hosts.iter().find(|h| h.tid.host() == self.r.host());
-        Ok((
-            program.with_context(|| {
-                format!(
-                    "its pvmd does not know task {} (tid {}) any more",
-                    self.v, self.r
-                )
-            })?,
-            host.map_or_else(String::new, |host| host.name.clone()),
-        ))
+        let host = hosts.into_iter().find(|h| h.tid.host() == self.r.host());
+        Ok(Origin {
+            parent: match task.parent.is_task() {
+                true => table::name(&self.block.table_path()?, task.parent.0)?,
+                false => 0,
+            },
+            program: task.program,
+            host: host.map_or_else(String::new, |host| host.name),
+        })
     }
+}
+
+/// Where a task comes from.
+#[derive(Debug)]
+pub struct Origin {
+    /// Who spawned it (virtual tid); 0: nobody.
+    pub parent: u32,
+    /// The name it was spawned under; empty for one that was started by hand.
+    pub program: String,
+    /// The host it is on.
+    pub host: String,
 }
 
 /// Refuses what PVM's own parts are, and what cannot be found again elsewhere.

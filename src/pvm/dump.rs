@@ -1,10 +1,11 @@
 //! `mistctl dump` of a PVM task: the dump of a process, at a quiet point, with what PVM knows of it.
 
+use std::cell::RefCell;
 use std::time::Instant;
 
 use anyhow::Result;
 
-use crate::dump::{self, Options, Report, Session};
+use crate::dump::{self, Options, Report, Session, Sink};
 use crate::error::Failure;
 use crate::image::ImageWriter;
 use crate::pvm::away::Away;
@@ -93,7 +94,9 @@ fn save(
     let session = Session::stop_with(opts, &mut |_| quiet::stop(task, quiet::PATIENCE))?;
     // Its socket's buffers stay large until it has ended.
     let mut raised = None;
-    dump::finish(session, writer, opts, started, &mut |session, sink| {
+    let client = RefCell::new(client);
+    let mut look = |session: &mut Session, sink: &dyn Sink| {
+        let client = &mut *client.borrow_mut();
         if let Some(away) = away {
             raised = Some(away.flush(task, session, client)?);
         }
@@ -106,5 +109,8 @@ fn save(
         session.set_pvm(captured);
         session.hang_up(task.connection.task_end()?);
         Ok(())
-    })
+    };
+    // Who cannot be told now is told when it has ended.
+    let mut complete = || drop(away.map(|away| away.saved(&mut client.borrow_mut())));
+    dump::finish(session, writer, opts, started, &mut look, &mut complete)
 }

@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::error::Failure;
 use crate::image::pvm::PvmTask;
 use crate::pvm::agent::control::{Answer, Known, Landing, Peer, Request};
-use crate::pvm::agent::{self, Caller, Waits, ensure};
+use crate::pvm::agent::{self, Caller, Waits, ask_everywhere, ensure};
 use crate::pvm::client::{Client, Pvmd};
 use crate::pvm::contexts;
 use crate::pvm::mailbox::packed;
@@ -148,13 +148,6 @@ impl Restore {
         self.ask(tid, request, limit)
     }
 
-    fn ask_all(&mut self, request: &Request) -> Result<()> {
-        for agent in self.agents.clone() {
-            self.ask(agent.tid, request.clone(), PATIENCE)?;
-        }
-        Ok(())
-    }
-
     /// Of two that restore a task at once neither would see the other's: who is first has this entry until it ends.
     fn alone(&mut self, v: Tid) -> Result<()> {
         let (own, name) = (self.client.tid(), format!("mist.restore.{v}"));
@@ -192,6 +185,15 @@ impl Restore {
         Ok(())
     }
 
+    /// Tells the lander that it may run; how long that took.
+    fn run_it(&mut self, id: String) -> Result<u64> {
+        self.ask_target(Request::Run { id: id.clone() }, PATIENCE)?;
+        match self.ask_target(Request::Running { id }, PATIENCE)? {
+            Answer::Running { resume_us } => Ok(resume_us),
+            other => bail!("the agent of {} answers {other:?}", self.host),
+        }
+    }
+
     fn land(
         &mut self,
         path: &Path,
@@ -203,6 +205,7 @@ impl Restore {
         let order = Landing {
             id: id.clone(),
             v: task.v,
+            parent: task.parent,
             program: task.program.clone(),
             moves: None,
             image: Some(PathBuf::from(path)),
@@ -213,18 +216,27 @@ impl Restore {
         let Answer::Landed { r, .. } = answer else {
             bail!("the agent of {} answers {answer:?}", self.host);
         };
-        self.ask_all(&Request::AddIncarnation { r, v: task.v })?;
+        ask_everywhere(&mut self.client, &Request::AddIncarnation { r, v: task.v })?;
         let answer = self.ask_target(Request::Parked { id: id.clone() }, BUILDING)?;
         let Answer::Parked { warnings } = answer else {
             bail!("the agent of {} answers {answer:?}", self.host);
         };
         // What is sent to it from here on comes behind what it had not read.
-        self.ask_all(&Request::OpenGate { v: task.v, r })?;
-        self.ask_target(Request::Run { id: id.clone() }, PATIENCE)?;
-        let answer = self.ask_target(Request::Running { id }, PATIENCE)?;
-        let Answer::Running { resume_us } = answer else {
-            bail!("the agent of {} answers {answer:?}", self.host);
-        };
+        let open = Request::OpenGate { v: task.v, r };
+        let opened = ask_everywhere(&mut self.client, &open);
+        let runs = opened.and_then(|()| self.run_it(id));
+        if runs.is_err() && task.away {
+            // Its partners wait for it again. Where its gate was not opened it is closed still.
+            let close = Request::CloseGate {
+                v: task.v,
+                from: r,
+                next: 0,
+                lease_ms: 0,
+                saved: false,
+            };
+            let _ = ask_everywhere(&mut self.client, &close);
+        }
+        let resume_us = runs?;
         Ok(Restored {
             virtual_tid: Tid(task.v),
             tid: Tid(r),

@@ -232,6 +232,17 @@ impl TidTable {
     }
 }
 
+/// The virtual tid of the task that `r` is or was an incarnation of, as the table at `path` knows it.
+///
+/// # Errors
+/// When there is no such table, or it cannot be mapped.
+pub fn name(path: &Path, r: u32) -> Result<u32> {
+    let failed = || format!("cannot read the tid table {}", path.display());
+    let file = place::open(path).with_context(failed)?;
+    let map = Mapped::new(&file).with_context(failed)?;
+    Ok(map.v_of(r).unwrap_or(r))
+}
+
 /// The present incarnation of the task that `r` is or was an incarnation of, if the table at `path` knows it.
 ///
 /// # Errors

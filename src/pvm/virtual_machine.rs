@@ -317,7 +317,8 @@ fn tasks(at: Tid, answer: &Message) -> Result<Vec<Task>> {
             program: reader.text()?,
             pid: reader.int()?,
         };
-        if let Some(name) = place::spawned_as(task.program.as_bytes()) {
+        if let Some((parent, name)) = place::spawned_as(task.program.as_bytes()) {
+            task.parent = Tid(parent);
             task.program = String::from_utf8_lossy(name).into_owned();
         }
         tasks.push(task);

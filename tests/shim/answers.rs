@@ -60,15 +60,17 @@ fn spawned(answer: &str) -> u32 {
 }
 
 /// The tasks that `actor` sees, by tid, each with its name.
-fn named(actor: &mut Actor) -> Vec<(u32, String)> {
+/// Tid, parent and name of every task.
+fn named(actor: &mut Actor) -> Vec<(u32, u32, String)> {
     let answer = actor.ask("tasks");
-    let mut tasks: Vec<(u32, String)> = answer
+    let mut tasks: Vec<(u32, u32, String)> = answer
         .split_whitespace()
         .skip(1)
         .map(|task| {
             let mut words = task.splitn(4, '/');
-            let tid = u32::from_str_radix(words.next().unwrap(), 16).unwrap();
-            (tid, words.nth(2).unwrap().to_owned())
+            let mut tid = || u32::from_str_radix(words.next().unwrap(), 16).unwrap();
+            let (tid, parent) = (tid(), tid());
+            (tid, parent, words.nth(1).unwrap().to_owned())
         })
         .collect();
     tasks.sort();
@@ -85,17 +87,21 @@ pub fn names_of_moved(kit: &Path) {
     let v = old.enrol();
     let before = named(&mut boss);
     assert!(
-        before.len() == 2 && before[1].1.ends_with("actor"),
+        before.len() == 2 && before[1].1 == b && before[1].2.ends_with("actor"),
         "{before:?}"
     );
     // As mistctl starts a lander.
     let mut folder = vm.table().path().as_os_str().to_owned();
     folder.push(".d");
-    let link = place::link(Path::new(&folder), "m1", &before[1].1);
+    let link = place::link(Path::new(&folder), "m1", b, &before[1].2);
     fs::create_dir_all(link.parent().unwrap()).unwrap();
     symlink(kit.join("actor"), &link).unwrap();
+    // Not by its parent.
+    let mut agent = vm.actor();
+    agent.enrol();
+    let before = named(&mut boss);
     let (stage, args) = vm.stage("new");
-    let r2 = spawned(&boss.ask(&format!("spawn 1 {} {args}", link.display())));
+    let r2 = spawned(&agent.ask(&format!("spawn 1 {} {args}", link.display())));
     assert_eq!(named(&mut boss), before, "a lander shows");
     vm.table().add_incarnation(r2, v).unwrap();
     assert_eq!(named(&mut boss), before);
@@ -110,9 +116,9 @@ pub fn names_of_moved(kit: &Path) {
     old.leave();
     assert_eq!(named(&mut boss), before);
     new.leave();
-    until("the end of the task", || {
-        named(&mut boss) == [(b, before[0].1.clone())]
-    });
+    let mut others = before.clone();
+    others.retain(|(tid, ..)| *tid != v);
+    until("the end of the task", || named(&mut boss) == others);
 }
 
 pub fn control(kit: &Path) {

@@ -1,5 +1,7 @@
 //! Gates, held hosts and markers.
 
+use std::time::{Duration, Instant};
+
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -45,6 +47,31 @@ pub fn gate(kit: &Path) {
     );
     assert_eq!(old.ask("nrecv -1 5"), "0");
     assert!(partner.ask("recv -1 6").contains("text big"));
+}
+
+/// Hundreds of tasks may wait at one gate.
+pub fn long_at_a_gate(kit: &Path) {
+    let vm = Vm::start(kit);
+    let Move {
+        mut partner, v, r2, ..
+    } = prepare(&vm);
+    let block = partner.block();
+    vm.table().close_gate(v, r2, 0).unwrap();
+    partner.tell(&format!("send {v:x} 5 late"));
+    until_waits(&block, wait::GATE);
+    let pid = partner.pid();
+    let looks = || {
+        let task = procfs::process::Process::new(pid).unwrap();
+        task.status().unwrap().voluntary_ctxt_switches.unwrap()
+    };
+    let (before, began) = (looks(), Instant::now());
+    until("the task at the gate looks again and again", || {
+        looks() >= before + 60
+    });
+    let took = began.elapsed();
+    assert!(took > Duration::from_secs(1), "60 times in {took:?}");
+    vm.table().open_gate(v, r2).unwrap();
+    assert_eq!(partner.answer(), "0");
 }
 
 pub fn gate_multicast(kit: &Path) {

@@ -125,10 +125,16 @@ pub fn sweep(table: &Path) {
     }
 }
 
-/// Where a lander is started: in the agent's folder (`dir`, the table's path with `.d`), in one for each move, a link
-/// that bears the name of the task, as pvmd is to know it: [`spawned_as`] finds that again.
-pub fn link(dir: &Path, id: &str, program: &str) -> PathBuf {
-    let mut path = dir.as_os_str().to_owned();
+/// The folder of a lander's in the agent's (`dir`, the table's path with `.d`): it bears the name of the move, and who
+/// spawned the task.
+pub fn folder(dir: &Path, id: &str, parent: u32) -> PathBuf {
+    dir.join(format!("{id}.{parent:x}"))
+}
+
+/// Where a lander is started: in its [`folder`] a link that bears the name of the task, as pvmd is to know it:
+/// [`spawned_as`] finds both again.
+pub fn link(dir: &Path, id: &str, parent: u32, program: &str) -> PathBuf {
+    let mut path = folder(dir, id, parent).into_os_string();
     // pvmd has no name for a task that was started by hand; and one that leads elsewhere would be no link of ours.
     let plain = Path::new(program)
         .components()
@@ -139,7 +145,7 @@ pub fn link(dir: &Path, id: &str, program: &str) -> PathBuf {
         Some(name) => name,
         None => OsStr::new(NAMELESS),
     };
-    path.push(format!("/{id}/"));
+    path.push("/");
     path.push(name);
     PathBuf::from(path)
 }
@@ -147,20 +153,23 @@ pub fn link(dir: &Path, id: &str, program: &str) -> PathBuf {
 /// What stands for no name in [`link`].
 const NAMELESS: &str = "-";
 
-/// The name of a task that was spawned as `name`, if that is a [`link`]: the one it had before it came.
-pub fn spawned_as(name: &[u8]) -> Option<&[u8]> {
+/// Who spawned a task whose name for its pvmd is `name`, and what as, if that is a [`link`]: for its pvmd an agent has.
+pub fn spawned_as(name: &[u8]) -> Option<(u32, &[u8])> {
     const FOLDER: &[u8] = b".mist-";
     const HASH: usize = 16;
     let at = name.windows(FOLDER.len()).position(|part| part == FOLDER)?;
     let (hash, rest) = name.get(at + FOLDER.len()..)?.split_at_checked(HASH)?;
     let rest = rest.strip_prefix(b".d/")?;
-    let id = rest.iter().position(|byte| *byte == b'/')?;
-    if id == 0 || !hash.iter().all(u8::is_ascii_hexdigit) {
+    let end = rest.iter().position(|byte| *byte == b'/')?;
+    let (folder, rest) = rest.split_at_checked(end)?;
+    let (_, parent) = std::str::from_utf8(folder).ok()?.split_once('.')?;
+    let parent = u32::from_str_radix(parent, 16).ok()?;
+    if !hash.iter().all(u8::is_ascii_hexdigit) {
         return None;
     }
-    match rest.get(id + 1..)? {
-        program if program == NAMELESS.as_bytes() => Some(b""),
-        program => Some(program),
+    match rest.get(1..)? {
+        program if program == NAMELESS.as_bytes() => Some((parent, b"")),
+        program => Some((parent, program)),
     }
 }
 
@@ -172,9 +181,10 @@ mod tests {
     fn a_task_has_the_name_it_had_before_it_came() {
         let dir = Path::new("/tmp/pvmd.7.mist-0123456789abcdef.d");
         let named = |program: &str| {
-            let path = link(dir, "4-5-6", program);
-            let name = spawned_as(path.as_os_str().as_bytes());
-            String::from_utf8(name.expect("a link").to_vec()).unwrap()
+            let path = link(dir, "4-5-6", 0x40002, program);
+            let (parent, name) = spawned_as(path.as_os_str().as_bytes()).expect("a link");
+            assert_eq!(parent, 0x40002);
+            String::from_utf8(name.to_vec()).unwrap()
         };
         for same in ["", "ring", "/usr/bin/ring", "sub/ring"] {
             assert_eq!(named(same), same);
@@ -187,6 +197,7 @@ mod tests {
             "/usr/bin/ring",
             "/x.mist-/ring",
             "/x.mist-0123456789abcdef.d/1",
+            "/x.mist-0123456789abcdef.d/1.z/ring",
         ] {
             assert_eq!(spawned_as(other.as_bytes()), None, "{other}");
         }

@@ -45,7 +45,8 @@ pub enum State {
     Moving = 1,
     /// One of mist's agents: not shown by `pvm_tasks`.
     Hidden = 2,
-    /// As `Moving`, on the host it leaves: it is decided that R ends and the task goes on as `next`.
+    /// As `Moving`, on the host it leaves: it is decided that R ends and the task goes on as `next`. Without a `next`, on
+    /// all hosts: it is saved, and when R has ended, which it is about to, it comes back some day.
     Decided = 3,
 }
 

@@ -28,6 +28,8 @@ const LIMIT: Duration = Duration::from_secs(30);
 /// How long the last step of a move may take: then its gates open by themselves. How often that is looked at.
 const MOVES_END: Duration = Duration::from_secs(120);
 const LOOK: Duration = Duration::from_millis(20);
+/// How often agents are started again that end while all are asked something.
+const TRIES: usize = 5;
 
 /// Is told in words for people what is waited for, when that takes long.
 pub type Waits<'a> = &'a dyn Fn(&str);
@@ -123,6 +125,32 @@ pub fn ensure(client: &mut Client, waits: Waits<'_>) -> Result<Vec<Peer>> {
         introduce(client, &agents)?;
     }
     Ok(agents)
+}
+
+/// Asks the agents of all hosts the same. Those that have ended are started again, and asked again: what they knew of gates
+/// is in the tables of their hosts.
+///
+/// # Errors
+/// What the last of them said that did not do it.
+pub fn ask_everywhere(client: &mut Client, request: &Request) -> Result<()> {
+    let mut done = Vec::new();
+    let mut failed = Ok(());
+    for _ in 0..TRIES {
+        failed = Ok(());
+        for agent in ensure(client, &|_| {})? {
+            if done.contains(&agent.tid) {
+                continue;
+            }
+            match Caller::new(client).ask(Tid(agent.tid), request.clone(), LIMIT) {
+                Ok(_) => done.push(agent.tid),
+                Err(e) => failed = Err(e.context(format!("the agent of {}", agent.name))),
+            }
+        }
+        if !failed.as_ref().is_err_and(|e| e.is::<Gone>()) {
+            break;
+        }
+    }
+    failed
 }
 
 /// Sees to it that all hosts are there before anything is begun.

@@ -82,6 +82,9 @@ pub enum Request {
         from: u32,
         next: u32,
         lease_ms: u64,
+        /// It is saved, and about to be ended: when it has, its partners wait until it comes back.
+        #[serde(default)]
+        saved: bool,
     },
     /// Open the gate: `r` is the present incarnation. Tasks that may wait for it are nudged.
     OpenGate { v: u32, r: u32 },
@@ -181,6 +184,9 @@ pub struct Landing {
     /// Names the move; on no host twice.
     pub id: String,
     pub v: u32,
+    /// Who spawned it; 0: nobody.
+    #[serde(default)]
+    pub parent: u32,
     /// What `ps -a` of PVM's console is to show.
     pub program: String,
     /// Moves: the incarnation whose end is the commit, and the lease; none: an image is restored.

@@ -42,12 +42,18 @@ pub struct Look {
     until: Instant,
 }
 
+/// It is saved, and about to be ended if it has not been already.
+fn is_saved(entry: &Entry) -> bool {
+    entry.state == State::Decided && entry.next == 0
+}
+
 impl Agent {
     pub(super) fn close_gate(
         &mut self,
         ticket: Ticket,
         (v, from, next): (u32, u32, u32),
         lease_ms: u64,
+        saved: bool,
     ) -> Result<()> {
         match self.table.entry(v) {
             Some(entry) if entry.r == from => {}
@@ -73,6 +79,9 @@ impl Agent {
             self.refuse_beside_collector(v)?;
         }
         self.table.close_gate(v, next, lease_ms)?;
+        if saved {
+            self.table.decide(v, next)?;
+        }
         match ticket.asker {
             // It stays closed whatever becomes of who asks.
             _ if lease_ms == 0 => drop(self.closed_for.remove(&v)),
@@ -237,7 +246,10 @@ impl Agent {
         let any = !his.is_empty();
         for v in his {
             self.closed_for.remove(&v);
-            self.table.set_lease(v, 0)?;
+            // One that was to be ended may be at its end: it keeps its lease.
+            if !self.table.entry(v).is_some_and(|entry| is_saved(&entry)) {
+                self.table.set_lease(v, 0)?;
+            }
         }
         if any {
             // On its host another agent has to find out.
@@ -328,10 +340,12 @@ impl Agent {
         let same = |entry: &Entry| {
             entry.state.is_closed() && (entry.r, entry.next) == (r, next) && entry.lease != 0
         };
-        if !self.table.entry(v).as_ref().is_some_and(same) {
+        let Some(entry) = self.table.entry(v).filter(same) else {
             return Ok(());
-        }
+        };
         match (old, new) {
+            // Whoever has saved it died before he could say that it has ended.
+            (false, _) if is_saved(&entry) => self.table.close_gate(v, 0, 0),
             (true, true) => Ok(()),
             (false, _) if next != 0 => {
                 self.table.add_incarnation(next, v)?;

@@ -154,13 +154,13 @@ impl Landings {
         let Some(id) = self.landers.iter().find(same).map(|(id, _)| id.clone()) else {
             return;
         };
-        if let Some(mut lander) = self.landers.remove(&id)
-            && let Some(line) = &mut lander.line
-        {
-            // If it does not hear it, it has ended; parked, it finds out by itself.
-            let _ = line.say(&ToLander::Abandon);
+        if let Some(mut lander) = self.landers.remove(&id) {
+            if let Some(line) = &mut lander.line {
+                // If it does not hear it, it has ended; parked, it finds out by itself.
+                let _ = line.say(&ToLander::Abandon);
+            }
+            let _ = fs::remove_dir_all(place::folder(&self.dir, &id, lander.order.parent));
         }
-        let _ = fs::remove_dir_all(self.dir.join(id));
     }
 
     fn get(&mut self, id: &str) -> Result<&mut Lander> {
@@ -185,8 +185,8 @@ impl Landings {
     }
 
     /// A link to mistctl that bears the program's name.
-    fn link(&self, id: &str, program: &str) -> Result<PathBuf> {
-        let link = place::link(&self.dir, id, program);
+    fn link(&self, order: &Landing) -> Result<PathBuf> {
+        let link = place::link(&self.dir, &order.id, order.parent, &order.program);
         let dir = link.parent().unwrap_or(&self.dir);
         DirBuilder::new()
             .mode(0o700)
@@ -322,7 +322,7 @@ impl Agent {
         if id.is_empty() || id.len() > 64 || !id.chars().all(plain) {
             return Err(Failure::Usage.because(format!("'{id}' is no name of a move")));
         }
-        let link = self.landings.link(&id, &order.program)?;
+        let link = self.landings.link(&order)?;
         let socket = self.landings.socket.to_string_lossy().into_owned();
         let what = Spawn {
             file: link.as_os_str().as_bytes(),
@@ -418,6 +418,7 @@ mod tests {
             order: Landing {
                 id: "one".into(),
                 v: 0x40002,
+                parent: 0,
                 program: "worker".into(),
                 moves: None,
                 image: Some("/image".into()),

@@ -14,7 +14,7 @@ mod names;
 mod output;
 mod settle;
 
-pub use call::{Caller, Gone, Waits, all_answer, ensure};
+pub use call::{Caller, Gone, Waits, all_answer, ask_everywhere, ensure};
 pub use compare::look;
 pub use settle::{conclude, hand_over_mailbox, has_gone, inquire, settle, until_known};
 
@@ -25,14 +25,14 @@ use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use pvm_abi::table::{Entry, State};
-use pvm_abi::{AGENTS, CTX_TC, CTX_TM, NOOP_MARKER};
+use pvm_abi::{AGENTS, CTX_TC, CTX_TM, NOOP_MARKER, place};
 
 use crate::error::Failure;
 use crate::pvm::client::{self, Client, Pvmd};
@@ -50,6 +50,8 @@ use moves::Moves;
 
 /// How long a pvmd may take for an answer: while it does, nobody else is served.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a pvmd that ends may take for that.
+const ENDING: Duration = Duration::from_secs(2);
 /// How often a task that is drained is looked at.
 const LOOK: Duration = Duration::from_millis(1);
 /// The pvmd's flag of a task that is connected to it.
@@ -96,6 +98,7 @@ pub fn run() -> Result<()> {
     let done = agent.take_up().and_then(|()| agent.serve());
     // Its movers notice by themselves; its landers, too.
     let _ = fs::remove_dir_all(&agent.dir);
+    agent.clear_up(&pvmd);
     done
 }
 
@@ -154,13 +157,20 @@ impl Agent {
         // Of two that begin at the same time at least one sees the other.
         let class = AGENTS.to_str().context("the class of agents")?;
         client.mailbox_put(own, class, 0, MULTI_INSTANCE, &packed(own, &[]))?;
-        if client.mailbox_names(class)?.iter().all(|e| e.owner == own) {
+        let others: Vec<Tid> = (client.mailbox_names(class)?.iter())
+            .map(|entry| entry.owner)
+            .filter(|owner| *owner != own)
+            .collect();
+        if others.is_empty() {
             table.set_learned();
+        }
+        for other in &others {
+            table.hide(other.0)?;
         }
         let hosts = client.hosts()?;
         let host = hosts.into_iter().find(|h| h.tid.host() == own.host());
         client.notify(Notify::HostAdd, ADDED, &[])?;
-        Ok(Agent {
+        let mut agent = Agent {
             host: host
                 .map(|h| h.name)
                 .context("this host is not in the list")?,
@@ -181,7 +191,38 @@ impl Agent {
             asked: HashMap::new(),
             next: 1,
             dir,
-        })
+        };
+        // Nobody else tells them of one that follows another. Who does not hear it shows us, and no more.
+        for other in others {
+            let hide = Request::Hide { tids: vec![own.0] };
+            agent.post(other, 0, What::Request(hide))?;
+        }
+        Ok(agent)
+    }
+
+    /// Takes the table away that nobody needs any more: with its pvmd all tasks of this host end. A move that is not over
+    /// finds in it what was decided.
+    fn clear_up(&mut self, pvmd: &Pvmd) {
+        let until = Instant::now() + ENDING;
+        // A pvmd that ends sends SIGTERM first, and takes its socket away last.
+        let is_over = loop {
+            let left = until.saturating_duration_since(Instant::now());
+            match self.client.recv(Some(left)) {
+                Ok(Some(_)) => {}
+                Ok(None) => break false,
+                Err(_) => break true,
+            }
+        };
+        while is_over && Instant::now() < until {
+            if pvmd.is_dead().unwrap_or(false) {
+                let closed = |entry: &Entry| entry.state.is_closed();
+                if !self.moves.any() && !self.table.list().iter().any(closed) {
+                    place::sweep(self.table.path());
+                }
+                return;
+            }
+            std::thread::sleep(LOOK);
+        }
     }
 
     fn serve(&mut self) -> Result<()> {
@@ -398,7 +439,8 @@ impl Agent {
                 from,
                 next,
                 lease_ms,
-            } => (self.close_gate(ticket, (v, from, next), lease_ms)).map(|()| None),
+                saved,
+            } => (self.close_gate(ticket, (v, from, next), lease_ms, saved)).map(|()| None),
             Request::Settle(outcome) => self.settle(&outcome).map(|()| Some(Answer::Done)),
             Request::Fate { v, next } => Ok(Some(Answer::Fate {
                 moved: self.fate(v, next),

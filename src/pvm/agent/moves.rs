@@ -51,6 +51,11 @@ impl Moves {
         }
     }
 
+    /// Whether there is one.
+    pub fn any(&self) -> bool {
+        !self.moves.is_empty()
+    }
+
     pub fn answer(&mut self, number: u64, id: u64, what: What) {
         if let Some(mover) = self.moves.get_mut(&number) {
             // If it has gone, its end is noticed elsewhere.
@@ -210,12 +215,14 @@ impl Agent {
             FromMover::Failed(mut failed) => match self.moves.moves.remove(&number) {
                 Some(done) => {
                     self.left_over(&done)?;
-                    // Whatever the mover has met then.
+                    // Whatever the mover has met then: it says that the process runs on, which as a task it does not.
                     if failed.failure != Failure::NoSuchProcess.name()
                         && self.tasks()?.iter().all(|task| task.tid.0 != done.job.r1)
                     {
                         let v = Tid(done.job.v);
-                        let why = format!("task {v} has left before it was moved: {}", failed.why);
+                        let why = format!(
+                            "task {v} has left the virtual machine before it was moved; nothing was done to its process"
+                        );
                         failed = Failed::of(&Failure::NoSuchProcess.because(why));
                     }
                     self.tell_asker(done.ticket, What::Failed(failed))

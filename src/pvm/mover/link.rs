@@ -1,13 +1,14 @@
 //! The mover's line to its agent.
 
 use std::collections::HashMap;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
 use super::protocol::{FromMover, Job, ToMover};
+use crate::error::Failure;
 use crate::pvm::agent::control::{Answer, Peer, Request, What};
 
 /// The line.
@@ -16,6 +17,8 @@ pub struct Link {
     next: u64,
     /// Answers that nobody has asked for yet.
     kept: HashMap<u64, What>,
+    /// A line that has not come to its end.
+    line: Vec<u8>,
 }
 
 impl Link {
@@ -28,9 +31,10 @@ impl Link {
             reader: BufReader::new(stream),
             next: 1,
             kept: HashMap::new(),
+            line: Vec::new(),
         };
         match link.hear(Some(Instant::now() + Duration::from_secs(10)))? {
-            ToMover::Job(job) => Ok((link, job)),
+            Some(ToMover::Job(job)) => Ok((link, job)),
             _ => bail!("the agent gives no job"),
         }
     }
@@ -78,10 +82,10 @@ impl Link {
         self.say(&FromMover::Commit { r2 })?;
         loop {
             match self.hear(None)? {
-                ToMover::GoOn => return Ok(()),
-                ToMover::GoBack => bail!("the agent of this host has given the move up"),
-                ToMover::Answer { id, what } => drop(self.kept.insert(id, what)),
-                ToMover::Job(_) => {}
+                Some(ToMover::GoOn) => return Ok(()),
+                Some(ToMover::GoBack) => bail!("the agent of this host has given the move up"),
+                Some(ToMover::Answer { id, what }) => drop(self.kept.insert(id, what)),
+                Some(ToMover::Job(_)) | None => {}
             }
         }
     }
@@ -127,8 +131,17 @@ impl Link {
             let heard = self
                 .hear(Some(until))
                 .with_context(|| format!("waiting for mistctl's agent on {}", to.name))?;
-            if let ToMover::Answer { id, what } = heard {
-                self.kept.insert(id, what);
+            match heard {
+                Some(ToMover::Answer { id, what }) => drop(self.kept.insert(id, what)),
+                Some(_) => {}
+                None => {
+                    return Err(Failure::Busy.because(format!(
+                        "mistctl's agent on {} has not done its part within {} s: its host is down, cut off, or has \
+                         too much else to do; try again when it has not",
+                        to.name,
+                        limit.as_secs()
+                    )));
+                }
             }
         };
         match what {
@@ -138,19 +151,24 @@ impl Link {
         }
     }
 
-    fn hear(&mut self, until: Option<Instant>) -> Result<ToMover> {
+    /// What the agent says next; none when the time is over. What has been said of a line by then is kept.
+    fn hear(&mut self, until: Option<Instant>) -> Result<Option<ToMover>> {
         let left = until.map(|until| until.saturating_duration_since(Instant::now()));
         self.reader
             .get_ref()
             .set_read_timeout(left.map(|left| left.max(Duration::from_millis(1))))
             .context("SO_RCVTIMEO")?;
-        let mut line = Vec::new();
-        self.reader
-            .read_until(b'\n', &mut line)
-            .context("no answer in time")?;
-        if line.is_empty() {
+        match self.reader.read_until(b'\n', &mut self.line) {
+            Ok(_) => {}
+            Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(None),
+            Err(e) => return Err(e).context("reading what the agent of this host says"),
+        }
+        let line = std::mem::take(&mut self.line);
+        if line.last() != Some(&b'\n') {
             bail!("the agent of this host is gone");
         }
-        serde_json::from_slice(&line).context("the agent says what makes no sense")
+        serde_json::from_slice(&line)
+            .map(Some)
+            .context("the agent says what makes no sense")
     }
 }

@@ -117,7 +117,13 @@ impl<'j> Mover<'j> {
             )),
         })?;
         if task.v != v || task.r.0 != job.r1 {
-            return Err(gone());
+            return Err(Failure::NoSuchProcess.because(format!(
+                "process {} is task {} ({}) now, and not {v} ({}) any more",
+                job.pid,
+                task.v,
+                task.r,
+                Tid(job.r1)
+            )));
         }
         let client = task.client()?;
         Ok(Mover {
@@ -254,10 +260,12 @@ impl<'j> Mover<'j> {
     /// Has the lander started: the question, to be followed by [`Mover::landed`] whatever happens.
     fn land(&mut self, link: &mut Link) -> Result<u64> {
         let job = self.job;
+        let origin = self.task.origin(&mut self.client)?;
         let order = Landing {
             id: job.id.clone(),
             v: job.v,
-            program: self.task.program(&mut self.client)?,
+            parent: origin.parent,
+            program: origin.program,
             moves: Some((job.r1, LANDER_LEASE)),
             image: None,
             lazy: self.resident()? > LAZY,
@@ -341,6 +349,7 @@ impl<'j> Mover<'j> {
             from: self.job.r1,
             next: self.r2,
             lease_ms: GATE_LEASE,
+            saved: false,
         };
         let answers = link.ask_all(&self.agents, &close, PATIENCE)?;
         let collects = |answer: &Answer| matches!(answer, Answer::Closed { collects: true });

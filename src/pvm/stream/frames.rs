@@ -15,6 +15,7 @@ use super::header::{HEADER, Header, LONGEST};
 use super::input::Input;
 use super::key::Key;
 use super::rate::{Packer, Packing};
+use crate::error::Failure;
 
 const PATTERN: &str = "Noise_NNpsk0_25519_AESGCM_SHA256";
 /// Longest message of Noise, and what it may hold.
@@ -31,8 +32,10 @@ const REKEY: u64 = 1 << 20;
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// How long who knocks may take to show that he knows the key. Nothing tells a stranger who says nothing from a mover whose
 /// packets are lost, and while one is heard nobody else comes in: the least that three packets lost one after the other
-/// need. A mover that is sent away says so, and the task goes on where it is.
+/// need. A mover that is sent away so knocks again.
 pub const KNOCK: Duration = Duration::from_secs(2);
+/// How often a mover knocks.
+const KNOCKS: usize = 5;
 
 /// What was sent.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -73,16 +76,35 @@ impl Stream {
     /// Connects to a lander and shows that we know the key; `id` names the move on both sides.
     ///
     /// # Errors
-    /// When nobody listens there or who does knows another key or names another move.
+    /// When nobody listens there or who does knows another key or names another move; [`Failure::Busy`] when that cannot
+    /// be told, because one of both is too slow.
     pub fn connect(to: SocketAddr, key: &Key, id: &str, limit: Duration) -> Result<Stream> {
-        let tcp = TcpStream::connect_timeout(&to, limit)
-            .with_context(|| format!("cannot connect to {to}"))?;
-        tcp.set_read_timeout(Some(HANDSHAKE))
-            .context("SO_RCVTIMEO")?;
-        let mut stream = Stream::shake(tcp, to.to_string(), handshake(key, id, true)?)
-            .with_context(|| {
-                format!("{to} does not know the key; is ~/.mist/key the same file on both hosts?")
-            })?;
+        let mut knocks = 0;
+        let mut stream = loop {
+            let began = Instant::now();
+            let tcp = TcpStream::connect_timeout(&to, limit)
+                .with_context(|| format!("cannot connect to {to}"))?;
+            tcp.set_read_timeout(Some(HANDSHAKE))
+                .context("SO_RCVTIMEO")?;
+            knocks += 1;
+            match Stream::shake(tcp, to.to_string(), handshake(key, id, true)?) {
+                Ok(stream) => break stream,
+                // Whom the key does not fit is sent away at once.
+                Err(e) if began.elapsed() < KNOCK => {
+                    return Err(e.context(format!(
+                        "{to} does not know the key; is ~/.mist/key the same file on both hosts?"
+                    )));
+                }
+                Err(_) if knocks < KNOCKS => {}
+                Err(_) => {
+                    return Err(Failure::Busy.because(format!(
+                        "{to} and this host have not come to terms within {} s each, {knocks} times over: one of them, or \
+                         the network between them, has too much else to do; try again when it has not",
+                        KNOCK.as_secs()
+                    )));
+                }
+            }
+        };
         // So that a repeated first message opens nothing.
         stream.seal(&[])?;
         stream.flush()?;
@@ -439,6 +461,24 @@ mod tests {
 
     fn sender(to: SocketAddr) -> Result<Stream> {
         Stream::connect(to, &key(1), "m", LIMIT)
+    }
+
+    #[test]
+    fn who_is_sent_away_for_being_slow_knocks_again() {
+        let (first, address) = listener();
+        let (told, got) = mpsc::channel();
+        thread::spawn(move || {
+            let (slow, _) = first.accept().unwrap();
+            thread::sleep(KNOCK);
+            drop(slow);
+            told.send(receiver(first)).unwrap();
+        });
+        let mut stream = sender(address).unwrap();
+        stream.send(9, b"late").unwrap();
+        stream.flush().unwrap();
+        let got = got.recv_timeout(LIMIT).unwrap();
+        let frame = got.recv_timeout(LIMIT).unwrap().unwrap().unwrap();
+        assert_eq!((frame.kind, &frame.body[..]), (9, &b"late"[..]));
     }
 
     #[test]
