@@ -31,6 +31,7 @@ fn main() -> ExitCode {
     let names = [
         "dumps",
         "dumps_tree",
+        "dumps_of_parents",
         "dumps_of_sleepers",
         "dumps_of_sleepers_by_their_owner",
         "killed_dumps",
@@ -50,10 +51,10 @@ fn outer(name: &str) -> Result<Completion, Failed> {
         return Ok(Completion::ignored_with("needs root, to make namespaces"));
     }
     let story = |e: anyhow::Error| format!("{e:#}");
-    let program = if name.starts_with("dumps_of_sleepers") {
-        "tests/stop/sleepers.c"
-    } else {
-        "tests/stop/victim.c"
+    let program = match name {
+        "dumps_of_parents" => "tests/stop/parents.c",
+        _ if name.starts_with("dumps_of_sleepers") => "tests/stop/sleepers.c",
+        _ => "tests/stop/victim.c",
     };
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(program);
     let lo = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs/lo_up.c");
@@ -94,7 +95,7 @@ fn worker() -> ExitCode {
     };
     let outcome = match name.as_str() {
         "dumps" => test.dumps(&["alone"], &[]),
-        "dumps_tree" => test.dumps(&[], &["--tree"]),
+        "dumps_tree" | "dumps_of_parents" => test.dumps(&[], &["--tree"]),
         "dumps_of_sleepers" => test.dumps(&["alone"], &[]),
         // When calls are to end is then not read from the kernel's memory.
         "dumps_of_sleepers_by_their_owner" => test

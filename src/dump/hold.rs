@@ -37,6 +37,7 @@ pub struct HeldProcess {
     /// When the first of its threads was asked to stop.
     pub since: Instant,
     tail: Tail,
+    addressees: Addressees,
     released: bool,
 }
 
@@ -51,7 +52,7 @@ impl HeldProcess {
         // Clocks are compared from here on.
         let _urgent = Urgent::new();
         let tids = thread_ids(pid)?;
-        let addressees = addressees(pid, &tids);
+        let addressees = Addressees::before(pid, &tids);
         let mut watch = Watch::before(pid, &tids, &mem);
         let mut held = Self {
             pid,
@@ -59,23 +60,32 @@ impl HeldProcess {
             threads: Vec::new(),
             since: Instant::now(),
             tail,
+            addressees,
             released: false,
         };
         let mut known: BTreeSet<i32> = BTreeSet::new();
         // Until what the stops have done to calls is put right.
         let _postponed = Postponed::new();
+        // Asked to stop.
+        let mut asked = Vec::new();
         loop {
-            let mut new: Vec<i32> = thread_ids(pid)?
-                .into_iter()
-                .filter(|tid| !known.contains(tid))
-                .collect();
-            if new.is_empty() {
+            let all = thread_ids(pid)?.into_iter();
+            let mut new: Vec<i32> = all.filter(|tid| !known.contains(tid)).collect();
+            if new.is_empty() && asked.is_empty() {
                 break;
             }
-            known.extend(&new);
-            new.sort_by_key(|tid| (addressees.contains(tid), !watch.is_fragile(*tid)));
-            let mut asked = Vec::new();
+            // They come when nobody else is left, and then nobody waits for one before all are asked.
+            let is_last = |tid: &i32| held.addressees.reached || held.addressees.contains(*tid);
+            let last = new.iter().all(is_last);
+            if !last {
+                new.retain(|tid| !is_last(tid));
+            }
+            new.sort_by_key(|tid| !watch.is_fragile(*tid));
             for tid in new {
+                if !held.addressees.reached && !last && held.addressees.has_become(tid) {
+                    continue;
+                }
+                known.insert(tid);
                 let Some(t) = seize(pid, tid)? else { continue };
                 // One in whose call a stop shows is put right before the next is stopped.
                 let fragile = watch.is_fragile(tid);
@@ -83,13 +93,18 @@ impl HeldProcess {
                     watch.last_look(tid);
                 }
                 interrupt(&t)?;
-                if fragile {
+                if fragile && !last && !held.addressees.reached {
                     held.take(t, &mut program, &mut watch)?;
+                    held.addressees.reached = held.addressees.has_become(tid);
                 } else {
                     asked.push(t);
                 }
             }
-            for t in asked {
+            if held.addressees.reached && !last {
+                continue;
+            }
+            held.addressees.reached |= last;
+            for t in std::mem::take(&mut asked) {
                 held.take(t, &mut program, &mut watch)?;
             }
         }
@@ -204,6 +219,10 @@ impl HeldProcess {
         let _postponed = Postponed::new();
         let mut first = Ok(());
         let renewed = resume::renew(&mut self.threads, &self.mem, &mut self.tail);
+        // As long as they are traced a signal that is ignored breaks off the calls of those that are not.
+        let addressees = &self.addressees;
+        self.threads
+            .sort_by_key(|h| !addressees.contains(h.tracee.tid));
         for h in &self.threads {
             let r = h.release(0);
             if first.is_ok() {
@@ -263,13 +282,48 @@ fn thread_ids(pid: i32) -> Result<Vec<i32>> {
 /// The kernel drops a signal that its process ignores, unless the thread it is sent to is traced (sig_ignored in
 /// kernel/signal.c): then it wakes any thread that runs, and so breaks off a call of which nobody tells us, should
 /// yet another thread be quicker to take the signal. So those are stopped first that may be in such a call, and
-/// those last that others send to: SIGCHLD goes to the very thread that forked.
-fn addressees(pid: i32, tids: &[i32]) -> BTreeSet<i32> {
-    let is_parent = |tid: &i32| {
-        let children = proc_file::read(format!("/proc/{pid}/task/{tid}/children"));
-        *tid == pid || children.is_ok_and(|c| !c.is_empty())
-    };
-    tids.iter().copied().filter(is_parent).collect()
+/// those last that others send to: SIGCHLD goes to the very thread that forked. They are let go first.
+struct Addressees {
+    pid: i32,
+    tids: BTreeSet<i32>,
+    /// The last id that the kernel has given away: as long as it is the same nobody has forked.
+    last_id: Option<i32>,
+    /// One of them is traced, or asked to be.
+    reached: bool,
+}
+
+impl Addressees {
+    fn before(pid: i32, tids: &[i32]) -> Self {
+        let last_id = proc_file::last_id();
+        let tids = tids.iter().copied();
+        Self {
+            pid,
+            tids: tids
+                .filter(|tid| *tid == pid || is_parent(pid, *tid))
+                .collect(),
+            last_id,
+            reached: false,
+        }
+    }
+
+    fn contains(&self, tid: i32) -> bool {
+        self.tids.contains(&tid)
+    }
+
+    /// Whether a thread that was none is one by now.
+    fn has_become(&mut self, tid: i32) -> bool {
+        let may_be = self.last_id.is_none() || proc_file::last_id() != self.last_id;
+        let is = may_be && is_parent(self.pid, tid);
+        if is {
+            self.tids.insert(tid);
+        }
+        is
+    }
+}
+
+fn is_parent(pid: i32, tid: i32) -> bool {
+    let children = proc_file::read(format!("/proc/{pid}/task/{tid}/children"));
+    children.is_ok_and(|c| !c.is_empty())
 }
 
 fn interrupt(t: &Tracee) -> Result<()> {

@@ -41,6 +41,16 @@ pub fn text(path: impl AsRef<Path>) -> io::Result<String> {
     String::from_utf8(read(path)?).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
 }
 
+/// The id that the kernel gave away last, of a process or a thread, in our pid namespace (/proc/loadavg).
+pub fn last_id() -> Option<i32> {
+    text("/proc/loadavg")
+        .ok()?
+        .split_whitespace()
+        .last()?
+        .parse()
+        .ok()
+}
+
 /// What /proc/TID/stat tells, whatever bytes the name in it has: the kernel cuts names at 15 bytes, within a letter too.
 ///
 /// # Errors
