@@ -156,8 +156,8 @@ pub struct Batch<'a> {
     tail: Range<u64>,
     at: u64,
     area: Area,
-    mapped: bool,
-    cloned: bool,
+    /// Calls of its clean-up.
+    left: usize,
     /// Its clean-up is still to come.
     waits: bool,
     results: Vec<i64>,
@@ -184,8 +184,28 @@ pub enum Cloned {
     Failed,
 }
 
-/// How long the calls of a batch may take before we look whether its clone was refused.
-const PATIENCE: Duration = Duration::from_millis(500);
+/// How often we look whether a clone was refused: of that no tracer is told.
+const LOOK_EVERY: Duration = Duration::from_millis(2);
+/// How long a process that may not clone waits for us to see it, seconds. So long it stands still when we die then.
+const SHOWN: u32 = 2;
+
+/// How the clones went.
+enum Followed {
+    Copy(Snapshot),
+    /// There was a helper, but no copy.
+    Alone,
+    /// There was no helper either.
+    Refused,
+}
+
+impl From<Followed> for Cloned {
+    fn from(f: Followed) -> Self {
+        match f {
+            Followed::Copy(copy) => Self::Copy(copy),
+            Followed::Alone | Followed::Refused => Self::Failed,
+        }
+    }
+}
 
 /// Runs the calls that `prepare` makes (given the address of the data area) in the leader, and makes a twin of the
 /// process.
@@ -201,7 +221,7 @@ pub fn start<'a>(
 ) -> Result<(Batch<'a>, Cloned)> {
     let t = leader.tracee;
     let code = leader_code(leader, &tail, at, area, twin);
-    let (asm, stub) = (code.asm, code.snapshot_stub);
+    let asm = &code.asm;
     if asm.len() as u64 + THREAD_ROOM + 16 > tail.end - tail.start {
         bail!(
             "process {}: {} bytes of dead space in its vDSO are too few for {} bytes of code",
@@ -219,8 +239,7 @@ pub fn start<'a>(
         tail,
         at,
         area,
-        mapped: false,
-        cloned: false,
+        left: 0,
         waits: false,
         results: Vec::new(),
     };
@@ -237,7 +256,7 @@ pub fn start<'a>(
             std::io::Error::from_raw_os_error(-(got as i64) as i32)
         );
     }
-    batch.mapped = true;
+    batch.left = 1;
     let mut calls = prepare(at + area.data);
     // Held behind the last one, it has not stored its result yet.
     calls.push(Call::new(libc::SYS_getpid, &[]));
@@ -247,17 +266,18 @@ pub fn start<'a>(
         bail!("a batch of {} calls is too long", calls.len());
     }
     mem.write(at, &table)?;
-    let cloned = match twin {
-        Twin::Copy | Twin::Heir => {
+    let cloned = match &code.clones {
+        Some(code) => {
             t.cont(0)?;
-            follow_clones(&t, stub)?
+            let cloned = follow_clones(&t, code, mem)?;
+            batch.left += if let Followed::Refused = cloned { 1 } else { 2 };
+            cloned.into()
         }
-        Twin::None => {
+        None => {
             step_calls(&t, calls.len())?;
             Cloned::NotAsked
         }
     };
-    batch.cloned = twin != Twin::None;
     park(&t)?;
     let mut table = vec![0; calls.len() * CALL_SIZE];
     mem.read(at, &mut table)?;
@@ -326,10 +346,8 @@ impl Batch<'_> {
             return Ok(());
         }
         let t = self.leader.tracee;
-        if self.mapped {
-            // wait4 of the helper, the subreaper flag; munmap.
-            step_calls(&t, if self.cloned { 3 } else { 1 })?;
-        }
+        // wait4 of the helper, the subreaper flag; munmap.
+        step_calls(&t, self.left)?;
         park(&t)?;
         self.leader.restore()?;
         t.set_options(0)?;
@@ -348,7 +366,17 @@ impl Drop for Batch<'_> {
 
 struct LeaderCode {
     asm: Asm,
-    snapshot_stub: u64,
+    clones: Option<CloneCode>,
+}
+
+/// Addresses, in the code that clones.
+struct CloneCode {
+    /// `syscall; jmp exit` for the copy.
+    stub: u64,
+    /// What shows that the clone was refused.
+    refused: Range<u64>,
+    /// The error, by then.
+    error: u64,
 }
 
 pub(super) fn leader_mask(tail: &Range<u64>) -> u64 {
@@ -381,24 +409,24 @@ fn leader_code(leader: &Held, tail: &Range<u64>, at: u64, area: Area, twin: Twin
     let failed = a.jump_if_error();
     // Nobody has put calls there yet if we are gone: the area is all zeros then.
     a.interpreter(at);
-    let stub = match twin {
-        Twin::None => 0,
-        Twin::Copy => clone_code(&mut a, subreaper, 0),
-        Twin::Heir => clone_code(&mut a, subreaper, libc::CLONE_VM),
+    let flags = match twin {
+        Twin::None => None,
+        Twin::Copy => Some(0),
+        Twin::Heir => Some(libc::CLONE_VM),
     };
+    let clones = flags.map(|flags| clone_code(&mut a, tail.start, subreaper, flags));
     a.syscall(libc::SYS_munmap, &[at, area.len]);
     a.land_far(failed);
     set_mask(&mut a, leader_mask(tail));
     let (rax, rip) = leader.regs.resume_point();
     a.jump_to_program(&leader.regs, rax, rip);
-    LeaderCode {
-        asm: a,
-        snapshot_stub: tail.start + stub as u64,
-    }
+    LeaderCode { asm: a, clones }
 }
 
-/// The helper that makes the copy, and what the leader does meanwhile. Offset of the copy's stub.
-fn clone_code(a: &mut Asm, subreaper: u64, flags: i32) -> usize {
+/// The helper that makes the copy, and what the leader does meanwhile. `a` will stand at `start`; from `subreaper` on
+/// stand zeros.
+fn clone_code(a: &mut Asm, start: u64, subreaper: u64, flags: i32) -> CloneCode {
+    let (error, shown) = (subreaper + 8, subreaper + 16);
     // A subreaper would become the copy's parent.
     a.syscall(
         libc::SYS_prctl,
@@ -416,17 +444,33 @@ fn clone_code(a: &mut Asm, subreaper: u64, flags: i32) -> usize {
     a.syscall(libc::SYS_clone, &[flags as u64, 0, 0, 0, 0]);
     let exit = a.len();
     a.syscall(libc::SYS_exit_group, &[0]);
-    let stub = a.len();
+    let stub = start + a.len() as u64;
     a.syscall_insn();
     a.raw(&[0xeb, (exit as i64 - (a.len() as i64 + 2)) as i8 as u8]);
     a.land(parent);
+    let made = a.jump_unless_error();
+    let refused = start + a.len() as u64;
+    a.mov(R::Bx, error);
+    a.raw(&[0x48, 0x89, 0x03]); // mov [rbx], rax
+    a.raw(&[0x48, 0xc7, 0x43, (shown - error) as u8]); // mov qword [rbx + 8], so many seconds
+    a.raw(&SHOWN.to_le_bytes());
+    // Broken off, it leaves the program's restart block alone.
+    a.syscall(libc::SYS_select, &[0, 0, 0, 0, shown]);
+    let refused = refused..start + a.len() as u64;
+    let nobody = a.jump_short();
+    a.land(made);
     reap(a);
+    a.land(nobody);
     a.mov(R::Bx, subreaper);
     a.raw(&[0x48, 0x63, 0x33]); // movsxd rsi, dword [rbx]
     a.mov(R::Di, libc::PR_SET_CHILD_SUBREAPER as u64);
     a.mov(R::Ax, libc::SYS_prctl as u64);
     a.syscall_insn();
-    stub
+    CloneCode {
+        stub,
+        refused,
+        error,
+    }
 }
 
 /// Points a held thread at `code` and blocks its signals, in this order: killed in between, we leave a
@@ -472,18 +516,16 @@ pub(super) fn park(t: &Tracee) -> Result<()> {
 }
 
 /// From the call table over the clones: the helper (which shares everything) makes the copy and exits.
-/// Leaves the target in its clone event and the copy held before its first instruction.
-fn follow_clones(t: &Tracee, stub: u64) -> Result<Cloned> {
+/// Leaves the target in its clone event, or behind the clone that was refused, and the copy held before its first
+/// instruction.
+fn follow_clones(t: &Tracee, code: &CloneCode, mem: &Mem) -> Result<Followed> {
     loop {
-        match t.wait_timeout(PATIENCE)? {
+        match t.wait_timeout(LOOK_EVERY)? {
             Some(Stop::Event(libc::PTRACE_EVENT_CLONE)) => break,
             Some(Stop::Interrupt { .. } | Stop::Syscall) => t.cont(0)?,
             Some(other) => bail!("thread {} ended while it worked for us: {other:?}", t.tid),
-            // Its batch has ended by itself, and it runs.
-            None => bail!(
-                "process {} may not clone itself (limit on processes)",
-                t.tid
-            ),
+            None if mem.read_u64(code.error)? == 0 => {}
+            None => return leave_refused(t, code),
         }
     }
     let helper = Tracee {
@@ -506,11 +548,66 @@ fn follow_clones(t: &Tracee, stub: u64) -> Result<Cloned> {
         }
     }
     let Some(tracee) = copy else {
-        return Ok(Cloned::Failed);
+        return Ok(Followed::Alone);
     };
     // Its first stop; it is held there.
     tracee.wait()?;
     // An heir has the code that lets it exit only as long as the process has it.
     tracee.set_options(libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_EXITKILL)?;
-    Ok(Cloned::Copy(Snapshot { tracee, stub }))
+    let stub = code.stub;
+    Ok(Followed::Copy(Snapshot { tracee, stub }))
+}
+
+/// Out of the wait in which a process shows us that it may not clone.
+fn leave_refused(t: &Tracee, code: &CloneCode) -> Result<Followed> {
+    t.interrupt()
+        .with_context(|| format!("interrupting thread {}", t.tid))?;
+    t.wait_interrupted()?;
+    let mut r = t.regs()?;
+    if r.rip != code.refused.end && !code.refused.contains(&r.rip) {
+        bail!(
+            "process {} may not clone itself (limit on processes), and ran on before we saw it; try again",
+            t.tid
+        );
+    }
+    r.rip = code.refused.end;
+    r.orig_rax = u64::MAX;
+    t.set_regs(&r)?;
+    Ok(Followed::Refused)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_fits_into_its_room() {
+        let far = 0x7fff_ffff_f000;
+        let mut regs = Regs::default();
+        for r in (0..16).filter_map(R::numbered) {
+            regs.set(r, far);
+        }
+        regs.rip = far;
+        let leader = Held {
+            tracee: Tracee { tid: 1 },
+            regs,
+            program: regs,
+            resume: Resume::Run,
+            stopped_at: 0,
+            deadline: None,
+            tick: None,
+            noted: None,
+            sigmask: 0,
+            stopped_by: None,
+        };
+        let code = leader_code(
+            &leader,
+            &(far..far + ROOM),
+            far,
+            Area::holding(1, 0),
+            Twin::Copy,
+        );
+        let len = code.asm.len() as u64;
+        assert!(len + THREAD_ROOM + 16 <= ROOM, "{len}");
+    }
 }

@@ -350,6 +350,18 @@ impl Asm {
         Jump(self.code.len())
     }
 
+    /// test rax, rax; jns (short): rax is no errno.
+    pub fn jump_unless_error(&mut self) -> Jump {
+        self.raw(&[0x48, 0x85, 0xc0, 0x79, 0]);
+        Jump(self.code.len())
+    }
+
+    /// jmp (short)
+    pub fn jump_short(&mut self) -> Jump {
+        self.raw(&[0xeb, 0]);
+        Jump(self.code.len())
+    }
+
     /// Like [`Asm::land`], for near jumps.
     pub fn land_far(&mut self, j: Jump) {
         let distance = (self.code.len() - j.0) as u32;
