@@ -19,7 +19,7 @@ use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, chdir, fork, setsid};
 
 use super::apart::Postponed;
-use super::arch::{ERESTARTNOHAND, Regs};
+use super::arch::{ERESTARTNOHAND, Regs, trampoline};
 use super::calls::TimeIsUp;
 use super::sched::Urgent;
 use super::time_ns::{self, host_monotonic_ns};
@@ -248,12 +248,15 @@ fn stop(tracee: Tracee, due: &Due) -> Result<bool> {
     Ok(false)
 }
 
-/// Registers behind the call, for a thread that was stopped in it.
+/// Registers behind the call, for a thread that was stopped in it. By now it may be in the next, for which a dump since
+/// has used the same place: then that is to end later.
 fn timed_out(regs: &Regs, due: &Due) -> Option<Regs> {
     const SYSCALL_LEN: u64 = 2;
     let broken = regs.rip == due.rip && regs.syscall() == Some(due.nr) && calls::is_broken(regs);
     let before = regs.rip == due.rip - SYSCALL_LEN && Regs::called(regs.rax) == Some(due.nr);
-    (broken || before).then_some(Regs {
+    let noted = if broken { regs.orig_rax } else { regs.rax };
+    let next = trampoline::noted_later(noted, due.end, host_monotonic_ns());
+    ((broken || before) && !next).then_some(Regs {
         rip: due.rip,
         rax: due.how.result as u64,
         orig_rax: u64::MAX,
@@ -298,5 +301,37 @@ mod tests {
         assert!(timed_out(&with(0x1000, 45, u64::MAX), &due).is_some());
         assert!(timed_out(&with(0x2002, -4, 45), &due).is_none());
         assert!(timed_out(&with(0x1002, -4, 7), &due).is_none());
+    }
+
+    #[test]
+    fn the_next_call_in_the_same_place_is_left_alone() {
+        let now = host_monotonic_ns();
+        let due = |end| Due {
+            tid: 1,
+            nr: 232,
+            rip: 0x1002,
+            end,
+            how: calls::own_time_is_up(232),
+        };
+        for ahead in [0, 900_000_000, 60_000_000_000] {
+            let noted = trampoline::note(232, now + ahead, now);
+            let broken = Regs {
+                rip: 0x1002,
+                rax: -i64::from(libc::EINTR) as u64,
+                orig_rax: noted,
+                ..Regs::default()
+            };
+            let before = Regs {
+                rip: 0x1000,
+                rax: noted,
+                orig_rax: u64::MAX,
+                ..broken
+            };
+            for regs in [broken, before] {
+                assert!(timed_out(&regs, &due(now + ahead)).is_some(), "{ahead}");
+                let earlier = due(now + ahead - 10_000_000);
+                assert!(timed_out(&regs, &earlier).is_none(), "{ahead}");
+            }
+        }
     }
 }

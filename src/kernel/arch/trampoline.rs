@@ -247,6 +247,13 @@ pub fn noted(orig_rax: u64, now: i64) -> Option<i64> {
     (note != 0).then_some(now + ahead)
 }
 
+/// Whether such an orig_rax says that the call is to end later than at `end`, by more than notes are coarse by.
+pub fn noted_later(orig_rax: u64, end: i64, now: i64) -> bool {
+    let note = (orig_rax >> 32) as u32;
+    let unit = UNITS.get((note >> BITS) as usize).copied().unwrap_or(0);
+    noted(orig_rax, now).is_some_and(|at| at > end.saturating_add(1 << unit))
+}
+
 /// Where a thread that stands in a trampoline will be in the program: follows the `code` at its rip.
 /// orig_rax becomes the program's call where that is another one. None when this is no trampoline's
 /// code.
