@@ -179,7 +179,7 @@ fn a_dump_made_in_another_time_namespace_does_not_make_a_call_last_longer() -> R
 
 #[test]
 fn a_connect_that_goes_on_says_the_same_when_its_time_is_up() -> Result<()> {
-    for (which, outcome) in [("first", "now"), ("again", "already")] {
+    for (which, outcome) in [("first", "now"), ("again", "already"), ("soon", "already")] {
         for restored in [false, true] {
             let Some(mut p) = Running::start_with("tests/calls/connect.c", &[which])? else {
                 return Ok(());

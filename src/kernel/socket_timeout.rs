@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 
 use super::calls::TimeIsUp;
 use super::guardian::{Guardian, Undo};
+use super::time_ns::host_monotonic_ns;
 use super::timer_list::Ticks;
 use super::{calls, pidfd, proc_file, sock_diag, sockopt};
 
@@ -119,12 +120,19 @@ impl SocketTimeout {
         calls::time_is_up(nr, domain.unwrap_or(libc::AF_UNSPEC), self.again)
     }
 
-    /// Whether a connect that has slept for so long is not the one that has sent the first SYN. One that timed out came
-    /// before by the whole time; the clocks of both are coarse by an eighth.
-    pub fn connects_again(&self, nr: u64, slept_ns: i64) -> bool {
+    /// Whether a connect is not the one that has sent the first SYN. It sleeps `since` then, which is exact but for the
+    /// kernel's ticks, or else by its `end`, with clocks that are coarse by an eighth: one that timed out came before by
+    /// the whole time.
+    pub fn connects_again(&self, nr: u64, since: Option<i64>, end: i64) -> bool {
+        const TICKS: i64 = 3;
+        let whole = self.whole_ns();
+        let (since, unsure) = match (since, tick_ns()) {
+            (Some(since), Some(tick)) => (since, TICKS * tick),
+            _ => (end.saturating_sub(whole), whole / 2),
+        };
         nr as i64 == libc::SYS_connect
             && sock_diag::connecting_ns(&self.socket)
-                .is_some_and(|age| age > slept_ns.saturating_add(self.whole_ns() / 2))
+                .is_some_and(|age| host_monotonic_ns() - age < since.saturating_sub(unsure))
     }
 
     fn set(&self, value: &[u8; 16]) -> Result<()> {

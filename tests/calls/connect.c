@@ -1,7 +1,10 @@
 // Connects to a TCP listener that takes nobody any more, with a time-out of a second and a half, and notes the outcome;
-// or that of a second call when the first has timed out (again).
+// or that of a second call when the first has timed out (again), or when a first that did not block has been waited for
+// (soon).
 #include <errno.h>
+#include <fcntl.h>
 #include <netinet/in.h>
+#include <poll.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -18,6 +21,12 @@ int main(int argc, char **argv) {
         return 2;
     if (argc > 1 && !strcmp(argv[1], "again") && (connect(second, (void *)&a, n) != -1 || errno != EINPROGRESS))
         return 2;
+    if (argc > 1 && !strcmp(argv[1], "soon")) {
+        struct pollfd p = {second, POLLOUT, 0};
+        if (fcntl(second, F_SETFL, O_NONBLOCK) || connect(second, (void *)&a, n) != -1 || errno != EINPROGRESS ||
+            poll(&p, 1, 100) || fcntl(second, F_SETFL, 0))
+            return 2;
+    }
     FILE *f = fopen("ready", "w");
     if (!f || fclose(f))
         return 2;

@@ -166,6 +166,14 @@ impl Watch {
         Some((end, ticks.number_at(end)))
     }
 
+    /// Since when a thread sleeps in a call that the time-out of its socket, of `whole` nanoseconds, is to end: to the
+    /// tick, by what the kernel says.
+    pub fn socket_begin(&self, tid: i32, whole: i64) -> Option<i64> {
+        let ticks = self.ticks?;
+        let end = self.slept_until(tid, |l| Some(ticks.at(l.asked_tick?)))?;
+        Some(end - whole)
+    }
+
     /// When that is likely to be where nothing is known of it, for a call `nr` and a time-out of `whole` nanoseconds.
     pub fn socket_end(&self, tid: i32, nr: u64, whole: i64) -> Option<i64> {
         let s = self.last_sleep(tid, nr)?;

@@ -188,12 +188,13 @@ pub fn settle(threads: &mut [Held], watch: &Watch, mem: &Mem, tail: &mut Tail) -
                 match (socket, &h.resume) {
                     (Ok(Some(s)), _) => {
                         (h.deadline, h.tick) = socket_end(h, &s, nr, watch);
-                        let left = h.deadline.map_or(0, |d| d - h.stopped_at);
+                        let end = h.deadline.unwrap_or(h.stopped_at);
+                        let since = watch.socket_begin(tid, s.whole_ns());
                         // Of one that we let go on before, it has been found out then.
                         if let Resume::Timed { again, .. } = &mut h.resume
                             && !tail.holds(h.regs.rip)
                         {
-                            *again = s.connects_again(nr, s.whole_ns() - left);
+                            *again = s.connects_again(nr, since, end);
                         }
                     }
                     (_, Resume::Partial { .. }) => {}
@@ -505,6 +506,8 @@ fn note(h: &mut Held, nr: u64, end: i64) {
         // In front of it.
         None => h.regs.rax = noted,
     }
+    // What is noted and who ends it agree.
+    h.deadline = Some(end);
 }
 
 /// The time-out in a trampoline that the thread is in already.

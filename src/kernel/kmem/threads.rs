@@ -41,6 +41,8 @@ pub struct Look {
     pub until: Option<i64>,
     /// The coarse one, of sockets, that is to: with the tick of this number (jiffies).
     pub until_tick: Option<i64>,
+    /// The same, as the thread asked for it: not rounded up.
+    pub asked_tick: Option<i64>,
     /// Where it wants a zero written when it ends (set_tid_address(2)).
     pub clear_child_tid: u64,
     /// It may not read the time stamp counter (PR_SET_TSC); None where it is not known which flag that is.
@@ -421,13 +423,16 @@ impl Threads {
         let asleep = half(STATE) != 0 && half(ON_CPU) == 0;
         let l = &self.layout;
         let timer = |at: &dyn Fn(usize) -> Option<i64>| pointers(stack, task).find_map(at);
+        let coarse = |at: &dyn Fn(usize) -> Option<(i64, i64)>| pointers(stack, task).find_map(at);
+        let tick = asleep.then(|| coarse(&|at| l.timer(stack, at))).flatten();
         Look {
             pid: half(PID),
             sleeps: word(SLEEPS as usize),
             asleep,
             restart,
             until: asleep.then(|| timer(&|at| l.sleeper(stack, at))).flatten(),
-            until_tick: asleep.then(|| timer(&|at| l.timer(stack, at))).flatten(),
+            until_tick: tick.map(|(_, until)| until),
+            asked_tick: tick.map(|(asked, _)| asked),
             clear_child_tid: word(CLEAR_CHILD_TID as usize),
             no_tsc: self.no_tsc.map(|flag| word(FLAGS as usize) & flag != 0),
             mempolicy: word(MEMPOLICY as usize),
@@ -477,8 +482,8 @@ impl Layout {
     }
 
     /// A struct process_timer. Which of the wheel's levels it is in says how far the end is rounded up
-    /// (kernel/time/timer.c, calc_index).
-    fn timer(&self, stack: &[u8], at: usize) -> Option<i64> {
+    /// (kernel/time/timer.c, calc_index). Without and with that.
+    fn timer(&self, stack: &[u8], at: usize) -> Option<(i64, i64)> {
         const LEVEL_SIZE: u64 = 64;
         const LEVELS: u64 = 9;
         const INDEX_SHIFT: u64 = 22;
@@ -492,7 +497,7 @@ impl Layout {
         let level = (flags >> INDEX_SHIFT) / LEVEL_SIZE;
         let shift = 3 * level;
         (queued && flags & KINDS == 0 && level < LEVELS && !is_kernel(expires))
-            .then(|| (((expires >> shift) + 1) << shift) as i64)
+            .then(|| (expires as i64, (((expires >> shift) + 1) << shift) as i64))
     }
 }
 
