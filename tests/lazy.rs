@@ -66,7 +66,11 @@ fn forks() -> Result<tempfile::TempDir> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/lazy/forks.c");
     let program = common::build_c(&source, &[])?;
     let dir = tempfile::tempdir()?;
-    let mut child = quietly(Command::new(&program).current_dir(dir.path())).spawn()?;
+    let mut program = Command::new(&program);
+    program
+        .current_dir(dir.path())
+        .env("MIST_LONG", "x".repeat(100_000));
+    let mut child = quietly(&mut program).spawn()?;
     common::wait_for("the program", LIMIT, || {
         Ok(dir.path().join("ready").exists().then_some(()))
     })?;

@@ -132,10 +132,13 @@ impl Filler {
 
 /// Pages that the kernel itself writes or reads where nobody can wait for them: an exiting thread gets no
 /// page through userfaultfd (fs/userfaultfd.c, handle_userfault), so its clear_child_tid and the robust
-/// futexes that it holds have to be there.
+/// futexes that it holds have to be there. Nor does a reader of /proc/PID/cmdline or environ (access_remote_vm in
+/// mm/memory.c), who would find them empty.
 fn urgent(p: &Process, pages: &PagesReader) -> Result<BTreeSet<u64>> {
     /// ROBUST_LIST_LIMIT of kernel/futex/core.c.
     const LOCKS_MAX: usize = 2048;
+    /// Three quarters of _STK_LIM: what execve(2) takes at most.
+    const TEXT_MAX: u64 = 6 << 20;
     let mut all = BTreeSet::new();
     let mut add = |addr: u64| {
         let mapped = p
@@ -147,6 +150,13 @@ fn urgent(p: &Process, pages: &PagesReader) -> Result<BTreeSet<u64>> {
         }
         mapped
     };
+    let m = &p.mm;
+    for (start, end) in [(m.arg_start, m.arg_end), (m.env_start, m.env_end)] {
+        let last = end.min(start.saturating_add(TEXT_MAX));
+        let pages = (start - start % PAGE..last).step_by(PAGE as usize);
+        // They lie together, unless the program has said otherwise.
+        pages.take_while(|at| add(*at)).for_each(drop);
+    }
     for t in &p.threads {
         add(t.clear_child_tid);
         // struct robust_list_head: the list, the offset of a futex from its entry, the one in work.

@@ -1,6 +1,7 @@
 /*
  * Fills memory, the last of it to be wiped in children; says "ready", waits for "go", forks, and says "forked". The child
- * looks at all of it: "child" holds how many pages are not as they should be. Ends with 0 if its own pages are.
+ * looks at all of it: "child" holds how many pages are not as they should be. Ends with 0 if its own pages are, and if
+ * /proc has shown its environment whole before it forked.
  */
 #include <stdint.h>
 #include <stdio.h>
@@ -16,6 +17,17 @@ static uint64_t mark(size_t page)
 	return (page + 1) * 0x9e3779b97f4a7c15;
 }
 
+static size_t environment(void)
+{
+	static char text[1 << 20];
+	FILE *f = fopen("/proc/self/environ", "r");
+	size_t n = f ? fread(text, 1, sizeof text, f) : 0;
+
+	if (f)
+		fclose(f);
+	return n;
+}
+
 int main(void)
 {
 	size_t size = (size_t)(PAGES + WIPED) * 4096, wrong = 0;
@@ -26,11 +38,14 @@ int main(void)
 		return 1;
 	for (size_t i = 0; i < PAGES + WIPED; i++)
 		m[i * WORDS] = mark(i);
+	size_t before = environment();
 	fclose(fopen("ready", "w"));
 	while (access("go", F_OK)) {
 		struct timespec nap = { 0, 1000000 };
 		nanosleep(&nap, 0);
 	}
+	if (environment() != before)
+		return 3;
 	if (!fork()) {
 		fclose(fopen("forked", "w"));
 		for (size_t i = PAGES + WIPED; i-- > 0;)
