@@ -97,14 +97,22 @@ impl Sleeper {
 
     fn of(command: &mut Command) -> Sleeper {
         let null = Stdio::null;
-        Sleeper(
+        let sleeper = Sleeper(
             command
                 .stdin(null())
                 .stdout(null())
                 .stderr(null())
                 .spawn()
                 .expect("sleep starts"),
-        )
+        );
+        // spawn() may return before the kernel has given it its name, which is that of our thread until then.
+        let ours = std::fs::read("/proc/thread-self/comm").unwrap();
+        let comm = format!("/proc/{}/comm", sleeper.pid());
+        wait_for("the program to have its own name", LIMIT, || {
+            Ok((std::fs::read(&comm)? != ours).then_some(()))
+        })
+        .unwrap();
+        sleeper
     }
 
     fn pid(&self) -> String {
