@@ -80,26 +80,36 @@ impl HeldProcess {
             if !last {
                 new.retain(|tid| !is_last(tid));
             }
-            new.sort_by_key(|tid| !watch.is_fragile(*tid));
-            for tid in new {
-                if !held.addressees.reached && !last && held.addressees.has_become(tid) {
-                    continue;
-                }
-                known.insert(tid);
-                let Some(t) = seize(pid, tid)? else { continue };
-                // One in whose call a stop shows is put right before the next is stopped.
-                let fragile = watch.is_fragile(tid);
-                if fragile {
-                    watch.last_look(tid);
-                }
-                interrupt(&t)?;
-                if fragile && !last && !held.addressees.reached {
+            let (fragile, mut rest): (Vec<i32>, Vec<i32>) =
+                new.into_iter().partition(|tid| watch.is_fragile(*tid));
+            for tid in fragile {
+                // By now it may be about to fork.
+                if last || held.addressees.reached || !watch.last_look(tid) {
+                    rest.push(tid);
+                } else if !held.addressees.has_become(tid) {
+                    known.insert(tid);
+                    let Some(t) = seize(pid, tid)? else { continue };
+                    interrupt(&t)?;
+                    // In whose call a stop shows is put right before the next is stopped.
                     held.take(t, &mut program, &mut watch)?;
                     held.addressees.reached = held.addressees.has_become(tid);
-                } else {
-                    asked.push(t);
                 }
             }
+            let mut seized = Vec::with_capacity(rest.len());
+            for tid in rest {
+                if last || held.addressees.reached || !held.addressees.has_become(tid) {
+                    known.insert(tid);
+                    seized.extend(seize(pid, tid)?);
+                }
+            }
+            // From here on each of them may be stopped.
+            for t in &seized {
+                watch.last_look(t.tid);
+            }
+            for t in &seized {
+                interrupt(t)?;
+            }
+            asked.extend(seized);
             if held.addressees.reached && !last {
                 continue;
             }

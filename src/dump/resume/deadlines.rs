@@ -125,18 +125,23 @@ impl Watch {
         self.seen.contains_key(&tid)
     }
 
-    /// To be called right before a thread is stopped: what it sleeps for.
-    pub fn last_look(&mut self, tid: i32) {
+    /// To be called right before a thread is stopped: what it sleeps for. False when it does not sleep, or not any more.
+    pub fn last_look(&mut self, tid: i32) -> bool {
         let Some(s) = self.seen.get_mut(&tid) else {
-            return;
+            return false;
         };
         if let (Some(kernel), Some(task)) = (self.kernel, s.task) {
             s.look = kernel.look(task).ok();
-        } else if Sched::read(self.pid, tid).map(|now| now.sleeps) != s.sleeps {
+            s.asked = host_monotonic_ns();
+            return s.look.as_ref().is_some_and(|l| l.asleep);
+        }
+        let same = Sched::read(self.pid, tid).map(|now| now.sleeps) == s.sleeps;
+        if !same {
             // By now it sleeps in another call.
             s.since = None;
         }
         s.asked = host_monotonic_ns();
+        same
     }
 
     /// The call that a thread in restart_syscall goes on with.

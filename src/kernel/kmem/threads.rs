@@ -35,7 +35,7 @@ pub struct Look {
     /// How often it had gone to sleep.
     sleeps: u64,
     /// It is not on a processor, and waits for something.
-    asleep: bool,
+    pub asleep: bool,
     restart: [u64; RESTART_BLOCK / 8],
     /// The timer that is to wake it: CLOCK_MONOTONIC, nanoseconds.
     pub until: Option<i64>,
