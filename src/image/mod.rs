@@ -71,11 +71,35 @@ impl Manifest {
         numbers.max().unwrap_or(2).saturating_add(1).max(64)
     }
 
-    /// How many descriptors a restore has at a time, at most: what it builds goes above those of the programs.
+    /// How many descriptors a restore has at a time, at most.
     pub fn descriptors_to_restore(&self) -> u64 {
+        self.built_descriptors()
+            .max(self.above_descriptors() as u64)
+    }
+
+    /// From which number on a restore that may have so many descriptors builds them: out of the way of those of the
+    /// programs where there is room for that.
+    pub fn first_to_build(&self, allowed: u64) -> i32 {
+        let above = self.above_descriptors();
+        let room = allowed.saturating_sub(self.built_descriptors());
+        i32::try_from(room).map_or(above, |room| room.min(above))
+    }
+
+    fn built_descriptors(&self) -> u64 {
         const OTHERS: usize = 64;
-        let built = self.descriptions.len() + self.sockets.len() + self.shared_memory.len();
-        self.above_descriptors().max(0) as u64 + (built + OTHERS) as u64
+        let entries = |d: &Description| match &d.kind {
+            files::Kind::Epoll { entries } => entries.len(),
+            _ => 0,
+        };
+        let all = [
+            self.descriptions.len(),
+            self.sockets.len(),
+            self.shared_memory.len(),
+            // What one epoll instance watches stands under its own numbers for a moment, too.
+            self.descriptions.iter().map(entries).max().unwrap_or(0),
+            OTHERS,
+        ];
+        all.into_iter().sum::<usize>() as u64
     }
 }
 

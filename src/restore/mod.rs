@@ -10,6 +10,7 @@ mod ids;
 mod layout;
 mod lazy;
 mod memory;
+mod numbers;
 mod open;
 mod park;
 mod process;

@@ -130,7 +130,7 @@ fn same(file: &File, f: &FileRef, image: &Image) -> Result<bool> {
     Ok(hasher.finalize().to_hex().as_str() == object)
 }
 
-/// A duplicate at `floor` or above, out of the way of the program's own numbers.
+/// A duplicate at `floor` or above.
 fn high(file: File, floor: i32) -> Result<OwnedFd> {
     use std::os::fd::AsFd;
     crate::kernel::fds::dup_above(file.as_fd(), floor).context("no descriptors left")

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::DirBuilder;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -9,6 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use super::files::Built;
+use super::numbers::{self, Move};
 use crate::image::process::Process;
 use crate::image::{FileRef, Manifest};
 use crate::kernel::remote::{Arg, Remote};
@@ -248,19 +250,25 @@ pub fn marks(body: &mut Remote, p: &Process) -> Result<()> {
 
 /// Puts every descriptor at its number, and closes all others.
 pub fn descriptors(body: &mut Remote, p: &Process, built: &Built) -> Result<()> {
-    use std::os::fd::AsRawFd;
-    let mut wanted = BTreeMap::new();
-    for f in &p.fds {
-        let Some(ours) = built.fds.get(&f.description) else {
-            continue;
-        };
-        wanted.insert(f.fd, ());
-        let flags = if f.cloexec { libc::O_CLOEXEC } else { 0 };
-        body.must(
-            format!("putting descriptor {} in place", f.fd),
-            libc::SYS_dup3,
-            &[ours.as_raw_fd().into(), f.fd.into(), flags.into()],
-        )?;
+    let wanted: BTreeMap<i32, Move> = (p.fds.iter())
+        .filter_map(|f| {
+            let from = built.fds.get(&f.description)?.as_raw_fd();
+            let (to, cloexec) = (f.fd, f.cloexec);
+            Some((to, Move { from, to, cloexec }))
+        })
+        .collect();
+    let moves: Vec<Move> = wanted.values().copied().collect();
+    for m in numbers::in_turn(&moves) {
+        let what = format!("putting descriptor {} in place", m.to);
+        let (from, to) = (u64::from(m.from as u32), u64::from(m.to as u32));
+        let flag = |flag: i32| if m.cloexec { flag as u64 } else { 0 };
+        if from == to {
+            let args = [from, libc::F_SETFD as u64, flag(libc::FD_CLOEXEC)];
+            body.must(what, libc::SYS_fcntl, &args.map(Into::into))?;
+        } else {
+            let args = [from, to, flag(libc::O_CLOEXEC)];
+            body.must(what, libc::SYS_dup3, &args.map(Into::into))?;
+        }
     }
     let mut from = 0u64;
     for fd in wanted.keys() {

@@ -113,8 +113,7 @@ fn restore(
         None => Replaced::default(),
     };
     // Of what is built here each body keeps what the image says.
-    fds::allow_all();
-    let floor = manifest.above_descriptors();
+    let floor = manifest.first_to_build(fds::allow_all());
     let mut shared = SharedObjects::new(&image, floor)?;
     let mut makers = match &guest {
         // What we make names us, who are the program.

@@ -377,10 +377,18 @@ fn a_restore_may_have_as_many_descriptors_as_the_hard_limit_allows() {
     let run = |limit, args: &[&str]| Ran(after(limit).args(args).output().unwrap()).ends_with(0);
     let other = dir.path().join("other");
     let dump = ["dump", &target.pid(), "-o", path(&other)];
-    run("ulimit -n 1024", &dump).says(&["1024 are allowed"]);
+    run("ulimit -n 650", &dump).says(&["650 are allowed"]);
+    let table = format!("/proc/{}/fd", target.pid());
+    let open = || {
+        let fds = fs::read_dir(&table).unwrap();
+        let names = fds.map(|e| e.unwrap().file_name());
+        names.collect::<std::collections::BTreeSet<_>>()
+    };
+    let before = open();
     run("true", &["dump", "--kill", &target.pid(), "-o", path(&i)]);
     target.0.wait().unwrap();
     let restore = ["restore", "--detach", "--same-pid", path(&i)];
-    run("ulimit -S -n 1024", &restore);
+    run("ulimit -S -n 64; ulimit -H -n 700", &restore);
+    assert_eq!(open(), before);
     kill(Pid::from_raw(target.0.id() as i32), Signal::SIGKILL).unwrap();
 }

@@ -30,7 +30,7 @@ pub use paths::cut_back;
 /// Circumstances of a restore that matter to descriptors.
 #[derive(Debug, Clone, Copy)]
 pub struct Surroundings<'a> {
-    /// Descriptors are built with numbers from here on, out of the way of those of the programs.
+    /// Descriptors are built with numbers from here on.
     pub floor: RawFd,
     /// There is no shell: what led outside leads to /dev/null.
     pub detached: bool,
