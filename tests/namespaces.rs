@@ -368,7 +368,10 @@ fn asks_its_sockets(
     change(&image)?;
     let mut restored = restore().arg(&image).spawn()?;
     let new = wait_for("the restored program", LIMIT, || {
-        let is_it = |p: &u32| status_field(*p, "Name").as_deref() == Some("own_peer");
+        // The dump's copy has that name, too, and may not be over yet.
+        let is_it = |p: &u32| {
+            status_field(*p, "Name").as_deref() == Some("own_peer") && waits(&p.to_string())
+        };
         let mut others = scene.others().into_iter().filter(|p| *p != pid);
         let new = others.find(is_it);
         Ok(new.filter(|p| status_field(*p, "TracerPid").as_deref() == Some("0")))
