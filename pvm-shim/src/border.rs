@@ -8,7 +8,7 @@ use std::ffi::c_int;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use pvm_abi::block::{Call, state, wait};
-use pvm_abi::table::{Entry, State, lease_clock, lease_over};
+use pvm_abi::table::{Entry, lease_clock, lease_over};
 use pvm_abi::{CTX_TC, TID_HOST, is_task};
 
 use crate::inside::{Inside, Sending, Set, enrolled, outside, r_of, v_of};
@@ -358,8 +358,7 @@ fn closed(real: &Real, v: u32, nested: bool) -> Option<()> {
 fn lease_ended(real: &Real, entry: Entry) -> bool {
     let now = lease_clock();
     // One that was saved comes back: its gate is the agents' to open.
-    let saved = entry.state == State::Decided && entry.next == 0;
-    if saved || !lease_over(entry.lease, now) {
+    if entry.is_saved() || !lease_over(entry.lease, now) {
         return false;
     }
     let key = (entry.v, entry.r, entry.next);

@@ -60,16 +60,28 @@ pub unsafe extern "C" fn pvm_freecontext(ctx: c_int) -> c_int {
 }
 
 macro_rules! plain {
+    (@body $name:ident($($arg:ident),*) = $call:ident $(, flags $flags:ident)? $(, role $role:ident)?) => {{
+        let Some(function) = $crate::real::real().and_then(|real| real.$name) else {
+            return $crate::border::SYS_ERR;
+        };
+        let inside = $crate::inside::Inside::enter(Call::$call);
+        let _ = &inside;
+        $(if inside.from_outside {
+            BLOCK.call_flags.store($flags, Relaxed);
+        })?
+        // SAFETY: the caller's arguments.
+        #[allow(clippy::let_and_return)]
+        let result = unsafe { function($($arg),*) };
+        $(if result >= 0 {
+            BLOCK.flags.fetch_or(flag::$role, Relaxed);
+        })?
+        result
+    }};
     (#[cold] $name:ident($($arg:ident: $type:ty),*) = $call:ident;) => {
         #[cold]
         #[inline(never)]
         pub unsafe extern "C" fn $name($($arg: $type),*) -> c_int {
-            let Some(function) = $crate::real::real().and_then(|real| real.$name) else {
-                return $crate::border::SYS_ERR;
-            };
-            let _inside = $crate::inside::Inside::enter(Call::$call);
-            // SAFETY: the caller's arguments.
-            unsafe { function($($arg),*) }
+            plain!(@body $name($($arg),*) = $call)
         }
     };
     ($($name:ident($($arg:ident: $type:ty),*) = $call:ident $(, flags $flags:ident)? $(, role $role:ident)?;)*) => {$(
@@ -79,19 +91,7 @@ macro_rules! plain {
         /// As libpvm's.
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name($($arg: $type),*) -> c_int {
-            let Some(function) = real().and_then(|real| real.$name) else { return SYS_ERR };
-            let inside = Inside::enter(Call::$call);
-            let _ = &inside;
-            $(if inside.from_outside {
-                BLOCK.call_flags.store($flags, Relaxed);
-            })?
-            // SAFETY: the caller's arguments.
-            #[allow(clippy::let_and_return)]
-            let result = unsafe { function($($arg),*) };
-            $(if result >= 0 {
-                BLOCK.flags.fetch_or(flag::$role, Relaxed);
-            })?
-            result
+            plain!(@body $name($($arg),*) = $call $(, flags $flags)? $(, role $role)?)
         }
     )*};
 }

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use procfs::process::{Stat, Status};
@@ -39,6 +40,28 @@ pub fn read(path: impl AsRef<Path>) -> io::Result<Vec<u8>> {
 /// As [`read`]; InvalidData for what is not UTF-8.
 pub fn text(path: impl AsRef<Path>) -> io::Result<String> {
     String::from_utf8(read(path)?).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
+}
+
+/// The numbers of processors, of nodes and the like that a file of /sys lists, as ranges: "0-3,8" (cpumap_print_to_pagebuf
+/// in include/linux/cpumask.h). None of them is above 65535.
+///
+/// # Errors
+/// As [`text`]; InvalidData for anything else.
+pub fn numbers(path: impl AsRef<Path>) -> io::Result<Vec<RangeInclusive<u64>>> {
+    let text = text(path)?;
+    ranges(text.trim()).ok_or_else(|| {
+        let what = format!("{text:?} is no list of numbers");
+        io::Error::new(io::ErrorKind::InvalidData, what)
+    })
+}
+
+fn ranges(text: &str) -> Option<Vec<RangeInclusive<u64>>> {
+    let range = |range: &str| {
+        let (from, to) = range.split_once('-').unwrap_or((range, range));
+        let (from, to): (u16, u16) = (from.parse().ok()?, to.parse().ok()?);
+        Some(from.into()..=to.into())
+    };
+    text.split(',').map(range).collect()
 }
 
 /// The id that the kernel gave away last, of a process or a thread, in our pid namespace (/proc/loadavg).
@@ -98,5 +121,14 @@ mod tests {
             );
         }
         assert!(super::read("/proc/nothing").is_err());
+    }
+
+    #[test]
+    fn lists_of_the_kernel_are_ranges() {
+        assert_eq!(super::ranges("0-3,8"), Some(vec![0..=3, 8..=8]));
+        assert_eq!(super::ranges("0"), Some(vec![0..=0]));
+        for none in ["", "none", "3-", "-", "1,", "65536"] {
+            assert_eq!(super::ranges(none), None, "{none}");
+        }
     }
 }

@@ -81,6 +81,13 @@ pub struct Entry {
     pub lease: u64,
 }
 
+impl Entry {
+    /// Whether the task is saved: about to end if it has not already, to come back some day.
+    pub fn is_saved(&self) -> bool {
+        self.state == State::Decided && self.next == 0
+    }
+}
+
 /// Reads CLOCK_MONOTONIC as leases count it: ms modulo 2^34.
 pub fn lease_clock() -> u64 {
     let mut now = libc::timespec {

@@ -6,6 +6,8 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use anyhow::{Context, Result, ensure};
 
+use crate::kernel::proc_file;
+
 use super::{
     CALL, EXIT, KernelMemory, LD_IMM64, LDX_DW, MAP_CREATE, MOV, MOV_IMM, STX_DW, descriptor, insn,
     load, run, words,
@@ -49,7 +51,9 @@ pub fn offsets(kernel: &KernelMemory) -> Result<Vec<u64>> {
     let map = kernel.pointer(kernel.file(map.as_fd())?, "file", "private_data")?;
     let value = kernel.pointer(map, "bpf_array", "pptrs")?;
     let mut all = Vec::new();
-    for cpu in possible()? {
+    let path = "/sys/devices/system/cpu/possible";
+    let cpus = proc_file::numbers(path).with_context(|| path.to_owned())?;
+    for cpu in cpus.into_iter().flatten() {
         let mut context = [cpu, 0];
         run(&program, &mut context)?;
         let [_, address] = context;
@@ -59,33 +63,4 @@ pub fn offsets(kernel: &KernelMemory) -> Result<Vec<u64>> {
     }
     ensure!(!all.is_empty(), "there is no processor");
     Ok(all)
-}
-
-/// Numbers of the processors that there are or may be.
-fn possible() -> Result<Vec<u64>> {
-    let path = "/sys/devices/system/cpu/possible";
-    let text = std::fs::read_to_string(path).with_context(|| path.to_owned())?;
-    ranges(text.trim()).with_context(|| format!("{path} holds {text:?}"))
-}
-
-/// "0-3,8" and the like.
-fn ranges(text: &str) -> Option<Vec<u64>> {
-    const MOST: u64 = 1 << 16;
-    let mut all = Vec::new();
-    for range in text.split(',') {
-        let (from, to) = range.split_once('-').unwrap_or((range, range));
-        let (from, to): (u64, u64) = (from.parse().ok()?, to.parse().ok()?);
-        all.extend(from..=to.min(MOST));
-    }
-    Some(all)
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn processors_are_listed_in_ranges() {
-        assert_eq!(super::ranges("0-3,8"), Some(vec![0, 1, 2, 3, 8]));
-        assert_eq!(super::ranges("0"), Some(vec![0]));
-        assert_eq!(super::ranges("none"), None);
-    }
 }

@@ -42,11 +42,6 @@ pub struct Look {
     until: Instant,
 }
 
-/// It is saved, and about to be ended if it has not been already.
-fn is_saved(entry: &Entry) -> bool {
-    entry.state == State::Decided && entry.next == 0
-}
-
 impl Agent {
     pub(super) fn close_gate(
         &mut self,
@@ -247,7 +242,7 @@ impl Agent {
         for v in his {
             self.closed_for.remove(&v);
             // One that was to be ended may be at its end: it keeps its lease.
-            if !self.table.entry(v).is_some_and(|entry| is_saved(&entry)) {
+            if !self.table.entry(v).is_some_and(|entry| entry.is_saved()) {
                 self.table.set_lease(v, 0)?;
             }
         }
@@ -345,7 +340,7 @@ impl Agent {
         };
         match (old, new) {
             // Whoever has saved it died before he could say that it has ended.
-            (false, _) if is_saved(&entry) => self.table.close_gate(v, 0, 0),
+            (false, _) if entry.is_saved() => self.table.close_gate(v, 0, 0),
             (true, true) => Ok(()),
             (false, _) if next != 0 => {
                 self.table.add_incarnation(next, v)?;
