@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
+use libtest_mimic::{Arguments, Trial};
 use mistctl::pvm::block::TaskBlock;
 use mistctl::pvm::table::{TidTable, path_for};
 use nix::sys::wait::WaitPidFlag;
@@ -31,16 +32,8 @@ pub const LIMIT: Duration = Duration::from_secs(30);
 /// A test: a name, which reads as a sentence, and what it does, given the folder of the kit.
 pub type Test = (&'static str, fn(&Path));
 
-/// Runs the tests as an ordinary user, and counts them.
+/// Runs the tests as an ordinary user, one after the other: they share a virtual machine.
 pub fn main(tests: &[Test]) -> ExitCode {
-    let wanted: Vec<String> = std::env::args()
-        .skip(1)
-        .filter(|arg| !arg.starts_with('-'))
-        .collect();
-    if std::env::args().any(|arg| arg == "--list") {
-        tests.iter().for_each(|(name, _)| println!("{name}: test"));
-        return ExitCode::SUCCESS;
-    }
     for file in ["/usr/bin/pvmd", "/usr/include/pvm3.h", "/usr/bin/gcc"] {
         if !Path::new(file).exists() {
             eprintln!(
@@ -50,31 +43,20 @@ pub fn main(tests: &[Test]) -> ExitCode {
             return ExitCode::SUCCESS;
         }
     }
-    let Some(kit) = std::env::var_os(KIT) else {
+    let mut args = Arguments::from_args();
+    args.test_threads = Some(1);
+    let kit = std::env::var_os(KIT).map(PathBuf::from);
+    if kit.is_none() && !args.list {
         return outside();
+    }
+    let trial = |(name, body): &Test| {
+        let (body, kit) = (*body, kit.clone().unwrap_or_default());
+        Trial::test(name.replace(' ', "_"), move || {
+            body(&kit);
+            Ok(())
+        })
     };
-    let (mut passed, mut failed) = (0, Vec::new());
-    for (name, body) in tests {
-        if !wanted.is_empty() && !wanted.iter().any(|word| name.contains(word.as_str())) {
-            continue;
-        }
-        match std::panic::catch_unwind(|| body(Path::new(&kit))) {
-            Ok(()) => {
-                println!("test {name} ... ok");
-                passed += 1;
-            }
-            Err(_) => {
-                println!("test {name} ... FAILED");
-                failed.push(*name);
-            }
-        }
-    }
-    println!("\n{passed} passed; {} failed {failed:?}", failed.len());
-    if failed.is_empty() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    libtest_mimic::run(&args, tests.iter().map(trial).collect()).exit_code()
 }
 
 /// Prepares a kit where an ordinary user can reach it, and runs the tests as such a user.
