@@ -158,6 +158,8 @@ pub struct Batch<'a> {
     area: Area,
     /// Calls of its clean-up.
     left: usize,
+    /// What made the copy and is on its way out: the clean-up waits for its end.
+    helper: Option<Tracee>,
     /// Its clean-up is still to come.
     waits: bool,
     results: Vec<i64>,
@@ -191,20 +193,12 @@ const SHOWN: u32 = 2;
 
 /// How the clones went.
 enum Followed {
-    Copy(Snapshot),
+    /// By this helper, which ends now.
+    Copy(Snapshot, Tracee),
     /// There was a helper, but no copy.
     Alone,
     /// There was no helper either.
     Refused,
-}
-
-impl From<Followed> for Cloned {
-    fn from(f: Followed) -> Self {
-        match f {
-            Followed::Copy(copy) => Self::Copy(copy),
-            Followed::Alone | Followed::Refused => Self::Failed,
-        }
-    }
 }
 
 /// Runs the calls that `prepare` makes (given the address of the data area) in the leader, and makes a twin of the
@@ -240,6 +234,7 @@ pub fn start<'a>(
         at,
         area,
         left: 0,
+        helper: None,
         waits: false,
         results: Vec::new(),
     };
@@ -270,8 +265,15 @@ pub fn start<'a>(
         Some(code) => {
             t.cont(0)?;
             let cloned = follow_clones(&t, code, mem)?;
-            batch.left += if let Followed::Refused = cloned { 1 } else { 2 };
-            cloned.into()
+            batch.left += usize::from(!matches!(cloned, Followed::Refused));
+            batch.left += usize::from(mem.read_u64(code.subreaper)? != 0);
+            match cloned {
+                Followed::Copy(copy, helper) => {
+                    batch.helper = Some(helper);
+                    Cloned::Copy(copy)
+                }
+                Followed::Alone | Followed::Refused => Cloned::Failed,
+            }
         }
         None => {
             step_calls(&t, calls.len())?;
@@ -346,6 +348,15 @@ impl Batch<'_> {
             return Ok(());
         }
         let t = self.leader.tracee;
+        if let Some(helper) = self.helper.take() {
+            loop {
+                match helper.wait()? {
+                    Stop::Exited(_) | Stop::Killed(_) => break,
+                    Stop::Signal(s) => helper.cont(s)?,
+                    Stop::Interrupt { .. } | Stop::Syscall | Stop::Event(_) => helper.cont(0)?,
+                }
+            }
+        }
         // wait4 of the helper, the subreaper flag; munmap.
         step_calls(&t, self.left)?;
         park(&t)?;
@@ -371,6 +382,8 @@ struct LeaderCode {
 
 /// Addresses, in the code that clones.
 struct CloneCode {
+    /// Whether the process is a subreaper, by then: the flag is set again at the end.
+    subreaper: u64,
     /// `syscall; jmp exit` for the copy.
     stub: u64,
     /// What shows that the clone was refused.
@@ -462,11 +475,15 @@ fn clone_code(a: &mut Asm, start: u64, subreaper: u64, flags: i32) -> CloneCode 
     reap(a);
     a.land(nobody);
     a.mov(R::Bx, subreaper);
-    a.raw(&[0x48, 0x63, 0x33]); // movsxd rsi, dword [rbx]
+    a.raw(&[0x8b, 0x03]); // mov eax, [rbx]
+    let none = a.jump_if_zero();
+    a.mov_reg(R::Si, R::Ax);
     a.mov(R::Di, libc::PR_SET_CHILD_SUBREAPER as u64);
     a.mov(R::Ax, libc::SYS_prctl as u64);
     a.syscall_insn();
+    a.land(none);
     CloneCode {
+        subreaper,
         stub,
         refused,
         error,
@@ -533,29 +550,24 @@ fn follow_clones(t: &Tracee, code: &CloneCode, mem: &Mem) -> Result<Followed> {
     };
     // It is ours alone and gone in a moment: while it copies page tables the process stands.
     sched::urge(helper.tid);
-    let mut copy = None;
-    loop {
+    let tracee = loop {
         match helper.wait()? {
             Stop::Event(libc::PTRACE_EVENT_CLONE) => {
-                copy = Some(Tracee {
-                    tid: helper.event_message()?,
-                });
+                let tid = helper.event_message()?;
                 helper.cont(0)?;
+                break Tracee { tid };
             }
-            Stop::Exited(_) | Stop::Killed(_) => break,
+            Stop::Exited(_) | Stop::Killed(_) => return Ok(Followed::Alone),
             Stop::Interrupt { .. } | Stop::Syscall | Stop::Event(_) => helper.cont(0)?,
             Stop::Signal(s) => helper.cont(s)?,
         }
-    }
-    let Some(tracee) = copy else {
-        return Ok(Followed::Alone);
     };
     // Its first stop; it is held there.
     tracee.wait()?;
     // An heir has the code that lets it exit only as long as the process has it.
     tracee.set_options(libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_EXITKILL)?;
     let stub = code.stub;
-    Ok(Followed::Copy(Snapshot { tracee, stub }))
+    Ok(Followed::Copy(Snapshot { tracee, stub }, helper))
 }
 
 /// Out of the wait in which a process shows us that it may not clone.

@@ -344,6 +344,12 @@ impl Asm {
         Jump(self.code.len())
     }
 
+    /// test eax, eax; jz (short)
+    pub fn jump_if_zero(&mut self) -> Jump {
+        self.raw(&[0x85, 0xc0, 0x74, 0]);
+        Jump(self.code.len())
+    }
+
     /// test rax, rax; js (near): rax is a negative errno. For [`Asm::land_far`].
     pub fn jump_if_error(&mut self) -> Jump {
         self.raw(&[0x48, 0x85, 0xc0, 0x0f, 0x88, 0, 0, 0, 0]);
