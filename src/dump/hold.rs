@@ -15,7 +15,7 @@ use crate::kernel::apart::Postponed;
 use crate::kernel::arch::Regs;
 use crate::kernel::batch::Held;
 use crate::kernel::mem::Mem;
-use crate::kernel::proc_file;
+use crate::kernel::proc_file::{self, LastId};
 use crate::kernel::sched::Urgent;
 use crate::kernel::time_ns::host_monotonic_ns;
 use crate::kernel::tracee::{Stop, Tracee};
@@ -121,7 +121,8 @@ impl HeldProcess {
         if held.threads.is_empty() {
             return Err(Failure::NoSuchProcess.because(format!("process {pid} has ended")));
         }
-        if held.runs_another(&program) {
+        // Of a single thread that was seen when it had stopped.
+        if held.threads.len() > 1 && runs_another(&held.mem, held.threads[0].tracee.tid, &program) {
             return Err(Failure::Busy.because(format!(
                 "process {pid} executes another program right now; nothing was changed, try again"
             )));
@@ -143,12 +144,11 @@ impl HeldProcess {
         let Some(stop) = wait_stopped(t, pid)? else {
             return Ok(());
         };
-        if self.threads.is_empty() && self.runs_another(program) {
+        if self.threads.is_empty() && runs_another(&self.mem, t.tid, program) {
             // It has executed another program since: what we saw is of the one before.
-            let via = process::living_thread(pid);
-            *program = auxv(via);
-            self.mem = Mem::open(via).map_err(|e| gone_or(pid, e))?;
-            self.tail = Tail::find(via, &self.mem);
+            *program = auxv(t.tid);
+            self.mem = Mem::open(t.tid).map_err(|e| gone_or(pid, e))?;
+            self.tail = Tail::find(t.tid, &self.mem);
             *watch = Watch::default();
         }
         self.threads
@@ -156,11 +156,9 @@ impl HeldProcess {
         Ok(())
     }
 
-    /// Whether it has executed another program since `auxv` was read and its memory opened.
-    fn runs_another(&self, auxv_then: &Option<Vec<u8>>) -> bool {
-        let held = self.threads.first().map(|h| h.tracee.tid);
-        let via = held.unwrap_or_else(|| process::living_thread(self.pid));
-        self.mem.is_over() || auxv(via) != *auxv_then
+    /// Where the ELF image of its vDSO ends; None where that is not known.
+    pub fn vdso_ends(&self) -> Option<u64> {
+        self.tail.begins()
     }
 
     /// The part of its vDSO's dead end that a batch may use.
@@ -250,6 +248,12 @@ impl Drop for HeldProcess {
     }
 }
 
+/// Whether the process of thread `tid`, which stands, has executed another program since `auxv` was read and its memory
+/// opened.
+fn runs_another(mem: &Mem, tid: i32, auxv_then: &Option<Vec<u8>>) -> bool {
+    mem.is_over() || auxv(tid) != *auxv_then
+}
+
 /// Where its program and its vDSO lie: elsewhere after each exec.
 fn auxv(tid: i32) -> Option<Vec<u8>> {
     proc_file::read(format!("/proc/{tid}/auxv")).ok()
@@ -296,7 +300,8 @@ fn thread_ids(pid: i32) -> Result<Vec<i32>> {
 struct Addressees {
     pid: i32,
     tids: BTreeSet<i32>,
-    /// The last id that the kernel has given away: as long as it is the same nobody has forked.
+    ids: LastId,
+    /// The last that the kernel has given away: as long as it is the same nobody has forked.
     last_id: Option<i32>,
     /// One of them is traced, or asked to be.
     reached: bool,
@@ -304,13 +309,15 @@ struct Addressees {
 
 impl Addressees {
     fn before(pid: i32, tids: &[i32]) -> Self {
-        let last_id = proc_file::last_id();
+        let ids = LastId::open();
+        let last_id = ids.read();
         let tids = tids.iter().copied();
         Self {
             pid,
             tids: tids
                 .filter(|tid| *tid == pid || is_parent(pid, *tid))
                 .collect(),
+            ids,
             last_id,
             reached: false,
         }
@@ -322,7 +329,7 @@ impl Addressees {
 
     /// Whether a thread that was none is one by now.
     fn has_become(&mut self, tid: i32) -> bool {
-        let may_be = self.last_id.is_none() || proc_file::last_id() != self.last_id;
+        let may_be = self.last_id.is_none() || self.ids.read() != self.last_id;
         let is = may_be && is_parent(self.pid, tid);
         if is {
             self.tids.insert(tid);

@@ -22,7 +22,7 @@ use crate::kernel::batch::{self, Batch, Cloned, Snapshot, Twin};
 use crate::kernel::guardian::Guardian;
 use crate::kernel::proc_file;
 use crate::kernel::time_ns::Offsets;
-use crate::kernel::{pidfd, vdso};
+use crate::kernel::{code, numa, pidfd, vdso};
 use crate::net::{self, SocketDumper};
 
 /// One process of the dump: what the image says of it, and what we hold of it.
@@ -36,6 +36,8 @@ pub struct Subject {
     pub copied: HashSet<u64>,
     /// Its mappings have their flags.
     pub has_flags: bool,
+    /// Address and content of its vDSO, which are to go to the image when it runs.
+    pub vdso: Option<(u64, Vec<u8>)>,
 }
 
 impl Subject {
@@ -87,12 +89,17 @@ pub fn look(
     }
     let mut subjects = Vec::new();
     for (pid, hold) in pids.iter().zip(holds) {
-        let (mut p, queries) = process::read(*pid, hold.as_ref().map(HeldProcess::via), tables)?;
+        let (mut p, queries, status) =
+            process::read(*pid, hold.as_ref().map(HeldProcess::via), tables)?;
         p.space = subjects.len() as SpaceId;
         if let Some(held) = hold {
+            let mut status = status;
             for i in 0..held.threads.len() {
                 threads::abort_rseq(&mut held.threads[i], &held.mem)?;
-                p.threads.push(threads::read(*pid, &held.threads[i])?);
+                // The first is the one by which it was read.
+                let status = status.take().filter(|_| i == 0);
+                p.threads
+                    .push(threads::read(*pid, &held.threads[i], status)?);
             }
             let leader = held.leader();
             p.pending = threads::pending(leader, true)?;
@@ -112,6 +119,7 @@ pub fn look(
             heir: None,
             copied: HashSet::new(),
             has_flags: false,
+            vdso: None,
         });
     }
     let socket_list = sockets.finish(&mut |sockets, fd| files.adopt(fd, tables, sockets))?;
@@ -205,7 +213,10 @@ fn ask_one<'a>(
         .find(|v| matches!(&v.backing, Backing::Kernel { which } if which == "vdso"))
         .with_context(|| format!("process {pid} has no vDSO"))?;
     let mut bytes = held.mem.read_vec(vdso.start, vdso.len() as usize)?;
-    let elf = vdso::elf_len(&bytes)?;
+    let elf = match held.vdso_ends() {
+        Some(end) if vdso.start < end && end <= vdso.end => end - vdso.start,
+        _ => vdso::elf_len(&bytes)?,
+    };
     // What stands behind the ELF image may be the code of an earlier batch. What signal handlers return to is carried.
     let mut dead = elf;
     for r in held.returned_to() {
@@ -215,7 +226,7 @@ fn ask_one<'a>(
         dead = to;
     }
     bytes[dead as usize..].fill(0);
-    sink.put(p.space, vdso.start, &bytes)?;
+    let vdso = (vdso.start, bytes);
     let tail = held.tail();
     let mappings = p.vmas.iter().filter(|v| !v.is_kernel());
     s.queries.mappings = mappings.map(|v| v.start).collect();
@@ -238,6 +249,10 @@ fn ask_one<'a>(
         batch::start(held.leader(), &held.mem, tail, (at, area), twin, &|data| {
             s.queries.calls(data)
         })?;
+    match cloned {
+        Cloned::Copy(_) if wanted == Twin::Copy => s.vdso = Some(vdso),
+        _ => sink.put(p.space, vdso.0, &vdso.1)?,
+    }
     let mut answers = vec![s.queries.answers(&batch, p)?];
     if p.lock_future != 0 {
         // How, our own new mapping tells.
@@ -273,6 +288,13 @@ fn hole(vmas: &[crate::image::Vma], len: u64) -> Option<u64> {
     (at + len < TASK_SIZE).then_some(at)
 }
 
+/// What is asked of the machine once, and is not to be waited for while somebody stands.
+pub fn prepare() {
+    Offsets::ours();
+    numa::mask_words();
+    code::load();
+}
+
 /// Where the dump is made; [`date`] adds when.
 pub fn origin() -> Result<Origin> {
     let uts = nix::sys::utsname::uname().context("uname")?;
@@ -303,7 +325,7 @@ pub fn date(origin: &mut Origin, tid: i32) -> Result<()> {
     let realtime = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
-    let (ours, theirs) = (Offsets::of("self"), Offsets::of(&tid.to_string()));
+    let (ours, theirs) = (Offsets::ours(), Offsets::of(&tid.to_string()));
     origin.realtime_ns = realtime.as_nanos() as i128;
     origin.monotonic_ns =
         clock(nix::time::ClockId::CLOCK_MONOTONIC)? - ours.monotonic + theirs.monotonic;

@@ -5,6 +5,7 @@ use std::fs::{File, Metadata};
 use std::io::{self, BufRead, BufReader};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
@@ -20,16 +21,29 @@ use crate::kernel::mem::HUGE;
 /// Reads /proc/PID/maps; flags (which cost a walk over all page tables) are added by [`add_flags`].
 pub fn read(pid: i32, tables: &mut Tables) -> Result<Vec<Vma>> {
     let maps = maps::read(pid).with_context(|| format!("reading mappings of process {pid}"))?;
-    let mut vmas = Vec::new();
+    let (mut vmas, mut files) = (Vec::new(), Files::default());
     for m in &maps {
         if m.start < TASK_SIZE {
-            vmas.push(vma(pid, m, tables)?);
+            vmas.push(vma(pid, m, &mut files, tables)?);
         }
     }
     Ok(vmas)
 }
 
-fn vma(pid: i32, m: &Map, tables: &mut Tables) -> Result<Vma> {
+/// The file that was looked for last, and the mapping that is of it: those of one program stand side by side.
+#[derive(Default)]
+struct Files<'a>(Option<(&'a Map, Option<(PathBuf, Metadata)>)>);
+
+impl<'a> Files<'a> {
+    /// [`Map::file`] of a mapping.
+    fn of(&mut self, m: &'a Map) -> Option<(PathBuf, Metadata)> {
+        let known = self.0.take().filter(|(of, _)| m.is_of_same_file(of));
+        let (_, file) = self.0.insert(known.unwrap_or_else(|| (m, m.file())));
+        file.clone()
+    }
+}
+
+fn vma<'a>(pid: i32, m: &'a Map, files: &mut Files<'a>, tables: &mut Tables) -> Result<Vma> {
     let mut v = Vma {
         start: m.start,
         end: m.end,
@@ -57,7 +71,7 @@ fn vma(pid: i32, m: &Map, tables: &mut Tables) -> Result<Vma> {
                 v.name = Some(name.to_owned());
             } else if let Some(name) = n.strip_prefix("anon_shmem:") {
                 v.name = Some(name.to_owned());
-                v.backing = behind(pid, m, "/dev/zero (deleted)", tables)?.0;
+                v.backing = behind(pid, m, "/dev/zero (deleted)", files, tables)?.0;
             } else {
                 return Err(refuse(n, "it is of a kind mistctl does not know"));
             }
@@ -86,7 +100,7 @@ fn vma(pid: i32, m: &Map, tables: &mut Tables) -> Result<Vma> {
             }
             let mut huge = path == "/anon_hugepage (deleted)";
             if !huge || m.shared {
-                (v.backing, huge) = behind(pid, m, &path, tables)?;
+                (v.backing, huge) = behind(pid, m, &path, files, tables)?;
             }
             if huge && !m.shared {
                 // Known long before the other flags, and needed then.
@@ -112,12 +126,18 @@ pub fn open_mapped(pid: i32, start: u64, end: u64) -> Result<File> {
 }
 
 /// What is behind a mapping of `path`, and whether that gives huge TLB pages.
-fn behind(pid: i32, m: &Map, path: &str, tables: &mut Tables) -> Result<(Backing, bool)> {
+fn behind<'a>(
+    pid: i32,
+    m: &'a Map,
+    path: &str,
+    files: &mut Files<'a>,
+    tables: &mut Tables,
+) -> Result<(Backing, bool)> {
     // What hugetlbfs tells of its files. Elsewhere such a size is rare, and taken for that until the flags are read.
     let huge = |meta: &Metadata| meta.blksize() >= HUGE;
     let (start, end, shared) = (m.start, m.end, m.shared);
     // The common case costs one stat: the path still names the mapped inode.
-    if let Some((path, meta)) = m.file() {
+    if let Some((path, meta)) = files.of(m) {
         let name = path.to_str();
         if meta.file_type().is_file() {
             if name.is_none() && shared {

@@ -249,9 +249,10 @@ pub fn copy_contents(
     shared: &[SharedMemory],
     sink: &dyn Sink,
 ) -> Result<u64> {
-    let mut buffer = vec![0u8; PIECE as usize];
+    let mut buffer = Vec::new();
     let mut total = 0;
     for c in contents {
+        buffer.resize(PIECE as usize, 0u8);
         let Some(object) = shared.get(c.memory as usize) else {
             continue;
         };

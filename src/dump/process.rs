@@ -13,6 +13,7 @@ use super::{aio, namespace, queries, ready, threads};
 use crate::error::{Classify, Failure};
 use crate::image::process::{EndedLeader, Limit, MmLayout, Process, State};
 use crate::kernel::maps::{self, Name};
+use crate::kernel::thread_status::ThreadStatus;
 use crate::kernel::{proc_file, waker};
 
 /// Refuses what no dump can carry, before anything is stopped. What was read of its mappings for that.
@@ -270,7 +271,7 @@ pub fn read(
     pid: i32,
     via: Option<i32>,
     tables: &mut Tables,
-) -> Result<(Process, queries::Queries)> {
+) -> Result<(Process, queries::Queries, Option<ThreadStatus>)> {
     let ctx = || format!("reading the state of process {pid}");
     let stat = proc_file::stat(pid).with_context(ctx)?;
     let mut p = empty(&stat);
@@ -278,21 +279,18 @@ pub fn read(
         p.state = State::Zombie {
             status: stat.exit_code.unwrap_or(0),
         };
-        return Ok((p, queries::Queries::default()));
+        return Ok((p, queries::Queries::default(), None));
     };
-    let is_init = |s: &Status| s.nspid.as_ref().is_some_and(|ids| ids.last() == Some(&1));
-    let mut leader_is_init = false;
+    let mut stat = stat;
     if via != pid {
-        let status = proc_file::status(pid).with_context(ctx)?;
-        leader_is_init = is_init(&status);
         p.ended_leader = Some(EndedLeader {
             status: stat.exit_code.unwrap_or(0),
             creds: threads::status(pid, pid)?.creds,
         });
+        // The numbers of the address space are shown by living threads only.
+        stat = proc_file::stat(via).with_context(ctx)?;
     }
-    // The numbers of the address space are shown by living threads only.
-    let stat = proc_file::stat(via).with_context(ctx)?;
-    let status = proc_file::status(via).with_context(ctx)?;
+    let status = threads::status(pid, via)?;
     let timers = proc_file::text(format!("/proc/{via}/timers")).unwrap_or_default();
     p.posix_timers = queries::parse_timers(&timers)?;
     p.umask = status.umask.unwrap_or(0o22);
@@ -310,11 +308,11 @@ pub fn read(
     p.root = link(via, "root", tables)?;
     let queries = queries::Queries {
         timers: p.posix_timers.iter().map(|t| t.id).collect(),
-        is_init: leader_is_init || is_init(&status),
-        locked: status.vmlck.unwrap_or(0) > 0,
+        is_init: status.is_init,
+        locked: status.locked,
         ..queries::Queries::default()
     };
-    Ok((p, queries))
+    Ok((p, queries, Some(status)))
 }
 
 fn empty(stat: &Stat) -> Process {

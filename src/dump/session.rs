@@ -107,6 +107,7 @@ impl Session {
         let inside = namespace::is_inside(process::living_thread(opts.pid));
         let order = Order::look(&pids);
         let origin = look::origin()?;
+        look::prepare();
         Semaphores::prepare();
         let descriptors_allowed = fds::allow_all();
         appointments::prepare(&pids);
@@ -244,9 +245,12 @@ impl Session {
     /// # Errors
     /// When memory cannot be read, or `sink` takes none.
     pub fn memory(&mut self, sink: &dyn Sink, bar: &ProgressBar) -> Result<()> {
-        for s in &self.subjects {
+        for s in &mut self.subjects {
             if let Some(c) = &s.copy {
                 c.seclude()?;
+            }
+            if let Some((at, bytes)) = s.vdso.take() {
+                sink.put(s.process.space, at, &bytes)?;
             }
         }
         let how = if self.has_copies() {

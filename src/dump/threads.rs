@@ -24,8 +24,9 @@ pub fn unfiltered(pid: i32, tid: i32, status: &ThreadStatus) -> Result<()> {
     Ok(())
 }
 
-/// Everything of a held thread that can be seen from outside; [`complete`] adds the rest.
-pub fn read(pid: i32, held: &Held) -> Result<Thread> {
+/// Everything of a held thread that can be seen from outside, but for its `status` where that was read; [`complete`]
+/// adds the rest.
+pub fn read(pid: i32, held: &Held, status: Option<ThreadStatus>) -> Result<Thread> {
     let t = held.tracee;
     if held.regs.is_32bit() {
         return Err(Failure::Refused.because(format!(
@@ -40,7 +41,10 @@ pub fn read(pid: i32, held: &Held) -> Result<Thread> {
             t.tid
         )));
     }
-    let status = status(pid, t.tid)?;
+    let status = match status {
+        Some(known) => known,
+        None => self::status(pid, t.tid)?,
+    };
     let (comm, comm_raw) = comm(pid, t.tid)?;
     unfiltered(pid, t.tid, &status)?;
     let (robust_list, robust_list_len) = t.robust_list()?;

@@ -110,6 +110,12 @@ impl Map {
         }
     }
 
+    /// Whether it is of the same file as another mapping, and that is shown by the same name.
+    pub fn is_of_same_file(&self, other: &Self) -> bool {
+        let what = |m: &Self| (m.dev, m.inode);
+        what(self) == what(other) && self.shown == other.shown
+    }
+
     /// The mapped file, if it has the name that is shown still.
     pub fn file(&self) -> Option<(PathBuf, Metadata)> {
         let Name::File(shown) = self.name() else {

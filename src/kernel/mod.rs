@@ -7,6 +7,7 @@ pub mod batch;
 pub mod body;
 pub mod calls;
 pub mod caps;
+pub mod code;
 pub mod epoll;
 pub mod fds;
 pub mod guardian;

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::ops::RangeInclusive;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use procfs::process::{Stat, Status};
@@ -64,14 +65,23 @@ fn ranges(text: &str) -> Option<Vec<RangeInclusive<u64>>> {
     text.split(',').map(range).collect()
 }
 
-/// The id that the kernel gave away last, of a process or a thread, in our pid namespace (/proc/loadavg).
-pub fn last_id() -> Option<i32> {
-    text("/proc/loadavg")
-        .ok()?
-        .split_whitespace()
-        .last()?
-        .parse()
-        .ok()
+/// /proc/loadavg, to be read over and over.
+#[derive(Debug)]
+pub struct LastId(Option<File>);
+
+impl LastId {
+    /// Where it cannot be opened no id is known.
+    pub fn open() -> Self {
+        Self(File::open("/proc/loadavg").ok())
+    }
+
+    /// The id that the kernel gave away last, of a process or a thread, in our pid namespace.
+    pub fn read(&self) -> Option<i32> {
+        let mut line = [0; 128];
+        let len = self.0.as_ref()?.read_at(&mut line, 0).ok()?;
+        let line = std::str::from_utf8(line.get(..len)?).ok()?;
+        line.trim_end().rsplit(' ').next()?.parse().ok()
+    }
 }
 
 /// What /proc/TID/stat tells, whatever bytes the name in it has: the kernel cuts names at 15 bytes, within a letter too.
@@ -121,6 +131,15 @@ mod tests {
             );
         }
         assert!(super::read("/proc/nothing").is_err());
+    }
+
+    #[test]
+    fn a_new_thread_has_another_id_than_the_last() {
+        let ids = super::LastId::open();
+        let before = ids.read();
+        assert!(before.is_some());
+        std::thread::spawn(|| {}).join().unwrap();
+        assert_ne!(ids.read(), before);
     }
 
     #[test]

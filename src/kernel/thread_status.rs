@@ -15,6 +15,12 @@ pub struct ThreadStatus {
     pub creds: Creds,
     /// 0: none.
     pub seccomp: u32,
+    /// Of its process.
+    pub umask: Option<u32>,
+    /// Of its process: some of its memory is locked.
+    pub locked: bool,
+    /// Of its process: it is the init of its pid namespace.
+    pub is_init: bool,
 }
 
 impl ThreadStatus {
@@ -51,8 +57,12 @@ impl ThreadStatus {
                 "NoNewPrivs" => s.creds.no_new_privs = value != "0",
                 _ => {
                     // Not every kernel has filters.
-                    if name == "Seccomp" {
-                        s.seccomp = value.parse().ok()?;
+                    match name {
+                        "Seccomp" => s.seccomp = value.parse().ok()?,
+                        "Umask" => s.umask = u32::from_str_radix(value, 8).ok(),
+                        "VmLck" => s.locked = !value.starts_with("0 "),
+                        "NStgid" => s.is_init = value.split_ascii_whitespace().last() == Some("1"),
+                        _ => {}
                     }
                     continue;
                 }
@@ -94,6 +104,9 @@ mod tests {
         let theirs = ThreadStatus {
             creds,
             seccomp: all.seccomp.unwrap_or(0),
+            umask: all.umask,
+            locked: all.vmlck != Some(0),
+            is_init: all.nstgid.and_then(|ids| ids.last().copied()) == Some(1),
         };
         assert_eq!(ours, theirs);
     }

@@ -1,5 +1,6 @@
 //! Time namespaces (time_namespaces(7)): processes that go on seeing the clocks of another boot or host.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI64, Ordering};
 
 use anyhow::{Context, Result};
@@ -27,6 +28,12 @@ impl Offsets {
         proc_file::text(format!("/proc/{who}/timens_offsets"))
             .map(|text| Self::parse(&text))
             .unwrap_or_default()
+    }
+
+    /// Ours, as they are when that is asked first.
+    pub fn ours() -> Self {
+        static OURS: OnceLock<Offsets> = OnceLock::new();
+        *OURS.get_or_init(|| Self::of("self"))
     }
 
     fn parse(text: &str) -> Self {

@@ -89,11 +89,15 @@ impl FdInfo {
 
     /// The text of line `name`; of several the last.
     pub fn text(&self, name: &str) -> Result<&str> {
+        self.find(name)
+            .with_context(|| format!("no line \"{name}:\""))
+    }
+
+    /// The same, where there need be none.
+    pub fn find(&self, name: &str) -> Option<&str> {
         let mut named = self.lines().filter_map(|line| line.split_once(':'));
-        match named.rfind(|(key, _)| key.trim() == name) {
-            Some((_, value)) => Ok(value.trim()),
-            None => bail!("no line \"{name}:\""),
-        }
+        let (_, value) = named.rfind(|(key, _)| key.trim() == name)?;
+        Some(value.trim())
     }
 
     pub fn decimal<T: std::str::FromStr<Err = std::num::ParseIntError>>(

@@ -44,7 +44,7 @@ fn side(seen: &Seen<'_>) -> Option<Side> {
 
 /// A terminal, for the time being one to somebody outside.
 pub(super) fn kind(seen: &Seen<'_>) -> Option<(Kind, Option<Side>)> {
-    if !seen.own.is_terminal() && seen.info.text("tty-index").is_err() {
+    if !seen.own.is_terminal() && seen.info.find("tty-index").is_none() {
         return None;
     }
     let kind = Kind::External(External {

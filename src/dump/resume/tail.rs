@@ -49,6 +49,11 @@ impl Tail {
         tail
     }
 
+    /// Where it begins; None where there is none.
+    pub fn begins(&self) -> Option<u64> {
+        (!self.all.is_empty()).then_some(self.all.start)
+    }
+
     /// What a batch may use.
     pub fn free(&self) -> Range<u64> {
         let used = self.used.iter().map(|r| r.start);
