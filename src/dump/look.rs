@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 
 use super::files::{FileDumper, Order};
 use super::hold::HeldProcess;
+use super::landlock::Landlock;
 use super::queries::{self, Queries};
 use super::tables::Tables;
 use super::{After, Options, Report, Sink, aio, late, maps, memory, process, threads};
@@ -38,6 +39,8 @@ pub struct Subject {
     pub has_flags: bool,
     /// Address and content of its vDSO, which are to go to the image when it runs.
     pub vdso: Option<(u64, Vec<u8>)>,
+    /// A thread that seems to have restricted itself.
+    restricted: Option<i32>,
 }
 
 impl Subject {
@@ -120,6 +123,7 @@ pub fn look(
             copied: HashSet::new(),
             has_flags: false,
             vdso: None,
+            restricted: None,
         });
     }
     let socket_list = sockets.finish(&mut |sockets, fd| files.adopt(fd, tables, sockets))?;
@@ -145,6 +149,7 @@ pub fn look(
 pub fn ask(
     subjects: &mut [Subject],
     holds: &Holds,
+    landlock: &Landlock,
     wanted: Twin,
     sink: &dyn Sink,
     report: &mut Report,
@@ -152,7 +157,7 @@ pub fn ask(
     let mut batches = Vec::new();
     for (s, hold) in subjects.iter_mut().zip(holds) {
         let Some(held) = hold else { continue };
-        let (batch, cloned) = ask_one(s, held, wanted, sink)?;
+        let (batch, cloned) = ask_one(s, held, landlock, wanted, sink)?;
         let (copy, heir) = match cloned {
             Cloned::Copy(twin) if wanted == Twin::Heir => (None, Some(twin)),
             Cloned::Copy(copy) => (Some(copy), None),
@@ -195,6 +200,9 @@ pub fn ask(
         if s.queries.has_keys {
             return refuse("a keyring of its own (keyctl(2), @p or @t)");
         }
+        if let Some(tid) = s.restricted {
+            landlock.refuse(&s.process, tid)?;
+        }
     }
     Ok(())
 }
@@ -202,6 +210,7 @@ pub fn ask(
 fn ask_one<'a>(
     s: &mut Subject,
     held: &'a HeldProcess,
+    landlock: &Landlock,
     wanted: Twin,
     sink: &dyn Sink,
 ) -> Result<(Batch<'a>, Cloned)> {
@@ -230,6 +239,7 @@ fn ask_one<'a>(
     let tail = held.tail();
     let mappings = p.vmas.iter().filter(|v| !v.is_kernel());
     s.queries.mappings = mappings.map(|v| v.start).collect();
+    s.queries.probe = landlock.probe();
     let area = s.queries.area();
     let at = hole(&p.vmas, area.len)
         .with_context(|| format!("process {pid} has no room for {} bytes", area.len))?;
@@ -253,7 +263,9 @@ fn ask_one<'a>(
         Cloned::Copy(_) if wanted == Twin::Copy => s.vdso = Some(vdso),
         _ => sink.put(p.space, vdso.0, &vdso.1)?,
     }
-    let mut answers = vec![s.queries.answers(&batch, p)?];
+    let mut leader = s.queries.answers(&batch, p)?;
+    queries::restrictions(&mut leader, held.leader(), landlock);
+    let mut answers = vec![leader];
     if p.lock_future != 0 {
         // How, our own new mapping tells.
         let via = held.via();
@@ -266,10 +278,13 @@ fn ask_one<'a>(
     }
     for t in held.threads.iter().skip(1) {
         let leader = answers.first().context("a batch gave no answer")?;
-        answers.push(queries::of_thread(&batch, t, leader)?);
+        answers.push(queries::of_thread(&batch, t, leader, landlock)?);
     }
     for (t, a) in p.threads.iter_mut().zip(&answers) {
         threads::complete(t, a);
+        if a.restricted {
+            s.restricted.get_or_insert(t.tid);
+        }
     }
     late::signals(held, p, begun)?;
     Ok((batch, cloned))

@@ -5,6 +5,7 @@ mod appointments;
 mod carry;
 pub mod files;
 mod hold;
+mod landlock;
 mod late;
 mod look;
 mod maps;

@@ -2,13 +2,15 @@
 
 use anyhow::{Context, Result};
 
+use super::landlock::Landlock;
 use crate::image::memory::MemPolicy;
 use crate::image::process::Process;
 use crate::image::signals::{AltStack, ITimer, SigAction};
 use crate::kernel::arch::{Call, PAGE};
 use crate::kernel::batch::{Area, Batch, Held};
-use crate::kernel::kmem::threads::Threads;
+use crate::kernel::kmem::threads::{Look, Threads};
 use crate::kernel::kmem::{KernelMemory, policy};
+use crate::kernel::landlock;
 use crate::kernel::numa;
 
 const SIGNALS: u64 = 64;
@@ -28,7 +30,7 @@ const AT_ACTIONS: u64 = 0;
 const AT_ITIMERS: u64 = AT_ACTIONS + SIGNALS * SIGACTION_SIZE;
 const AT_SUBREAPER: u64 = AT_ITIMERS + 3 * 32;
 const AT_PDEATHSIG: u64 = AT_SUBREAPER + 8;
-const LEADER_LEN: u64 = 32;
+const LEADER_LEN: u64 = 48;
 const AT_LEADER: u64 = AT_PDEATHSIG + 8;
 const AT_TSC: u64 = AT_LEADER + LEADER_LEN;
 const AT_TIMERS: u64 = AT_TSC + 8;
@@ -48,6 +50,8 @@ pub struct Queries {
     pub has_ldt: bool,
     /// Its main thread or itself has a keyring (keyctl(2)); known once it has answered.
     pub has_keys: bool,
+    /// The process that its threads are told to look at ([`Landlock::probe`]).
+    pub probe: i32,
     /// Where its mappings begin, ascending.
     pub mappings: Vec<u64>,
 }
@@ -62,13 +66,13 @@ mod at {
     pub const MCE_KILL: usize = PRCTLS + 4;
     pub const SUBREAPER: usize = PRCTLS + 5;
     pub const BRK: usize = PRCTLS + 7;
-    pub const CHILDREN: usize = PRCTLS + 10;
-    pub const MEMBARRIER: usize = PRCTLS + 11;
-    pub const MERGE: usize = PRCTLS + 15;
-    pub const LOCKED: usize = PRCTLS + 16;
-    pub const LDT: usize = PRCTLS + 17;
-    pub const KEYS: [usize; 2] = [PRCTLS + 19, PRCTLS + 20];
-    pub const TIMERS: usize = PRCTLS + 21;
+    pub const CHILDREN: usize = PRCTLS + 11;
+    pub const MEMBARRIER: usize = PRCTLS + 12;
+    pub const MERGE: usize = PRCTLS + 16;
+    pub const LOCKED: usize = PRCTLS + 17;
+    pub const LDT: usize = PRCTLS + 18;
+    pub const KEYS: [usize; 2] = [PRCTLS + 20, PRCTLS + 21];
+    pub const TIMERS: usize = PRCTLS + 22;
 }
 
 /// What a process has registered for.
@@ -128,7 +132,7 @@ impl Queries {
         ));
         v.push(prctl(libc::PR_GET_PDEATHSIG as u64, data + AT_PDEATHSIG));
         v.push(Call::new(libc::SYS_brk, &[0]));
-        v.extend(thread_calls(data + AT_LEADER));
+        v.extend(thread_calls(self.probe, data + AT_LEADER));
         let look = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT | libc::__WALL;
         let any = libc::P_ALL as u64;
         v.push(Call::new(libc::SYS_waitid, &[any, 0, 0, look as u64, 0]));
@@ -260,6 +264,10 @@ pub struct ThreadAnswers {
     pub pdeathsig: i32,
     pub no_tsc: bool,
     pub mempolicy: Option<MemPolicy>,
+    /// It seems to have restricted itself; [`Landlock::refuse`] knows.
+    pub restricted: bool,
+    /// Its struct cred, where kernel memory can be read.
+    cred: u64,
 }
 
 impl ThreadAnswers {
@@ -274,6 +282,8 @@ impl ThreadAnswers {
                 size: word(b, 16),
             },
             clear_child_tid: word(b, 24),
+            // The second word that it is told is never 0.
+            restricted: word(b, 40) == 0,
             ..Self::default()
         }
     }
@@ -282,14 +292,13 @@ impl ThreadAnswers {
 /// The same of another thread than the leader. From the kernel's memory where we may look at it: to run calls in a
 /// thread takes it a hundred microseconds, of which programs with thousands of threads would see each.
 /// What cannot be had like that is taken to be as the main thread's `leader`: threads inherit it.
-pub fn of_thread(batch: &Batch, thread: &Held, leader: &ThreadAnswers) -> Result<ThreadAnswers> {
-    let seen = Threads::get().and_then(|kernel| {
-        kernel
-            .find(thread.tracee.tid)
-            .and_then(|t| kernel.look(t))
-            .ok()
-    });
-    match seen {
+pub fn of_thread(
+    batch: &Batch,
+    thread: &Held,
+    leader: &ThreadAnswers,
+    landlock: &Landlock,
+) -> Result<ThreadAnswers> {
+    match look(thread) {
         Some(look) => Ok(ThreadAnswers {
             altstack: look.altstack(thread.program.rsp),
             clear_child_tid: look.clear_child_tid,
@@ -299,9 +308,17 @@ pub fn of_thread(batch: &Batch, thread: &Held, leader: &ThreadAnswers) -> Result
                 0 => None,
                 at => Some(policy::read(KernelMemory::get()?, at)?),
             },
+            // Threads that have never changed theirs share them.
+            restricted: match look.cred {
+                cred if cred == leader.cred => leader.restricted,
+                cred => landlock.of(cred),
+            },
+            cred: look.cred,
         }),
         None => {
-            let data = batch.in_thread(thread, ThreadAnswers::LEN, &thread_calls)?;
+            let probe = landlock.probe();
+            let calls = |data| thread_calls(probe, data);
+            let data = batch.in_thread(thread, ThreadAnswers::LEN, &calls)?;
             Ok(ThreadAnswers {
                 no_tsc: leader.no_tsc,
                 mempolicy: leader.mempolicy.clone(),
@@ -311,16 +328,33 @@ pub fn of_thread(batch: &Batch, thread: &Held, leader: &ThreadAnswers) -> Result
     }
 }
 
+/// Adds to what the leader's own calls gave what kernel memory tells of its restrictions.
+pub fn restrictions(leader: &mut ThreadAnswers, thread: &Held, landlock: &Landlock) {
+    if let Landlock::Seen(_) = landlock
+        && let Some(look) = look(thread)
+    {
+        leader.cred = look.cred;
+        leader.restricted = landlock.of(look.cred);
+    }
+}
+
+fn look(thread: &Held) -> Option<Look> {
+    let kernel = Threads::get()?;
+    let task = kernel.find(thread.tracee.tid).ok()?;
+    kernel.look(task).ok()
+}
+
 /// Bytes of the answer to get_mempolicy(2).
 fn policy_len(words: usize) -> u64 {
     8 + 8 * words as u64
 }
 
-/// sigaltstack and PR_GET_TID_ADDRESS, with their results at `data`.
-fn thread_calls(data: u64) -> [Call; 2] {
+/// sigaltstack, PR_GET_TID_ADDRESS and a look at `probe`, with their results at `data`.
+fn thread_calls(probe: i32, data: u64) -> [Call; 3] {
     [
         Call::new(libc::SYS_sigaltstack, &[0, data]),
         Call::new(libc::SYS_prctl, &[PR_GET_TID_ADDRESS, data + 24, 0, 0, 0]),
+        landlock::look_at(probe, data + 32),
     ]
 }
 

@@ -12,6 +12,7 @@ use nix::unistd::Pid;
 
 use super::files::Order;
 use super::hold::HeldProcess;
+use super::landlock::Landlock;
 use super::look::{self, Holds, Looked, Subject};
 use super::maps::Flags;
 use super::semaphores::Semaphores;
@@ -53,6 +54,7 @@ pub struct Session {
     /// The processes have a pid namespace of their own.
     inside: bool,
     guardian: Arc<Guardian>,
+    landlock: Landlock,
     stopped: Instant,
     /// As long as the processes stand, and are not written meanwhile.
     urgent: Option<Urgent>,
@@ -112,6 +114,7 @@ impl Session {
         let descriptors_allowed = fds::allow_all();
         appointments::prepare(&pids);
         let guardian = Guardian::start().context("starting the guardian process")?;
+        let landlock = Landlock::prepare();
         let (pids, holds, stopped) = stop_all(opts, stop_first)?;
         Ok(Self {
             looked: None,
@@ -129,6 +132,7 @@ impl Session {
             origin,
             inside,
             guardian: Arc::new(guardian),
+            landlock,
             stopped,
             urgent: Some(Urgent::new()),
             pvm: None,
@@ -189,7 +193,14 @@ impl Session {
             After::Kill if self.wants_heirs => Twin::Heir,
             After::Kill | After::Stop => Twin::None,
         };
-        look::ask(&mut subjects, &self.holds, twin, sink, &mut self.report)?;
+        look::ask(
+            &mut subjects,
+            &self.holds,
+            &self.landlock,
+            twin,
+            sink,
+            &mut self.report,
+        )?;
         let heirs = subjects.iter_mut().filter_map(|s| s.heir.take());
         self.heirs = heirs.collect();
         let is_missing = |s: &&Subject| {

@@ -28,7 +28,7 @@ use crate::image::threads::Resume;
 const PART: u64 = 32 * 1024;
 /// Pages at the end of the area: the leader's being a subreaper, and what a thread's calls write.
 const OWN: u64 = 2 * PAGE;
-/// Room for a thread's own code (two calls, the mask, the jump).
+/// Room for a thread's own code (three calls, the mask, the jump).
 const THREAD_ROOM: u64 = 400;
 /// Bytes of the vDSO's tail that a batch needs at most.
 pub const ROOM: u64 = 1040;
@@ -302,25 +302,20 @@ impl Batch<'_> {
         self.mem.read_vec(self.at + self.area.data + offset, len)
     }
 
-    /// Runs up to two calls in another thread of the process; `prepare` is given the address of
-    /// `len` bytes it may have written, which are returned after the results.
+    /// Runs up to three calls in another thread of the process; `prepare` is given the address of
+    /// `len` zeros it may have written to, which are returned.
     pub fn in_thread(
         &self,
         thread: &Held,
         len: usize,
-        prepare: &dyn Fn(u64) -> [Call; 2],
+        prepare: &dyn Fn(u64) -> [Call; 3],
     ) -> Result<Vec<u8>> {
         // The last page of the area: the leader's results stay as they are.
         let data = self.at + self.area.len - PAGE;
         let mask_at = leader_mask(&self.tail) + 8;
         let place = self.tail.end - THREAD_ROOM - 16;
-        let mut a = Asm::new();
-        for c in prepare(data) {
-            a.syscall(c.nr, &c.args);
-        }
-        set_mask(&mut a, mask_at);
-        let (rax, rip) = thread.regs.resume_point();
-        a.jump_to_program(&thread.regs, rax, rip);
+        let calls = prepare(data);
+        let a = thread_code(thread, &calls, mask_at);
         if a.len() as u64 > THREAD_ROOM {
             bail!(
                 "code for thread {} is {} bytes long",
@@ -328,11 +323,12 @@ impl Batch<'_> {
                 a.len()
             );
         }
+        self.mem.write(data, &vec![0; len])?;
         self.mem.write(mask_at, &thread.sigmask.to_le_bytes())?;
         self.mem.write(place, a.bytes())?;
         enter(thread, place)?;
         thread.tracee.set_options(libc::PTRACE_O_TRACESYSGOOD)?;
-        step_calls(&thread.tracee, 2)?;
+        step_calls(&thread.tracee, calls.len())?;
         park(&thread.tracee)?;
         thread.restore()?;
         self.mem.read_vec(data, len)
@@ -373,6 +369,17 @@ impl Drop for Batch<'_> {
         // It has ended, then.
         let _ = self.clean_up();
     }
+}
+
+fn thread_code(thread: &Held, calls: &[Call], mask_at: u64) -> Asm {
+    let mut a = Asm::new();
+    for c in calls {
+        a.syscall(c.nr, &c.args);
+    }
+    set_mask(&mut a, mask_at);
+    let (rax, rip) = thread.regs.resume_point();
+    a.jump_to_program(&thread.regs, rax, rip);
+    a
 }
 
 struct LeaderCode {
@@ -621,5 +628,10 @@ mod tests {
         );
         let len = code.asm.len() as u64;
         assert!(len + THREAD_ROOM + 16 <= ROOM, "{len}");
+        // What threads are told to make: sigaltstack, prctl, get_robust_list.
+        let calls = [[0, far, 0], [40, far, 0], [1 << 22, far, far]];
+        let calls = calls.map(|c| Call::new(libc::SYS_get_robust_list, &c));
+        let len = thread_code(&leader, &calls, far).len() as u64;
+        assert!(len <= THREAD_ROOM, "{len}");
     }
 }

@@ -14,6 +14,7 @@ pub mod guardian;
 pub mod journal;
 pub mod kcmp;
 pub mod kmem;
+pub mod landlock;
 pub mod lend;
 pub mod maker;
 pub mod maps;

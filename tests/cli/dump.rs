@@ -431,3 +431,60 @@ fn bytes_of_an_outsiders_pipe_that_were_not_read_are_told_of() {
     target.kill().unwrap();
     target.wait().unwrap();
 }
+
+/// Nothing shows such rules; who may not read kernel memory sees what they forbid.
+#[test]
+fn who_has_restricted_himself_is_refused_with_5_by_an_ordinary_user() {
+    if !root() {
+        return;
+    }
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs/refused_landlock.c");
+    let built = common::build_c(&source, &["-pthread".to_owned()]).unwrap();
+    for (variant, capabilities) in [
+        (Some("main"), None),
+        (Some("thread"), Some(FILE_CAPABILITIES)),
+        (None, Some(FILE_CAPABILITIES)),
+    ] {
+        let dir = temp();
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+        let Some(mut command) = as_nobody(dir.path(), capabilities) else {
+            return;
+        };
+        let mut program = Command::new("sleep");
+        if let Some(variant) = variant {
+            let copy = dir.path().join("program");
+            let done = Command::new("install").arg(&built).arg(&copy).status();
+            assert!(done.unwrap().success());
+            program = Command::new(copy);
+            program.arg(variant).current_dir(dir.path());
+        } else {
+            program.arg("1000");
+        }
+        let target = Sleeper::of(program.uid(NOBODY).gid(NOBODY));
+        if variant.is_some() {
+            let has = |name: &str| dir.path().join(name).exists();
+            wait_for("the program to be ready", LIMIT, || {
+                Ok((has("ready") || has("result")).then_some(()))
+            })
+            .unwrap();
+            if has("result") {
+                return skipped("this kernel has no Landlock, or none for us");
+            }
+        }
+        let output = command
+            .args(["dump", &target.pid(), "-o", "image"])
+            .output()
+            .unwrap();
+        match variant {
+            Some(_) => {
+                Ran(output)
+                    .ends_with(5)
+                    .says(&[&target.pid(), "landlock_restrict_self"]);
+                assert!(!dir.path().join("image").exists());
+            }
+            None => {
+                Ran(output).ends_with(0);
+            }
+        }
+    }
+}

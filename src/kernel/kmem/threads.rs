@@ -12,8 +12,8 @@ use anyhow::{Context, Result, bail};
 
 use super::btf::Btf;
 use super::{
-    CALL, EXIT, FUNC_GET_CURRENT_TASK, FUNC_PROBE_READ_KERNEL, JEQ_IMM, JGT_IMM, LD_IMM64, LDX_DW,
-    MAP_VALUE, MOV, MOV_IMM, STX_DW, fetch, insn, load, map_of, run, types,
+    CALL, EXIT, FUNC_GET_CURRENT_TASK, FUNC_PROBE_READ_KERNEL, JEQ_IMM, JGT_IMM, KernelMemory,
+    LD_IMM64, LDX_DW, MAP_VALUE, MOV, MOV_IMM, STX_DW, fetch, insn, load, map_of, run,
 };
 use crate::image::signals::AltStack;
 use crate::kernel::tsc;
@@ -23,7 +23,7 @@ const STACK: usize = 8 * 1024;
 /// x86's THREAD_SIZE. With debugging aids of the kernel it is larger, and the stack may end unseen.
 const THREAD_SIZE: i32 = 16 * 1024;
 /// What precedes the stack in what a look brings.
-const HEAD: usize = 136;
+const HEAD: usize = 144;
 const RESTART_BLOCK: usize = 56;
 /// Steps from a task to another through a file of /proc.
 const HOPS: usize = 7;
@@ -49,6 +49,8 @@ pub struct Look {
     pub no_tsc: Option<bool>,
     /// Its struct mempolicy: an address, or 0.
     pub mempolicy: u64,
+    /// Its struct cred: an address.
+    pub cred: u64,
     altstack: AltStack,
 }
 
@@ -145,6 +147,7 @@ struct TaskLayout {
     altstack_flags: u64,
     clear_child_tid: u64,
     flags: u64,
+    cred: u64,
     /// None without CONFIG_NUMA.
     mempolicy: Option<u64>,
 }
@@ -209,6 +212,7 @@ impl Layout {
                 altstack_flags: task("sas_ss_flags")?,
                 clear_child_tid: task("clear_child_tid")?,
                 flags: task("thread_info.flags")?,
+                cred: task("cred")?,
                 mempolicy: task("mempolicy"),
             },
             hops: [
@@ -239,7 +243,7 @@ impl Layout {
 }
 
 /// In what a look brings: nvcsw, stack pointer, stack, pid, state, on_cpu and flags of the alternate stack (four bytes
-/// each), restart block, alternate stack, clear_child_tid, mempolicy, flags.
+/// each), restart block, alternate stack, clear_child_tid, mempolicy, flags, cred.
 const SLEEPS: i32 = 0;
 const SP: i32 = 8;
 const BOTTOM: i32 = 16;
@@ -253,6 +257,7 @@ const ALTSTACK_SIZE: i32 = ALTSTACK + 8;
 const CLEAR_CHILD_TID: i32 = ALTSTACK + 16;
 const MEMPOLICY: i32 = ALTSTACK + 24;
 const FLAGS: i32 = ALTSTACK + 32;
+const CRED: i32 = ALTSTACK + 40;
 
 /// Reads what [`Look`] is made of. The context: the task; what the helper said.
 fn look_program(map: i32, l: &TaskLayout) -> Vec<[u8; 8]> {
@@ -278,6 +283,7 @@ fn look_program(map: i32, l: &TaskLayout) -> Vec<[u8; 8]> {
         (ALTSTACK_FLAGS, l.altstack_flags, 4),
         (CLEAR_CHILD_TID, l.clear_child_tid, 8),
         (FLAGS, l.flags, 8),
+        (CRED, l.cred, 8),
     ];
     let mempolicy = l.mempolicy.map(|at| (MEMPOLICY, at, 8));
     for (to, from, len) in fields.into_iter().chain(mempolicy) {
@@ -341,8 +347,8 @@ impl Threads {
     }
 
     fn open() -> Result<Self> {
-        let layout =
-            Layout::of(&types()?).context("this kernel keeps sleeping threads otherwise")?;
+        let layout = Layout::of(&KernelMemory::get()?.btf)
+            .context("this kernel keeps sleeping threads otherwise")?;
         let map = map_of(HEAD + STACK)?;
         let look =
             load(&look_program(map.as_raw_fd(), &layout.task)).context("bpf(BPF_PROG_LOAD)")?;
@@ -436,6 +442,7 @@ impl Threads {
             clear_child_tid: word(CLEAR_CHILD_TID as usize),
             no_tsc: self.no_tsc.map(|flag| word(FLAGS as usize) & flag != 0),
             mempolicy: word(MEMPOLICY as usize),
+            cred: word(CRED as usize),
             altstack: AltStack {
                 sp: word(ALTSTACK as usize),
                 flags: half(ALTSTACK_FLAGS) as i32,
