@@ -4,6 +4,7 @@
 
 pub mod aio;
 mod btf;
+pub mod dnotify;
 pub mod landlock;
 mod per_cpu;
 pub mod policy;

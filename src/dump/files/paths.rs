@@ -10,6 +10,8 @@ use nix::sys::stat::{major, minor};
 use super::Seen;
 use crate::dump::tables::{Tables, other_name};
 use crate::image::files::{Kind, MessageQueue};
+use crate::kernel::fds;
+use crate::kernel::kmem::{KernelMemory, dnotify};
 use crate::kernel::proc_file;
 
 /// Character devices that are the same on every machine (linux/major.h, admin-guide/devices.txt):
@@ -21,6 +23,7 @@ const MQUEUE_MAGIC: nix::sys::statfs::FsType = nix::sys::statfs::FsType(0x198002
 pub(super) fn kind(seen: &Seen<'_>, pids: &BTreeSet<i32>, tables: &mut Tables) -> Result<Kind> {
     let link = &seen.place.link;
     let file_type = seen.meta.mode() & libc::S_IFMT;
+    no_watch(seen)?;
     let same = std::fs::symlink_metadata(link)
         .is_ok_and(|m| (m.dev(), m.ino()) == (seen.meta.dev(), seen.meta.ino()));
     if same {
@@ -72,6 +75,32 @@ pub(super) fn kind(seen: &Seen<'_>, pids: &BTreeSet<i32>, tables: &mut Tables) -
     Ok(Kind::Memory { memory })
 }
 
+/// Refuses a directory that was given an owner to be told of changes (F_NOTIFY gives it one), which only kernel memory
+/// knows.
+fn no_watch(seen: &Seen<'_>) -> Result<()> {
+    let is_directory = seen.meta.mode() & libc::S_IFMT == libc::S_IFDIR;
+    if !is_directory || seen.info.flags & libc::O_PATH != 0 {
+        return Ok(());
+    }
+    let owner =
+        fds::owner(seen.own.as_fd()).with_context(|| format!("{}: F_GETOWN_EX", seen.place))?;
+    if owner.pid == 0 {
+        return Ok(());
+    }
+    let kernel = KernelMemory::get();
+    match kernel.and_then(|k| dnotify::is_watched(k, seen.own.as_fd())) {
+        Ok(false) => Ok(()),
+        Ok(true) => Err(seen.place.refuse(
+            "the program is told when this directory changes (F_NOTIFY), which cannot be carried",
+            "close it first",
+        )),
+        Err(_) => Err(seen.place.refuse(
+            "this directory has an owner, as those have of whose changes a program is told (F_NOTIFY), which cannot be carried",
+            "close it first, or run mistctl as root, who can see whether it is so",
+        )),
+    }
+}
+
 /// A character device that is no terminal.
 pub(super) fn device(seen: &Seen<'_>, pids: &BTreeSet<i32>, tables: &mut Tables) -> Result<Kind> {
     let rdev = seen.meta.rdev();
@@ -106,7 +135,7 @@ fn message_queue(seen: &Seen<'_>, pids: &BTreeSet<i32>) -> Result<Kind> {
             "let the program take that back first (mq_notify(queue, NULL))",
         ));
     }
-    let queue = crate::kernel::fds::message_queue(seen.own.as_fd()).with_context(what)?;
+    let queue = fds::message_queue(seen.own.as_fd()).with_context(what)?;
     Ok(Kind::MessageQueue(MessageQueue {
         name: seen.place.link.clone(),
         mode: seen.meta.mode() & 0o7777,
