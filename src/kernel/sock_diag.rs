@@ -54,6 +54,8 @@ pub struct InetDiag {
     pub retransmits: u8,
     /// When its timer expires, milliseconds.
     pub expires_ms: u32,
+    /// TCP, for CAP_NET_ADMIN: its segments are signed (TCP_MD5SIG).
+    pub signed: bool,
 }
 
 impl InetDiag {
@@ -196,7 +198,14 @@ impl SockDiag {
 
     /// Those whose state's bit is among `states`.
     fn inet_in(&self, family: i32, protocol: i32, states: u32) -> io::Result<Vec<InetDiag>> {
-        let mut body = vec![family as u8, protocol as u8, 0, 0];
+        // Keys come with INET_DIAG_INFO only.
+        const INFO: u8 = 1 << 1;
+        let more = if protocol == libc::IPPROTO_TCP {
+            INFO
+        } else {
+            0
+        };
+        let mut body = vec![family as u8, protocol as u8, more, 0];
         body.extend_from_slice(&states.to_ne_bytes());
         body.extend_from_slice(&[0; 48]);
         let mut all = Vec::new();
@@ -211,13 +220,16 @@ impl SockDiag {
                 shutdown: 0,
                 retransmits: m.get(3).copied().unwrap_or(0),
                 expires_ms: u32_at(m, 52),
+                signed: false,
             };
             if let Some(id) = m.get(4..52) {
                 d.id.copy_from_slice(id);
             }
             for (kind, value) in attributes(m, 72) {
-                if kind == 8 {
-                    d.shutdown = value.first().copied().unwrap_or(0);
+                match kind {
+                    8 => d.shutdown = value.first().copied().unwrap_or(0),
+                    18 => d.signed = true,
+                    _ => {}
                 }
             }
             all.push(d);

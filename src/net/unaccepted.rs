@@ -56,6 +56,16 @@ impl Reader {
         Ok(group != 0 && k.pointer(group, "sock_reuseport", "prog")? != 0)
     }
 
+    /// Whether a TCP socket has keys to sign with (TCP_MD5SIG). Kernels that cannot do so say no.
+    pub(super) fn is_signed(&self, fd: BorrowedFd<'_>) -> bool {
+        let k = &self.kernel;
+        let look = || -> Result<bool> {
+            let keys = k.pointer(self.sock(fd)?, "tcp_sock", "md5sig_info")?;
+            Ok(keys != 0 && k.pointer(keys, "tcp_md5sig_info", "head")? != 0)
+        };
+        look().unwrap_or(false)
+    }
+
     /// The buffers in the receive queue of a struct sock.
     fn queue(&self, sock: u64) -> Result<Vec<u64>> {
         self.list(self.kernel.field(sock, "sock", "sk_receive_queue")?)

@@ -90,6 +90,7 @@ pub(crate) fn read(
     let local =
         socket::local_name(&met.fd).with_context(|| format!("{}: getsockname", met.place()))?;
     no_urgent_byte(met)?;
+    no_signatures(d, met, found)?;
     let mut tcp = Tcp {
         // A socket in state CLOSE is in no table of the kernel's.
         state: found.map_or(CLOSE, |x| x.state),
@@ -165,6 +166,22 @@ pub(crate) fn read(
     let ended = tcp.state == CLOSE && tcp.shutdown != 0;
     tcp.local = (bound && !ended).then_some(Bytes(local));
     Ok(tcp)
+}
+
+/// Refuses a socket whose segments are signed. Of one that does nothing yet only kernel memory tells.
+fn no_signatures(d: &SocketDumper, met: &Met, found: Option<&InetDiag>) -> Result<()> {
+    let signed = match (found, d.unaccepted()) {
+        (Some(x), _) => x.signed,
+        (None, Ok(reader)) => reader.is_signed(met.fd.as_fd()),
+        (None, Err(_)) => false,
+    };
+    if signed {
+        return Err(Failure::Refused.because(format!(
+            "{}: what it sends is signed with a key (TCP_MD5SIG), which nobody is told, so it cannot be carried; close it first",
+            met.place()
+        )));
+    }
+    Ok(())
 }
 
 /// Where a connect that goes on leads to: getpeername does not tell yet.
