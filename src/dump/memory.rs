@@ -5,6 +5,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread;
 
 use anyhow::{Context, Result, anyhow};
 use indicatif::ProgressBar;
@@ -106,7 +107,7 @@ pub fn copy(
     let pieces = Mutex::new(Pieces::new(sources));
     let (total, failed) = (AtomicU64::new(0), AtomicBool::new(false));
     let panicked = || anyhow!("a copying thread panicked");
-    std::thread::scope(|scope| {
+    thread::scope(|scope| {
         let work = || -> Result<()> {
             let mut buffer = vec![0u8; STEP as usize];
             while !failed.load(Ordering::Relaxed) {
@@ -130,8 +131,13 @@ pub fn copy(
             }
             Ok(())
         };
-        let workers: Vec<_> = (0..WORKERS).map(|_| scope.spawn(work)).collect();
+        // As many as there may be.
+        let worker = |_| thread::Builder::new().spawn_scoped(scope, work).ok();
+        let workers: Vec<_> = (0..WORKERS).filter_map(worker).collect();
         let mut result = meanwhile();
+        if workers.is_empty() {
+            result = result.and_then(|()| work());
+        }
         if result.is_err() {
             failed.store(true, Ordering::Relaxed);
         }

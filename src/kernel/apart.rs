@@ -60,7 +60,7 @@ pub fn step_apart() -> Result<Option<Ended>> {
     waited.thread_block()?;
     let started = getpid();
     // SAFETY: mistctl has one thread here, so the child may do anything.
-    match unsafe { fork() }.context("forking")? {
+    match unsafe { fork() }.context(super::ONE_MORE)? {
         ForkResult::Child => {
             before.thread_set_mask()?;
             let _ = setsid();

@@ -73,7 +73,7 @@ pub fn step_aside(first: &mut dyn FnMut()) -> Result<(i32, OwnedFd)> {
     let pipe = || nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).context("making a pipe");
     let (alive, tracer) = pipe()?;
     let (ready, not_ready) = pipe()?;
-    match fork_silently().context("forking")? {
+    match fork_silently().context(super::ONE_MORE)? {
         // The tracer is a child of a child that ends at once.
         0 => match fork_silently() {
             Ok(0) => {

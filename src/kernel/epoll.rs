@@ -1,6 +1,7 @@
 //! epoll instances whose entries stand under chosen descriptor numbers.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::thread;
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -35,12 +36,12 @@ pub fn add(epoll: BorrowedFd<'_>, entries: &[Entry<'_>]) -> Result<()> {
     if entries.is_empty() {
         return Ok(());
     }
-    std::thread::scope(|scope| {
-        let work = scope.spawn(|| {
+    thread::scope(|scope| {
+        let work = thread::Builder::new().spawn_scoped(scope, || {
             unshare(CloneFlags::CLONE_FILES).context("unshare(CLONE_FILES)")?;
             add_here(epoll, entries)
         });
-        match work.join() {
+        match work.context(super::ONE_MORE)?.join() {
             Ok(done) => done,
             Err(_) => anyhow::bail!("the thread that fills an epoll instance panicked"),
         }

@@ -46,3 +46,6 @@ pub mod vacancy;
 pub mod vdso;
 pub mod waker;
 pub mod writeback;
+
+/// What was done when there could be no more processes, or threads; for messages.
+pub const ONE_MORE: &str = "making a process or a thread (limited by pids.max of the control group, `ulimit -u` and kernel.threads-max)";

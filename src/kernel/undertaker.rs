@@ -35,7 +35,7 @@ impl Undertaker {
     pub fn start() -> Result<Self> {
         let (read, write) = UnixStream::pair().context("making a pair of sockets")?;
         // SAFETY: mistctl has one thread here, so the child may do anything.
-        match unsafe { fork() }.context("forking")? {
+        match unsafe { fork() }.context(super::ONE_MORE)? {
             ForkResult::Child => {
                 drop(write);
                 serve(read);

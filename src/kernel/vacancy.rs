@@ -176,6 +176,7 @@ pub fn explain(id: i32, e: io::Error) -> anyhow::Error {
         Some(libc::EPERM) => {
             format!("choosing pid {id} needs CAP_CHECKPOINT_RESTORE (see `mistctl check`)")
         }
+        Some(libc::EAGAIN) => super::ONE_MORE.to_owned(),
         _ => format!("pid {id} cannot be given to a new process"),
     };
     Err::<(), _>(e)

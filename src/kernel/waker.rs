@@ -59,7 +59,7 @@ pub fn start(due: &[Due]) -> Result<()> {
     }
     // SAFETY: the child forks again and leaves; that one runs `serve` only, which allocates (glibc makes malloc usable
     // after fork) but takes no lock that another thread of ours may hold.
-    match unsafe { fork() }.context("forking")? {
+    match unsafe { fork() }.context(super::ONE_MORE)? {
         ForkResult::Child => {
             // SAFETY: as above.
             if matches!(unsafe { fork() }, Ok(ForkResult::Child)) {

@@ -75,7 +75,7 @@ impl Filler {
                     .context("blocking signals")?;
                 server.run()
             })
-            .context("starting the filling thread")?;
+            .context(crate::kernel::ONE_MORE)?;
         Ok(Self {
             image,
             words,

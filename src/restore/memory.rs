@@ -3,6 +3,7 @@
 use std::os::fd::AsFd;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 
 use anyhow::{Context, Result, anyhow, bail};
 use indicatif::ProgressBar;
@@ -127,8 +128,10 @@ pub fn share(
     let windows = Mutex::new(windows);
     let next = || Ok(windows.lock().map_err(|_| panicked())?.next());
     let each = || work(&next);
-    std::thread::scope(|scope| {
-        let others: Vec<_> = (1..WORKERS).map(|_| scope.spawn(each)).collect();
+    thread::scope(|scope| {
+        // As many as there may be.
+        let other = |_| thread::Builder::new().spawn_scoped(scope, each).ok();
+        let others: Vec<_> = (1..WORKERS).filter_map(other).collect();
         let mut result = each();
         for other in others {
             result = result.and(other.join().unwrap_or_else(|_| Err(panicked())));

@@ -52,7 +52,7 @@ impl Understudy {
             // Nobody can be told of errors: the undertaker ends what cannot be filled.
             let _ = part.play();
         })
-        .context("forking")?;
+        .context(crate::kernel::ONE_MORE)?;
         Ok((Self { pid, part }, journal))
     }
 

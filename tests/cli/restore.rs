@@ -392,3 +392,107 @@ fn a_restore_may_have_as_many_descriptors_as_the_hard_limit_allows() {
     assert_eq!(open(), before);
     kill(Pid::from_raw(target.0.id() as i32), Signal::SIGKILL).unwrap();
 }
+
+/// A control group of our own that limits processes, in either version. What is left in it is killed.
+struct Few(PathBuf);
+
+impl Few {
+    fn new() -> Option<Self> {
+        let mounts = fs::read_to_string("/proc/mounts").unwrap();
+        let mounts = mounts.lines().map(|l| l.split(' ').collect::<Vec<_>>());
+        let of_pids = |m: &Vec<&str>| match m.get(2..4) {
+            Some(&["cgroup", options]) => options.split(',').any(|o| o == "pids"),
+            Some(&["cgroup2", _]) => {
+                fs::read_to_string(Path::new(m[1]).join("cgroup.subtree_control"))
+                    .is_ok_and(|c| c.split_whitespace().any(|c| c == "pids"))
+            }
+            _ => false,
+        };
+        let root = mounts.into_iter().find(of_pids)?.get(1)?.to_string();
+        let me = Self(Path::new(&root).join(format!("mist-test-few-{}", std::process::id())));
+        fs::create_dir(&me.0).ok()?;
+        Some(me)
+    }
+
+    fn allow(&self, most: &str) {
+        fs::write(self.0.join("pids.max"), most).unwrap();
+    }
+
+    fn members(&self) -> Vec<i32> {
+        let pids = fs::read_to_string(self.0.join("cgroup.procs")).unwrap();
+        pids.lines().filter_map(|l| l.parse().ok()).collect()
+    }
+
+    fn is_left(&self) {
+        wait_for("all that is in it to end", LIMIT, || {
+            Ok(self.members().is_empty().then_some(()))
+        })
+        .unwrap();
+    }
+
+    fn kill(&self) {
+        for pid in self.members() {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        self.is_left();
+    }
+}
+
+impl Drop for Few {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+#[test]
+fn where_too_few_processes_may_be_nothing_is_left_behind() {
+    if !engine() {
+        return;
+    }
+    let Some(few) = Few::new() else {
+        return skipped("control groups that limit processes cannot be made here");
+    };
+    let dir = temp();
+    let image = dir.path().join("i");
+    let threads = "import threading, time
+for i in range(5): threading.Thread(target=time.sleep, args=(1000,)).start()
+open('ready', 'w').close()
+time.sleep(1000)";
+    let mut target = Sleeper::of(
+        Command::new("python3")
+            .args(["-c", threads])
+            .current_dir(&dir),
+    );
+    wait_for("its threads", LIMIT, || {
+        Ok(dir.path().join("ready").exists().then_some(()))
+    })
+    .unwrap();
+    run(&["dump", "--kill", &target.pid(), "-o", path(&image)]).ends_with(0);
+    target.0.wait().unwrap();
+    let restore = || {
+        let enter = format!("echo $$ >{}/cgroup.procs && exec \"$@\"", path(&few.0));
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", &enter, "sh", env!("CARGO_BIN_EXE_mistctl")])
+            .args(["restore", "--detach", path(&image)])
+            .stdin(Stdio::null());
+        Ran(command.output().unwrap())
+    };
+    let mut refused = 0;
+    for most in 1..20 {
+        few.allow(&most.to_string());
+        let ran = restore();
+        if ran.0.status.success() {
+            break;
+        }
+        ran.ends_with(125).says(&["limit", "pids.max"]);
+        few.is_left();
+        refused += 1;
+    }
+    // It has six threads.
+    assert!(refused >= 6, "{refused}");
+    few.kill();
+    few.allow("max");
+    restore().ends_with(0);
+    few.kill();
+}

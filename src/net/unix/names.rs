@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use anyhow::{Context, Result, bail};
 
@@ -13,8 +14,13 @@ use crate::kernel::socket;
 
 /// Runs `f` in a thread of its own, whose directory and mounts it may change.
 pub(super) fn aside<T: Send>(f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    std::thread::scope(|scope| scope.spawn(f).join())
-        .unwrap_or_else(|_| bail!("a helping thread panicked"))
+    thread::scope(|scope| {
+        let helper = thread::Builder::new().spawn_scoped(scope, f);
+        let helper = helper.context(crate::kernel::ONE_MORE)?;
+        helper
+            .join()
+            .unwrap_or_else(|_| bail!("a helping thread panicked"))
+    })
 }
 
 pub(super) fn path(bytes: &[u8]) -> &Path {
