@@ -123,12 +123,16 @@ pub fn parsed<T: FromRead>(path: String) -> ProcResult<T> {
 mod tests {
     #[test]
     fn what_it_reads_is_what_is_there() {
+        // The last is long, and changes with what the kernel loads.
         for path in ["/proc/self/auxv", "/proc/self/limits", "/proc/kallsyms"] {
-            assert_eq!(
-                super::read(path).unwrap(),
-                std::fs::read(path).unwrap(),
-                "{path}"
-            );
+            let right = (0..1000).any(|_| {
+                let before = std::fs::read(path).unwrap();
+                let read = super::read(path).unwrap();
+                let unchanged = before == std::fs::read(path).unwrap();
+                assert!(!unchanged || read == before, "{path}");
+                unchanged
+            });
+            assert!(right, "{path} never stays the same");
         }
         assert!(super::read("/proc/nothing").is_err());
     }
