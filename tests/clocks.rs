@@ -12,27 +12,15 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 /// Makes an image look as if another boot had made it, whose clocks were `ahead` seconds before ours.
 fn pretend_another_boot(image: &Path, ahead: i128) -> Result<()> {
-    let path = image.join("manifest.json");
-    let mut manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(&path)?)?;
-    let origin = manifest.get_mut("origin").context("no origin")?;
-    origin["boot_id"] = "00000000-0000-4000-8000-000000000000".into();
-    for clock in ["monotonic_ns", "boottime_ns"] {
-        let now = origin[clock].as_i64().context("no clock")?;
-        origin[clock] = (now + (ahead * 1_000_000_000) as i64).into();
-    }
-    let text = serde_json::to_vec(&manifest)?;
-    std::fs::write(&path, &text)?;
-    let hash = blake3::hash(&text).to_hex();
-    let sums = image.join("checksums");
-    let lines: Vec<String> = std::fs::read_to_string(&sums)?
-        .lines()
-        .map(|l| match l.split_once("  ") {
-            Some((_, "manifest.json")) => format!("{hash}  manifest.json\n"),
-            _ => format!("{l}\n"),
-        })
-        .collect();
-    std::fs::write(&sums, lines.concat())?;
-    Ok(())
+    common::change_manifest(image, |manifest| {
+        let origin = manifest.get_mut("origin").context("no origin")?;
+        origin["boot_id"] = "00000000-0000-4000-8000-000000000000".into();
+        for clock in ["monotonic_ns", "boottime_ns"] {
+            let now = origin[clock].as_i64().context("no clock")?;
+            origin[clock] = (now + (ahead * 1_000_000_000) as i64).into();
+        }
+        Ok(())
+    })
 }
 
 #[test]

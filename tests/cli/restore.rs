@@ -496,3 +496,67 @@ time.sleep(1000)";
     restore().ends_with(0);
     few.kill();
 }
+
+#[test]
+fn nodes_that_are_missing_are_a_warning() {
+    if !engine() {
+        return;
+    }
+    let dir = temp();
+    let (target, image) = killed(&dir);
+    drop(target);
+    const MPOL_BIND: u32 = 2;
+    common::change_manifest(&image, |manifest| {
+        manifest["processes"][0]["threads"][0]["mempolicy"] =
+            serde_json::json!({"mode": MPOL_BIND, "nodes": [1u64 << 63]});
+        Ok(())
+    })
+    .unwrap();
+    let ran = run(&["restore", "--detach", path(&image)])
+        .ends_with(0)
+        .says(&["nodes", "set_mempolicy"]);
+    kill(
+        Pid::from_raw(ran.out().trim().parse().unwrap()),
+        Signal::SIGKILL,
+    )
+    .unwrap();
+}
+
+/// There a context for one request has a ring that is as long as one for many is here.
+#[test]
+fn a_ring_of_a_machine_with_more_processors_gets_as_long_as_it_was() {
+    if !engine() || !root() {
+        return;
+    }
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs/aio.c");
+    let program = common::build_c(&source, &["-pthread".to_owned()]).unwrap();
+    let dir = temp();
+    let image = dir.path().join("i");
+    let mut target = Sleeper::of(Command::new(program).arg("many").current_dir(&dir));
+    let has = |name: &str| dir.path().join(name).exists();
+    wait_for("the program to be ready", LIMIT, || {
+        Ok((has("ready") || has("result")).then_some(()))
+    })
+    .unwrap();
+    if has("result") {
+        return skipped("this kernel has no asynchronous I/O");
+    }
+    run(&["dump", "--kill", &target.pid(), "-o", path(&image)]).ends_with(0);
+    target.0.wait().unwrap();
+    common::change_manifest(&image, |manifest| {
+        let mappings = manifest["processes"][0]["vmas"].as_array_mut();
+        let rings = mappings.into_iter().flatten();
+        for ring in rings.filter(|v| v["backing"]["kind"] == "aio") {
+            ring["backing"]["ring"]["requests"] = 1.into();
+        }
+        Ok(())
+    })
+    .unwrap();
+    run(&["restore", "--detach", path(&image)]).ends_with(0);
+    fs::write(dir.path().join("go"), "").unwrap();
+    let result = wait_for("its verdict", LIMIT, || {
+        Ok(fs::read_to_string(dir.path().join("result")).ok())
+    })
+    .unwrap();
+    assert!(result.starts_with("PASS\n"), "{result}");
+}

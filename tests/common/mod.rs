@@ -25,6 +25,27 @@ pub fn mistctl() -> Command {
     command
 }
 
+/// Changes what an image says, checksums and all.
+pub fn change_manifest(
+    image: &Path,
+    change: impl FnOnce(&mut serde_json::Value) -> Result<()>,
+) -> Result<()> {
+    let path = image.join("manifest.json");
+    let mut manifest = serde_json::from_slice(&fs::read(&path)?)?;
+    change(&mut manifest)?;
+    let text = serde_json::to_vec(&manifest)?;
+    fs::write(&path, &text)?;
+    let hash = blake3::hash(&text).to_hex();
+    let sums = image.join("checksums");
+    let line = |l: &str| match l.split_once("  ") {
+        Some((_, "manifest.json")) => format!("{hash}  manifest.json\n"),
+        _ => format!("{l}\n"),
+    };
+    let lines: String = fs::read_to_string(&sums)?.lines().map(line).collect();
+    fs::write(&sums, lines)?;
+    Ok(())
+}
+
 /// The folder in which everything built for tests is kept between runs.
 pub fn build_dir() -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).join("programs")
