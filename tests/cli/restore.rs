@@ -478,20 +478,12 @@ time.sleep(1000)";
             .stdin(Stdio::null());
         Ran(command.output().unwrap())
     };
-    let mut refused = 0;
-    for most in 1..20 {
-        few.allow(&most.to_string());
-        let ran = restore();
-        if ran.0.status.success() {
-            break;
-        }
-        ran.ends_with(125).says(&["limit", "pids.max"]);
-        few.is_left();
-        refused += 1;
-    }
     // It has six threads.
-    assert!(refused >= 6, "{refused}");
-    few.kill();
+    for most in [2, 4, 5] {
+        few.allow(&most.to_string());
+        restore().ends_with(125).says(&["limit", "pids.max"]);
+        few.is_left();
+    }
     few.allow("max");
     restore().ends_with(0);
     few.kill();
