@@ -41,11 +41,23 @@ impl Proof {
         }
     }
 
+    /// Whether the pvmd has written to it.
+    ///
+    /// # Errors
+    /// When nobody could: there is no room.
     pub(super) fn given(&self) -> Result<bool> {
         let meta = self
             .file
             .metadata()
             .with_context(|| format!("{}: fstat", self.path.display()))?;
+        if meta.len() == 0 {
+            (&self.file).write_all(b"m").with_context(|| {
+                format!(
+                    "the pvmd cannot write to {}, nor can we",
+                    self.path.display()
+                )
+            })?;
+        }
         Ok(meta.len() > 0)
     }
 }
