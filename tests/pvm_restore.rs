@@ -3,6 +3,8 @@
 #[path = "pvm_restore/anew.rs"]
 mod anew;
 mod common;
+#[path = "pvm_restore/deaths.rs"]
+mod deaths;
 #[path = "pvm_restore/parking.rs"]
 mod parking;
 #[path = "testhosts/scene.rs"]
@@ -65,6 +67,22 @@ fn main() -> ExitCode {
         (
             "so_they_do_when_agents_end_while_it_is_saved",
             away_without_agents,
+        ),
+        (
+            "what_is_sent_is_not_lost_when_an_agent_ends_while_gates_open",
+            deaths::agent_of_the_target,
+        ),
+        (
+            "all_gates_open_though_who_restores_it_has_ended",
+            deaths::restore_that_is_done,
+        ),
+        (
+            "a_restore_that_is_killed_leaves_the_task_away",
+            deaths::restore_that_has_begun,
+        ),
+        (
+            "a_task_that_is_killed_on_its_way_is_still_away",
+            deaths::lander,
         ),
         (
             "what_others_print_goes_to_a_collector_that_came_back",
@@ -268,6 +286,7 @@ fn away(scene: &Scene) -> Result<()> {
     let image = scene.dump("h1", pid, "image", "--kill --away")?;
     let gone = scene.hosts.exec("h1", &format!("kill -0 {pid}"));
     ensure!(gone.is_err(), "it lives");
+    is_listed_as_away(scene, v, Some(&image))?;
     for (actor, host) in [(&mut boss, "h0"), (&mut other, "h1")] {
         let pid = actor.pid();
         actor.tell(&format!("send {v:x} 7 {host}"));
@@ -282,6 +301,7 @@ fn away(scene: &Scene) -> Result<()> {
     });
     let done = both.iter().filter(|r| r.is_ok()).count();
     ensure!(done == 1, "{both:?}");
+    is_listed_as_away(scene, v, None)?;
     ensure!(boss.answer() == "0" && other.answer() == "0");
     let got: Vec<String> = (0..3).map(|_| worker.ask("recv -1 7")).collect();
     ensure!(got[0].contains("text before"), "{got:?}");
@@ -293,6 +313,30 @@ fn away(scene: &Scene) -> Result<()> {
     ensure!(boss.ask("notice 66").contains(&format!("{v:x}")));
     boss.leave();
     other.leave();
+    Ok(())
+}
+
+/// Whether `mistctl ps` says, on both hosts, that the task is away, and where its image is; or that it is there.
+fn is_listed_as_away(scene: &Scene, v: u32, image: Option<&Path>) -> Result<()> {
+    for host in ["h0", "h1"] {
+        let ps = format!("{} ps --json", scene.mistctl.path());
+        let listing: Value = serde_json::from_str(&scene.hosts.exec(host, &ps)?)?;
+        let tasks = listing["tasks"].as_array().context("no tasks")?;
+        let mut rows = (tasks.iter()).filter(|row| row["virtual_tid"] == format!("t{v:x}"));
+        let row = rows.next().context("it is not listed")?;
+        ensure!(rows.next().is_none(), "it is listed twice: {tasks:?}");
+        ensure!((row["state"] == "away") == image.is_some(), "{row}");
+        let Some(image) = image else { continue };
+        ensure!(row["image"] == image.to_string_lossy().as_ref(), "{row}");
+        ensure!(row["saved_on"] == "h1" && row["since"].is_u64(), "{row}");
+        let program = row["program"].as_str().unwrap_or_default();
+        ensure!(program.ends_with("/actor") && row["pid"].is_null(), "{row}");
+    }
+    // It cannot be moved, and who tries is told why.
+    if image.is_some() {
+        let said = scene.migrate(v, "h0").unwrap_err().to_string();
+        ensure!(said.contains("is away"), "{said}");
+    }
     Ok(())
 }
 

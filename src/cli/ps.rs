@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
 
@@ -9,6 +10,7 @@ use anyhow::Context;
 use mistctl::error::Failure;
 use mistctl::pvm::agent::control::{Answer, Request};
 use mistctl::pvm::agent::{self, Caller};
+use mistctl::pvm::away::Note;
 use mistctl::pvm::client::{Client, Pvmd};
 use mistctl::pvm::local::{self, Doing, Seen, Shim};
 use mistctl::pvm::shimabi::place;
@@ -26,7 +28,8 @@ use super::out;
 /// can be moved; "no" for one that was started without the shim (use `mistctl pvm start`, or `mistctl exec`); "static"
 /// for a program into which libpvm was linked (link it with the shared libpvm3 instead); "unknown" for a libpvm that
 /// the shim does not know. STATE is receiving, sending, held (it waits to send to a task that moves), moving, running,
-/// sleeping, waiting, stopped, traced or zombie. FOR is how long the task has been where it is.
+/// sleeping, waiting, stopped, traced, zombie, or away (saved by `dump --kill --away`, and not restored yet; a line below
+/// says where its image is). FOR is how long the task has been where it is, or away.
 ///
 /// What other hosts see of their tasks their agents tell, which are started for it when they are not there. "-" is what
 /// is not known. A host that does not answer is named ("silent" in JSON).
@@ -48,10 +51,11 @@ struct Listing {
 #[derive(Debug, Serialize)]
 struct Row {
     virtual_tid: Tid,
-    tid: Tid,
+    /// None of one that is away; so are host and pid.
+    tid: Option<Tid>,
     parent: Option<Tid>,
-    host: String,
-    pid: i32,
+    host: Option<String>,
+    pid: Option<i32>,
     program: Option<String>,
     memory: Option<u64>,
     shim: Option<Shim>,
@@ -61,6 +65,9 @@ struct Row {
     direct_route: Option<bool>,
     /// It was let have direct routes.
     direct_allowed: Option<bool>,
+    /// Of one that is away: the host on which it was saved, and its image there.
+    saved_on: Option<String>,
+    image: Option<PathBuf>,
 }
 
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
@@ -84,11 +91,18 @@ fn list() -> anyhow::Result<Listing> {
         elsewhere = seen_elsewhere(&mut client, &hosts);
         tasks = client.tasks(Tid::NONE)?;
     }
-    client.exit()?;
     // One that is just enrolling has no tid yet.
     tasks.retain(|task| task.tid.is_task() && task.tid != own);
     let table = table_of(&pvmd)?;
     let mut rows = Vec::new();
+    for entry in table.iter().flat_map(|table| table.entries()) {
+        if entry.is_away() && tasks.iter().all(|task| task.tid.0 != entry.r) {
+            // Without it there is less to tell.
+            let note = Note::of(&mut client, Tid(entry.v)).unwrap_or(None);
+            rows.push(away(Tid(entry.v), note));
+        }
+    }
+    client.exit()?;
     for task in &tasks {
         let seen = match task.host.host() == own.host() {
             true => local::seen(task)?,
@@ -181,6 +195,35 @@ pub fn table_of(pvmd: &Pvmd) -> anyhow::Result<Option<Mapped>> {
     Ok(Some(map))
 }
 
+/// What is known of a task that is away.
+fn away(v: Tid, note: Option<Note>) -> Row {
+    let (program, since, saved_on, image) = match note {
+        Some(note) => (
+            Some(note.program).filter(|name| !name.is_empty()),
+            Some(note.since),
+            Some(note.host),
+            Some(note.image),
+        ),
+        None => (None, None, None, None),
+    };
+    Row {
+        virtual_tid: v,
+        tid: None,
+        parent: None,
+        host: None,
+        pid: None,
+        program,
+        memory: None,
+        shim: None,
+        state: Some(Doing::Away),
+        since,
+        direct_route: None,
+        direct_allowed: None,
+        saved_on,
+        image,
+    }
+}
+
 /// What is known of a task; none for those that are mist's own.
 fn row(task: &Task, hosts: &[Host], seen: Option<&Seen>, table: Option<&Mapped>) -> Option<Row> {
     let in_table = table.and_then(|table| table.v_of(task.tid.0)).map(Tid);
@@ -200,10 +243,10 @@ fn row(task: &Task, hosts: &[Host], seen: Option<&Seen>, table: Option<&Mapped>)
         virtual_tid: in_table
             .or(seen.and_then(|s| s.virtual_tid.map(Tid)))
             .unwrap_or(task.tid),
-        tid: task.tid,
+        tid: Some(task.tid),
         parent: task.parent.is_task().then_some(task.parent),
-        host: host.map_or_else(|| task.host.to_string(), |host| host.name.clone()),
-        pid: task.pid,
+        host: Some(host.map_or_else(|| task.host.to_string(), |host| host.name.clone())),
+        pid: Some(task.pid),
         program: seen
             .and_then(|s| s.program.clone())
             .or_else(|| Some(task.program.clone()).filter(|name| !name.is_empty())),
@@ -217,6 +260,8 @@ fn row(task: &Task, hosts: &[Host], seen: Option<&Seen>, table: Option<&Mapped>)
         since: seen.map(|s| s.since),
         direct_route: seen.map(|s| s.direct_route),
         direct_allowed: seen.map(|s| s.direct_allowed),
+        saved_on: None,
+        image: None,
     })
 }
 
@@ -233,9 +278,9 @@ fn text(listing: &Listing, now: SystemTime) -> String {
     for row in &listing.tasks {
         lines.push([
             row.virtual_tid.to_string(),
-            row.tid.to_string(),
-            row.host.clone(),
-            row.pid.to_string(),
+            row.tid.map_or_else(dash, |tid| tid.to_string()),
+            row.host.clone().unwrap_or_else(dash),
+            row.pid.map_or_else(dash, |pid| pid.to_string()),
             row.memory.map_or_else(dash, out::bytes),
             row.shim.map_or_else(dash, word),
             row.state.map_or_else(dash, word),
@@ -261,6 +306,15 @@ fn text(listing: &Listing, now: SystemTime) -> String {
     }
     for row in &listing.tasks {
         let tid = row.virtual_tid;
+        if let (Some(image), Some(host)) = (&row.image, &row.saved_on) {
+            let image = out::shown(&image.to_string_lossy());
+            let _ = writeln!(
+                t,
+                "{tid}: its partners wait until it is restored (`mistctl restore {image}` on {host})"
+            );
+        } else if row.state == Some(Doing::Away) {
+            let _ = writeln!(t, "{tid}: its partners wait until it is restored");
+        }
         if row.direct_allowed == Some(true) {
             let _ = writeln!(
                 t,
@@ -301,10 +355,10 @@ mod tests {
     fn listing() -> Listing {
         let here = Row {
             virtual_tid: Tid(0x80001),
-            tid: Tid(0x40003),
+            tid: Some(Tid(0x40003)),
             parent: None,
-            host: "h0".to_owned(),
-            pid: 17,
+            host: Some("h0".to_owned()),
+            pid: Some(17),
             program: Some("/x/heat".to_owned()),
             memory: Some(3 << 20),
             shim: Some(Shim::Yes),
@@ -312,12 +366,14 @@ mod tests {
             since: Some(100),
             direct_route: Some(true),
             direct_allowed: Some(false),
+            saved_on: None,
+            image: None,
         };
         let there = Row {
             virtual_tid: Tid(0x80002),
-            tid: Tid(0x80002),
-            host: "h1".to_owned(),
-            pid: 18,
+            tid: Some(Tid(0x80002)),
+            host: Some("h1".to_owned()),
+            pid: Some(18),
             program: None,
             memory: None,
             shim: None,
@@ -325,6 +381,8 @@ mod tests {
             since: None,
             direct_route: None,
             direct_allowed: None,
+            saved_on: None,
+            image: None,
             parent: Some(Tid(0x80001)),
         };
         Listing {
@@ -348,6 +406,31 @@ mod tests {
         assert_eq!(lines[1].join(" "), here);
         assert_eq!(lines[2].join(" "), "t80002 t80002 h1 18 - - - - -");
         assert!(text.contains("t80001: asked for PvmRouteDirect"), "{text}");
+    }
+
+    #[test]
+    fn who_is_away_is_listed_with_the_image() {
+        let note = Note {
+            program: "/x/heat".to_owned(),
+            host: "h1".to_owned(),
+            image: "/y/task.img".into(),
+            since: 100,
+        };
+        let mut listing = listing();
+        listing.tasks = vec![away(Tid(0x80001), Some(note)), away(Tid(0x80002), None)];
+        let text = text(&listing, SystemTime::UNIX_EPOCH + Duration::from_secs(300));
+        let words: Vec<&str> = text.split_whitespace().collect();
+        let text = words.join(" ");
+        assert!(
+            text.contains("t80001 - - - - - away 3 min /x/heat"),
+            "{text}"
+        );
+        assert!(text.contains("t80002 - - - - - away - -"), "{text}");
+        assert!(
+            text.contains("`mistctl restore /y/task.img` on h1"),
+            "{text}"
+        );
+        assert!(text.contains("t80002: its partners wait"), "{text}");
     }
 
     #[test]

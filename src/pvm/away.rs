@@ -1,10 +1,12 @@
 //! A task that is saved, ends, and is to come back: its partners wait for it meanwhile, on all hosts.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use pvm_abi::NOOP_MARKER;
 use pvm_abi::block::flag;
+use serde::{Deserialize, Serialize};
 
 use crate::dump::Session;
 use crate::kernel::proc_file;
@@ -14,6 +16,7 @@ use crate::pvm::capture::Task;
 use crate::pvm::client::Client;
 use crate::pvm::connection::Raised;
 use crate::pvm::flush;
+use crate::pvm::mailbox::{OVERWRITABLE, PERSISTENT, packed, unpacked};
 use crate::pvm::tid::Tid;
 
 /// How long an agent may take.
@@ -24,6 +27,51 @@ const BYTES_A_MS: u64 = 20_000;
 
 /// How long a task may take for its end, until it counts as one that was not ended: much memory takes its time.
 const DYING_MS: u64 = 30_000;
+
+/// What people want to know of a task that is away: an entry of the mailbox that outlives who puts it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Note {
+    /// The program's path.
+    pub program: String,
+    /// Where it was.
+    pub host: String,
+    /// Its image, on that host.
+    pub image: PathBuf,
+    /// Since when, seconds since 1970.
+    pub since: u64,
+}
+
+impl Note {
+    fn name(v: Tid) -> String {
+        format!("mist.away.{v}")
+    }
+
+    /// Of a task; none if there is none that can be read.
+    ///
+    /// # Errors
+    /// When the pvmd does not answer.
+    pub fn of(client: &mut Client, v: Tid) -> Result<Option<Note>> {
+        let message = client.mailbox_get(&Self::name(v), 0)?;
+        Ok(message.and_then(|m| serde_json::from_slice(unpacked(&m)?).ok()))
+    }
+
+    fn put(&self, client: &mut Client, v: Tid) -> Result<()> {
+        let (own, flags) = (client.tid(), PERSISTENT | OVERWRITABLE);
+        let mut json = serde_json::to_vec(self).context("JSON")?;
+        // A pvmd keeps whole words.
+        json.resize(json.len().next_multiple_of(4), b' ');
+        client
+            .mailbox_put(own, &Self::name(v), 0, flags, &packed(own, &json))
+            .map(drop)
+    }
+
+    /// The task is there again.
+    pub fn remove(client: &mut Client, v: Tid) {
+        // Without an entry in the tables it says nothing.
+        let own = client.tid();
+        let _ = client.mailbox_remove(own, &Self::name(v), 0);
+    }
+}
 
 /// The gates of one task, closed everywhere.
 pub struct Away {
@@ -114,7 +162,9 @@ impl Away {
     ///
     /// # Errors
     /// When an agent does not answer.
-    pub fn saved(&self, client: &mut Client) -> Result<()> {
+    pub fn saved(&self, client: &mut Client, note: &Note) -> Result<()> {
+        // It is for people only.
+        let _ = note.put(client, self.v);
         let close = Request::CloseGate {
             v: self.v.0,
             from: self.r.0,
@@ -142,6 +192,7 @@ impl Away {
 
     /// Opens the gates; `why` the task was not saved, which it returns.
     pub fn call_off(&self, client: &mut Client, why: anyhow::Error) -> anyhow::Error {
+        Note::remove(client, self.v);
         let open = Request::OpenGate {
             v: self.v.0,
             r: self.r.0,

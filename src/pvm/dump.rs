@@ -1,14 +1,14 @@
 //! `mistctl dump` of a PVM task: the dump of a process, at a quiet point, with what PVM knows of it.
 
 use std::cell::RefCell;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use anyhow::Result;
 
 use crate::dump::{self, Options, Report, Session, Sink};
 use crate::error::Failure;
 use crate::image::ImageWriter;
-use crate::pvm::away::Away;
+use crate::pvm::away::{Away, Note};
 use crate::pvm::capture::Task;
 use crate::pvm::client::Client;
 use crate::pvm::contexts;
@@ -95,6 +95,7 @@ fn save(
     // Its socket's buffers stay large until it has ended.
     let mut raised = None;
     let client = RefCell::new(client);
+    let (program, host) = (RefCell::default(), RefCell::default());
     let mut look = |session: &mut Session, sink: &dyn Sink| {
         let client = &mut *client.borrow_mut();
         if let Some(away) = away {
@@ -102,6 +103,8 @@ fn save(
         }
         let mut captured = task.capture(session, client, sink)?.task;
         captured.away = away.is_some();
+        program.replace(captured.program.clone());
+        host.replace(captured.host.clone());
         // What its own pvmd has given out by now, and nothing later, it may know.
         let own = client.use_up_context()?;
         let all = elsewhere.iter().chain([&own]).chain(&captured.contexts);
@@ -111,6 +114,16 @@ fn save(
         Ok(())
     };
     // Who cannot be told now is told when it has ended.
-    let mut complete = || drop(away.map(|away| away.saved(&mut client.borrow_mut())));
+    let mut complete = || {
+        let Some(away) = away else { return };
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let note = Note {
+            program: program.take(),
+            host: host.take(),
+            image: std::path::absolute(&opts.image).unwrap_or_else(|_| opts.image.clone()),
+            since: since.unwrap_or_default().as_secs(),
+        };
+        drop(away.saved(&mut client.borrow_mut(), &note));
+    };
     dump::finish(session, writer, opts, started, &mut look, &mut complete)
 }

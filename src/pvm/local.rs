@@ -55,6 +55,8 @@ pub enum Doing {
     Held,
     /// Is moving itself.
     Moving,
+    /// Was saved and has ended, and its partners wait until it is restored.
+    Away,
     /// Stopped by a signal.
     Stopped,
     /// Stopped by a debugger or tracer.

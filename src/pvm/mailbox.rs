@@ -245,6 +245,12 @@ fn count(count: i32) -> Result<i32> {
     Ok(count)
 }
 
+/// The first piece of a message as the mailbox keeps it; none if there is none that is whole.
+pub fn unpacked(message: &[u8]) -> Option<&[u8]> {
+    let (len, rest) = message.get(8 * 4..)?.split_first_chunk::<4>()?;
+    rest.get(..u32::from_be_bytes(*len) as usize)
+}
+
 /// A message of tag 0 as the mailbox keeps it: length, context, tag, wait id, encoding, checksum, sender, receiver;
 /// then its pieces, each with its length.
 pub fn packed(sender: Tid, body: &[u8]) -> Vec<u8> {

@@ -1,7 +1,7 @@
 //! A saved task comes back into a virtual machine: through the agent of the host it goes to.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
@@ -9,9 +9,11 @@ use serde::Serialize;
 use crate::error::Failure;
 use crate::image::pvm::PvmTask;
 use crate::pvm::agent::control::{Answer, Known, Landing, Peer, Request};
-use crate::pvm::agent::{self, Caller, Waits, ask_everywhere, ensure};
+use crate::pvm::agent::{self, Caller, Gone, Waits, ask_everywhere, ask_last, ensure};
+use crate::pvm::away::Note;
 use crate::pvm::client::{Client, Pvmd};
 use crate::pvm::contexts;
+use crate::pvm::local::{Doing, Seen};
 use crate::pvm::mailbox::packed;
 use crate::pvm::tid::Tid;
 use crate::pvm::tids;
@@ -22,6 +24,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a task may take to be rebuilt, however large it is.
 const BUILDING: Duration = Duration::from_secs(3600);
 
+/// How often it is looked whether a task runs that nobody tells of.
+const LOOK: Duration = Duration::from_millis(20);
+
 /// What came back.
 #[derive(Debug, Clone, Serialize)]
 pub struct Restored {
@@ -30,8 +35,8 @@ pub struct Restored {
     /// The one it has now.
     pub tid: Tid,
     pub host: String,
-    /// From its release to its first step.
-    pub resume_us: u64,
+    /// From its release to its first step; none when nobody could tell.
+    pub resume_us: Option<u64>,
     pub warnings: Vec<String>,
 }
 
@@ -71,10 +76,11 @@ pub fn run(
         host,
     };
     landing.alone(v)?;
-    landing.refuse_living(v)?;
+    let waited_for = landing.refuse_living(v)?;
     contexts::use_up(&mut landing.client, &landing.agents, &task.contexts)
         .context("cannot use up the contexts that the task may know")?;
-    let done = landing.land(path, task, lazy, !begins_anew && !task.away);
+    let announce = !begins_anew && !task.away;
+    let done = landing.land(path, task, lazy, announce, waited_for);
     match done {
         Ok(restored) => {
             landing.client.exit()?;
@@ -163,26 +169,42 @@ impl Restore {
         }
     }
 
-    /// Two tasks of one name there must not be.
-    fn refuse_living(&mut self, v: Tid) -> Result<()> {
-        let answer = self.ask_target(Request::Table, PATIENCE)?;
-        let Answer::Table { entries, .. } = answer else {
-            bail!("the agent of {} answers {answer:?}", self.host);
-        };
-        let known = entries.iter().find(|known: &&Known| known.v == v.0);
-        let now = known.map_or(v, |known| Tid(known.r));
-        if known.is_some_and(|known| known.hidden) {
+    /// Two tasks of one name there must not be. True: its partners wait for it, on all hosts.
+    fn refuse_living(&mut self, v: Tid) -> Result<bool> {
+        let mut all = Vec::new();
+        for agent in self.agents.clone() {
+            let answer = self.ask(agent.tid, Request::Table, PATIENCE)?;
+            let Answer::Table { entries, .. } = answer else {
+                bail!("the agent of {} answers {answer:?}", agent.name);
+            };
+            all.push(entries.into_iter().find(|known| known.v == v.0));
+        }
+        let away = |known: &Option<Known>| known.is_some_and(|known| known.away);
+        if all.iter().flatten().any(|known| known.hidden) {
             return Err(Failure::Refused.because(format!(
                 "{v} is the tid of one of mist's agents in this virtual machine; start that anew (`mistctl pvm stop`, `mistctl pvm start`) and restore the task first"
             )));
         }
-        // Of a host that is gone nothing lives.
-        if self.client.lives(now).unwrap_or(false) {
+        let mut present: Vec<Tid> = (all.iter())
+            .map(|known| known.map_or(v, |known| Tid(known.r)))
+            .collect();
+        present.sort_unstable();
+        present.dedup();
+        for now in present {
+            // Of a host that is gone nothing lives.
+            if !self.client.lives(now).unwrap_or(false) {
+                continue;
+            }
+            if all.iter().any(away) {
+                // Who restored it did not come to its end.
+                let open = Request::OpenGate { v: v.0, r: now.0 };
+                ask_everywhere(&mut self.client, &open)?;
+            }
             return Err(Failure::Refused.because(format!(
                 "a task {v} is running in this virtual machine ({now}); end it first (`kill {now}` in PVM's console)"
             )));
         }
-        Ok(())
+        Ok(all.iter().all(away))
     }
 
     /// Tells the lander that it may run; how long that took.
@@ -194,12 +216,41 @@ impl Restore {
         }
     }
 
+    /// Whether it runs, though the agent that was to tell us has ended: it was told so before.
+    fn runs_all_the_same(&mut self, v: Tid, r: Tid) -> Result<bool> {
+        let until = Instant::now() + PATIENCE;
+        while Instant::now() < until {
+            if !self.client.lives(r)? {
+                return Ok(false);
+            }
+            self.agents = ensure(&mut self.client, &|_| {})?;
+            match self.ask_target(Request::Status, PATIENCE) {
+                Ok(Answer::Status { tasks }) => {
+                    let is_it = |seen: &Seen| {
+                        seen.tid == r.0
+                            && seen.virtual_tid == Some(v.0)
+                            && !matches!(seen.state, Doing::Traced | Doing::Zombie)
+                    };
+                    if tasks.iter().any(is_it) {
+                        return Ok(true);
+                    }
+                }
+                Ok(other) => bail!("the agent of {} answers {other:?}", self.host),
+                Err(e) if e.is::<Gone>() => {}
+                Err(e) => return Err(e),
+            }
+            std::thread::sleep(LOOK);
+        }
+        bail!("{r} neither runs nor ends")
+    }
+
     fn land(
         &mut self,
         path: &Path,
         task: &PvmTask,
         lazy: bool,
         announce: bool,
+        waited_for: bool,
     ) -> Result<Restored> {
         let id = self.id.clone();
         let order = Landing {
@@ -218,25 +269,31 @@ impl Restore {
         };
         ask_everywhere(&mut self.client, &Request::AddIncarnation { r, v: task.v })?;
         let answer = self.ask_target(Request::Parked { id: id.clone() }, BUILDING)?;
-        let Answer::Parked { warnings } = answer else {
+        let Answer::Parked { mut warnings } = answer else {
             bail!("the agent of {} answers {answer:?}", self.host);
         };
-        // What is sent to it from here on comes behind what it had not read.
         let open = Request::OpenGate { v: task.v, r };
-        let opened = ask_everywhere(&mut self.client, &open);
-        let runs = opened.and_then(|()| self.run_it(id));
-        if runs.is_err() && task.away {
-            // Its partners wait for it again. Where its gate was not opened it is closed still.
-            let close = Request::CloseGate {
-                v: task.v,
-                from: r,
-                next: 0,
-                lease_ms: 0,
-                saved: false,
+        let resume_us = if waited_for {
+            // Whatever ends before it runs, nothing has been sent to it that would be lost with it.
+            let resume_us = match self.run_it(id) {
+                Ok(resume_us) => Some(resume_us),
+                Err(e) if e.is::<Gone>() && self.runs_all_the_same(Tid(task.v), Tid(r))? => None,
+                Err(e) => return Err(e),
             };
-            let _ = ask_everywhere(&mut self.client, &close);
-        }
-        let resume_us = runs?;
+            // The agent there sees by its own gate that all are open, and does it should we die.
+            if let Err(e) = ask_last(&mut self.client, &open, &self.host) {
+                warnings.push(format!(
+                    "some of its partners may still wait for task {} ({e:#}); restore it again, which is refused and lets them go on",
+                    Tid(task.v)
+                ));
+            }
+            Note::remove(&mut self.client, Tid(task.v));
+            resume_us
+        } else {
+            // Nobody waits: who answers what it says must find it at once.
+            ask_everywhere(&mut self.client, &open)?;
+            Some(self.run_it(id)?)
+        };
         Ok(Restored {
             virtual_tid: Tid(task.v),
             tid: Tid(r),

@@ -86,6 +86,12 @@ impl Entry {
     pub fn is_saved(&self) -> bool {
         self.state == State::Decided && self.next == 0
     }
+
+    /// It was saved and has ended, and its partners wait until it comes back.
+    #[must_use]
+    pub fn is_away(&self) -> bool {
+        self.state.is_closed() && self.next == 0 && self.lease == 0
+    }
 }
 
 /// Reads CLOCK_MONOTONIC as leases count it: ms modulo 2^34.

@@ -133,13 +133,26 @@ pub fn ensure(client: &mut Client, waits: Waits<'_>) -> Result<Vec<Peer>> {
 /// # Errors
 /// What the last of them said that did not do it.
 pub fn ask_everywhere(client: &mut Client, request: &Request) -> Result<()> {
+    ask_last(client, request, "")
+}
+
+/// The same, and the agent of host `last` only when all others have done it.
+///
+/// # Errors
+/// What the last of them said that did not do it.
+pub fn ask_last(client: &mut Client, request: &Request, last: &str) -> Result<()> {
     let mut done = Vec::new();
     let mut failed = Ok(());
     for _ in 0..TRIES {
         failed = Ok(());
-        for agent in ensure(client, &|_| {})? {
+        let mut agents = ensure(client, &|_| {})?;
+        agents.sort_by_key(|agent| agent.name == last);
+        for agent in agents {
             if done.contains(&agent.tid) {
                 continue;
+            }
+            if failed.is_err() && agent.name == last {
+                break;
             }
             match Caller::new(client).ask(Tid(agent.tid), request.clone(), LIMIT) {
                 Ok(_) => done.push(agent.tid),
@@ -185,6 +198,7 @@ pub(super) fn present(client: &mut Client, waits: Waits<'_>) -> Result<(Vec<Peer
 pub(super) fn on_host(client: &mut Client, host: &Host, waits: Waits<'_>) -> Result<(Tid, bool)> {
     let program = program()?;
     let until = Instant::now() + STARTING;
+    let mut pause = LOOK;
     loop {
         for task in &tasks(client, host, waits)? {
             let name = task.program.as_bytes();
@@ -201,11 +215,16 @@ pub(super) fn on_host(client: &mut Client, host: &Host, waits: Waits<'_>) -> Res
         }
         if Instant::now() > until {
             bail!(
-                "no agent stays on {}; see the pvmd's log there, and whether {} is installed",
+                "no agent stays on {}: each ends at once. See the pvmds' logs there and on the master's host, whether {} is \
+                 installed there as it is here, and whether the file system of /tmp is full there",
                 host.name,
                 program.display()
             );
         }
+        if pause > LOOK {
+            std::thread::sleep(pause);
+        }
+        pause = (pause * 2).min(LOOK * 50);
         names::make_room(client, host)?;
         client
             .spawn(&Spawn {

@@ -136,6 +136,9 @@ pub struct Outcome {
     pub next: u32,
     /// The task goes on as `next`, or as it was.
     pub moved: bool,
+    /// It was away, and has been restored as `next`: what it was has ended long since.
+    #[serde(default)]
+    pub restored: bool,
 }
 
 impl Outcome {

@@ -205,6 +205,7 @@ impl Agent {
     pub(super) fn settle(&mut self, outcome: &Outcome) -> Result<()> {
         let (v, r) = (outcome.v, outcome.present());
         let ours = match self.table.entry(v) {
+            Some(entry) if outcome.restored => entry.is_away() && entry.r == outcome.from,
             Some(entry) if entry.state.is_closed() => entry.next == outcome.next,
             Some(entry) => outcome.moved && entry.r == outcome.from,
             None => outcome.moved,
@@ -259,6 +260,7 @@ impl Agent {
         let closed = self.table.list();
         for entry in closed.into_iter().filter(|entry| entry.state.is_closed()) {
             if entry.next == 0 {
+                self.take_up_restored(&entry)?;
                 continue;
             }
             if Tid(entry.r).host() != self.own.host() {
@@ -271,6 +273,7 @@ impl Agent {
                 from: entry.r,
                 next: entry.next,
                 moved: entry.state == State::Decided,
+                restored: false,
             };
             self.conclude(outcome)?;
         }

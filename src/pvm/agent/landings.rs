@@ -15,7 +15,7 @@ use pvm_abi::place;
 
 use super::control::{Answer, Failed, Landing};
 use super::lines::Lines;
-use super::{Agent, ENDED, Ticket, call};
+use super::{Agent, Asker, ENDED, Ticket, call};
 use crate::error::Failure;
 use crate::kernel::pidfd;
 use crate::pvm::land::protocol::{Commit, Order, Source, ToAgent, ToLander};
@@ -44,6 +44,14 @@ struct Lander {
     line: Option<Lines>,
     /// It was parked for a move when the line to it ended.
     lost: bool,
+    /// The incarnation that the task had.
+    from: u32,
+    /// Of one that is restored: who has it restored, and has to open its gates. None when that has ended.
+    restorer: Option<Tid>,
+    /// Its restorer has ended, and that has been seen to.
+    seen_to: bool,
+    /// It has been told to run.
+    told: bool,
     /// Who waits to be told of: its enrolment, that it is parked, that it runs.
     landed: Option<Ticket>,
     parked: Option<Ticket>,
@@ -140,9 +148,11 @@ impl Landings {
     pub fn tell_run(&mut self, id: &str) -> Result<()> {
         let lander = self.get(id)?;
         match &mut lander.line {
-            Some(line) => line.say(&ToLander::Run),
+            Some(line) => line.say(&ToLander::Run)?,
             None => bail!("the lander of {id} is not there"),
         }
+        lander.told = true;
+        Ok(())
     }
 
     /// Whatever it is at: it exits, unless it runs.
@@ -182,6 +192,32 @@ impl Landings {
             }
         }
         lost
+    }
+
+    /// Whoever has had tasks restored has ended.
+    pub(super) fn forsake(&mut self, restorer: Tid) {
+        for lander in self.landers.values_mut() {
+            lander.restorer.take_if(|tid| *tid == restorer);
+        }
+    }
+
+    /// Those whose restorer has ended, once each: the names of those that have not been told to run, and which run, as V,
+    /// the incarnation before, and this one.
+    pub(super) fn forsaken(&mut self) -> (Vec<String>, Vec<(u32, u32, Tid)>) {
+        let (mut idle, mut run) = (Vec::new(), Vec::new());
+        for (id, lander) in &mut self.landers {
+            if lander.order.moves.is_some() || lander.restorer.is_some() || lander.seen_to {
+                continue;
+            }
+            match lander.stage {
+                Stage::Running(_) => run.push((lander.order.v, lander.from, lander.r)),
+                _ if !lander.told => idle.push(id.clone()),
+                // It is about to run.
+                _ => continue,
+            }
+            lander.seen_to = true;
+        }
+        (idle, run)
     }
 
     /// A link to mistctl that bears the program's name.
@@ -335,18 +371,29 @@ impl Agent {
         };
         let r = self.client.spawn(&what)?;
         self.client.notify(Notify::TaskExit, ENDED, &[r])?;
+        let from = self.table.r_of(order.v);
         let lander = Lander {
             r,
             order,
             stage: Stage::Started,
             line: None,
             lost: false,
+            from,
+            restorer: match ticket.asker {
+                Asker::Task(asker) => Some(asker),
+                Asker::Mover(_) => None,
+            },
+            seen_to: false,
+            told: false,
             landed: Some(ticket),
             parked: None,
             running: None,
         };
         self.landings.landers.insert(id, lander);
-        Ok(())
+        match ticket.asker {
+            Asker::Task(asker) => self.watch(asker),
+            Asker::Mover(_) => Ok(()),
+        }
     }
 
     /// Landers that end before they have connected to us are heard of only so.
@@ -390,6 +437,7 @@ impl Agent {
                 entry => self.left_standing(r, entry.is_some_and(|entry| entry.r == r.0))?,
             }
         }
+        self.serve_forsaken()?;
         for (ticket, answer) in std::mem::take(&mut self.landings.answers) {
             let answer = answer.with_context(|| format!("the agent of {}", self.host));
             self.answer(ticket, answer)?;
@@ -402,7 +450,6 @@ impl Agent {
 mod tests {
     use std::io::{ErrorKind, Read, Write};
 
-    use super::super::Asker;
     use super::*;
 
     /// What its collector hears of an incarnation before its host knows that, it takes for somebody else's.
@@ -428,6 +475,10 @@ mod tests {
             stage: Stage::Started,
             line: None,
             lost: false,
+            from: 0x40002,
+            restorer: None,
+            seen_to: false,
+            told: false,
             landed: Some(ticket(1)),
             parked: None,
             running: None,

@@ -12,9 +12,10 @@ pub mod lines;
 mod moves;
 mod names;
 mod output;
+mod restored;
 mod settle;
 
-pub use call::{Caller, Gone, Waits, all_answer, ask_everywhere, ensure};
+pub use call::{Caller, Gone, Waits, all_answer, ask_everywhere, ask_last, ensure};
 pub use compare::look;
 pub use settle::{conclude, hand_over_mailbox, has_gone, inquire, settle, until_known};
 
@@ -368,6 +369,7 @@ impl Agent {
                 }
             }
             self.closer_ended(*tid)?;
+            self.restorer_ended(*tid)?;
         }
         Ok(())
     }
@@ -496,7 +498,6 @@ impl Agent {
     }
 
     fn known(&self) -> Answer {
-        let away = |entry: &Entry| entry.state.is_closed() && entry.lease == 0;
         let moves = |entry: &Entry| entry.state.is_closed() && entry.lease != 0;
         let (moving, settled): (Vec<Entry>, Vec<Entry>) =
             self.table.list().into_iter().partition(moves);
@@ -507,7 +508,7 @@ impl Agent {
                     v: entry.v,
                     r: entry.r,
                     hidden: entry.state == State::Hidden,
-                    away: away(entry),
+                    away: entry.is_away(),
                 })
                 .collect(),
             incarnations: self.table.incarnations(),

@@ -89,15 +89,20 @@ impl Agent {
             return refuse(format!("there is no host {to} in the virtual machine"));
         };
         let to = to.clone();
-        if to.host == self.own.host().0 {
-            return refuse(format!("task {} is on {} already", Tid(v), to.name));
-        }
         if self.moves.moves.values().any(|m| m.job.v == v) {
             return Err(Failure::Busy.because(format!("task {} is moving already", Tid(v))));
         }
         if let Some(entry) = self.table.entry(v) {
             match entry.state {
                 State::Hidden => return refuse(format!("{} is an agent of mist's", Tid(v))),
+                _ if entry.is_away() => {
+                    return Err(Failure::NoSuchProcess.because(format!(
+                        "task {} is away: it was saved, and has ended; restore it there: `mistctl ps` names its image, \
+                         `mistctl restore IMAGE --host {}`",
+                        Tid(v),
+                        to.name
+                    )));
+                }
                 State::Moving | State::Decided => {
                     return Err(Failure::Busy.because(format!(
                         "what became of the last move of task {} is not clear yet; try again in a while",
@@ -110,6 +115,9 @@ impl Agent {
         let tasks = self.tasks()?;
         let task = tasks.iter().find(|task| task.tid == r1);
         let pid = task.ok_or_else(|| no_task(Tid(tid), &self.host))?.pid;
+        if to.host == self.own.host().0 {
+            return refuse(format!("task {} is on {} already", Tid(v), to.name));
+        }
         let number = self.moves.next;
         self.moves.next += 1;
         let job = Job {
@@ -339,6 +347,7 @@ impl Move {
             from: self.job.r1,
             next: self.next,
             moved,
+            restored: false,
         }
     }
 }

@@ -66,6 +66,9 @@ pub fn settle(client: &mut Client, outcome: &Outcome) -> Result<()> {
 /// # Errors
 /// When that cannot be done; it can be tried again.
 pub fn conclude(client: &mut Client, outcome: &Outcome) -> Result<()> {
+    if outcome.restored {
+        return settle(client, outcome);
+    }
     if outcome.moved && goes_on(client, outcome)? {
         let outcome = Outcome {
             moved: false,

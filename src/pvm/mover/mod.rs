@@ -586,6 +586,7 @@ impl<'j> Mover<'j> {
             from: self.job.r1,
             next: self.r2,
             moved,
+            restored: false,
         };
         let told = Request::Settle(outcome.clone());
         match link.ask_all(&self.agents, &told, PATIENCE) {
