@@ -25,7 +25,7 @@ const LIMIT: Duration = Duration::from_secs(30);
 type Test = fn() -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 5] = [
+    let tests: [(&str, Test); 6] = [
         ("every_task_on_every_host_gets_the_shim", every_host),
         ("hosts_come_and_go_and_tasks_move_between_them", || {
             Scene::new(3)?.play(come_and_go)
@@ -40,8 +40,23 @@ fn main() -> ExitCode {
         ("the_console_sees_one_task_where_there_is_one", || {
             Scene::new(2)?.play(console)
         }),
+        ("where_there_is_no_room_for_a_byte_that_is_said", || {
+            Scene::new(2)?.play(no_room)
+        }),
     ];
     testhosts::main(tests, || Ok(()), |(), test| test())
+}
+
+/// The pvmd cannot show whose it is then, and is not somebody else's for that.
+fn no_room(scene: &Scene) -> Result<()> {
+    // What fits behind this is the file's name.
+    let fill = "mount -o remount,size=$(($(df --output=used /tmp | tail -n 1) + 8))k /tmp
+        ! head -c 1M /dev/zero >/tmp/fill";
+    scene.hosts.root("h0", fill)?;
+    let ps = format!("! {} ps 2>&1", scene.mistctl.path());
+    let said = scene.hosts.exec("h0", &ps)?;
+    ensure!(said.contains("No space left on device"), "{said}");
+    Ok(())
 }
 
 fn every_host() -> Result<()> {

@@ -169,7 +169,7 @@ impl Restore {
         }
     }
 
-    /// Two tasks of one name there must not be. True: its partners wait for it, on all hosts.
+    /// Two tasks of one name there must not be. True: its partners wait for it.
     fn refuse_living(&mut self, v: Tid) -> Result<bool> {
         let mut all = Vec::new();
         for agent in self.agents.clone() {
@@ -197,14 +197,15 @@ impl Restore {
             }
             if all.iter().any(away) {
                 // Who restored it did not come to its end.
-                let open = Request::OpenGate { v: v.0, r: now.0 };
-                ask_everywhere(&mut self.client, &open)?;
+                let (v, r) = (v.0, now.0);
+                ask_everywhere(&mut self.client, &Request::AddIncarnation { r, v })?;
+                ask_everywhere(&mut self.client, &Request::OpenGate { v, r })?;
             }
             return Err(Failure::Refused.because(format!(
                 "a task {v} is running in this virtual machine ({now}); end it first (`kill {now}` in PVM's console)"
             )));
         }
-        Ok(all.iter().all(away))
+        Ok(all.iter().any(away))
     }
 
     /// Tells the lander that it may run; how long that took.
