@@ -3,7 +3,7 @@ trips of a trial.
 
 Result files are plain.N and with.N of round N, with lines "bytes megabits seconds" and "cpu user system"; turns.N of set
 N, with lines "side microseconds" of every trial in order; count.2 and count.12 are callgrind's of so many trials of
-benches/self.c.
+benches/self.c, moved.2 and moved.12 on a host where a task has moved.
 """
 
 import json
@@ -61,9 +61,14 @@ def instructions(path):
 
 def counted(work):
     """Of one message, from the difference of 10 trials of 200 messages."""
-    few, many = (instructions(f"{work}/count.{n}") for n in (2, 12))
-    each = {name: (count - few.get(name, 0)) / 2000 for name, count in many.items()}
-    return {"library": round(each.pop("library.so")), "beside": round(sum(each.values()))}
+
+    def each(kind):
+        few, many = (instructions(f"{work}/{kind}.{n}") for n in (2, 12))
+        return {name: (count - few.get(name, 0)) / 2000 for name, count in many.items()}
+
+    first, moved = each("count"), each("moved")
+    library = round(first.pop("library.so"))
+    return {"library": library, "after_a_move": round(moved["library.so"]), "beside": round(sum(first.values()))}
 
 
 def turns(path):
