@@ -208,7 +208,15 @@ fn a_dump_that_is_called_off_leaves_nothing() {
     }
     let dir = temp();
     let i = dir.path().join("i");
-    let target = Sleeper::new();
+    // It takes longer to save than we take to see that it is begun.
+    let large = "import os, time; kept = os.urandom(1 << 20) * 96; time.sleep(1000)";
+    let target = Sleeper::of(Command::new("python3").args(["-c", large]));
+    wait_for("the program has its memory", LIMIT, || {
+        let statm = fs::read_to_string(format!("/proc/{}/statm", target.pid()))?;
+        let resident = statm.split(' ').nth(1).and_then(|n| n.parse().ok());
+        Ok(resident.filter(|pages: &usize| *pages > 96 << 8))
+    })
+    .unwrap();
     for signal in [
         Signal::SIGINT,
         Signal::SIGTERM,
