@@ -60,6 +60,8 @@ impl Packing {
 const SHORT: usize = 4096;
 /// So many frames pass before a way of packing that lost is tried again.
 const AGAIN: u32 = 16;
+/// Of a frame so much is packed to try a way, for what cannot be packed costs the most.
+const SAMPLE: usize = 64 << 10;
 
 /// What one way of packing did lately: seconds of our time a raw byte, and bytes on the wire for one.
 #[derive(Debug, Clone, Copy)]
@@ -67,6 +69,18 @@ struct Record {
     cost: f64,
     ratio: f64,
     age: u32,
+}
+
+fn measured(way: Packing, bytes: &[u8]) -> (Option<Vec<u8>>, Record) {
+    let began = Instant::now();
+    let packed = way.pack(bytes);
+    let len = bytes.len() as f64;
+    let record = Record {
+        cost: began.elapsed().as_secs_f64() / len,
+        ratio: packed.as_ref().map_or(1.0, |p| p.len() as f64 / len),
+        age: 0,
+    };
+    (packed, record)
 }
 
 /// Chooses.
@@ -102,17 +116,14 @@ impl Packer {
         if body.len() < SHORT || self.link == 0.0 {
             return None;
         }
+        for (slot, way) in self.records.iter_mut().zip(WAYS) {
+            if slot.is_none_or(|record| record.age >= AGAIN) {
+                *slot = Some(measured(way, &body[..body.len().min(SAMPLE)]).1);
+            }
+        }
         let way = self.best();
         let at = WAYS.iter().position(|w| *w == way)?;
-        let whole = [head, body].concat();
-        let began = Instant::now();
-        let packed = way.pack(&whole);
-        let len = whole.len() as f64;
-        let record = Record {
-            cost: began.elapsed().as_secs_f64() / len,
-            ratio: packed.as_ref().map_or(1.0, |p| p.len() as f64 / len),
-            age: 0,
-        };
+        let (packed, record) = measured(way, &[head, body].concat());
         if let Some(slot) = self.records.get_mut(at) {
             *slot = Some(record);
         }
@@ -123,13 +134,8 @@ impl Packer {
     fn best(&mut self) -> Packing {
         let mut best = (self.link, Packing::None);
         for (record, way) in self.records.iter_mut().zip(WAYS) {
-            let Some(record) = record else {
-                return way; // not tried yet
-            };
+            let Some(record) = record else { continue };
             record.age += 1;
-            if record.age > AGAIN {
-                return way;
-            }
             let time = record.cost.max(record.ratio * self.link);
             // A twentieth better, or it is not worth the other's processor.
             if time < 0.95 * best.0 {
