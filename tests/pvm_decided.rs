@@ -132,7 +132,9 @@ fn lost(scene: &Scene, lost: Lost) -> Result<()> {
         Ok((run.len(), stand.len()))
     };
     let there = wait_for("one of the two to go on", LIMIT, || {
-        let (here, there) = (runs("h1")?, runs("h2")?);
+        // One that is being killed runs to its end, and only then the other begins.
+        let there = runs("h2")?;
+        let here = runs("h1")?;
         ensure!(here.0 == 0 || there.0 == 0, "both go on");
         Ok((here.0 + there.0 == 1 && here.1 + there.1 == 0).then_some(there.0 == 1))
     })?;

@@ -282,7 +282,7 @@ fn a_dump_without_descriptors_says_so_and_leaves_nothing() {
     let dir = temp();
     let i = dir.path().join("i");
     let target = Sleeper::new();
-    for limit in 8..24 {
+    for limit in 8..40 {
         let ran = Ran(after(&format!("ulimit -n {limit}"))
             .args(["dump", &target.pid(), "-o", path(&i)])
             .output()
