@@ -388,23 +388,28 @@ impl Test {
             bail!("changes are not followed: the rounds read {read:?} bytes");
         }
         self.unharmed()?;
-        let mut session = wait_for("a moment for a dump", LIMIT, || {
-            match Session::stop(&options) {
+        let looked = wait_for("a moment for a dump", LIMIT, || {
+            let session = Session::stop(&options).and_then(|mut session| {
+                session.want_heirs();
+                session.look(&writer)?;
+                Ok(session)
+            });
+            match session {
                 Err(e) if self.not_now(&format!("{e:#}")) => Ok(None),
-                session => session.map(Some),
+                session => Ok(Some(session)),
             }
         })?;
-        session.want_heirs();
-        if let Err(e) = session.look(&writer) {
-            let may = self.spec.may_refuse.as_ref();
-            return match may.filter(|text| format!("{e:#}").contains(text.as_str())) {
-                Some(_) => {
-                    self.refusal.get_or_insert_with(|| format!("{e:#}"));
-                    Ok(false)
+        let mut session = match looked {
+            Ok(session) => session,
+            Err(e) => {
+                let (may, said) = (self.spec.may_refuse.as_ref(), format!("{e:#}"));
+                if !may.is_some_and(|text| said.contains(text.as_str())) {
+                    return Err(e);
                 }
-                None => Err(e),
-            };
-        }
+                self.refusal.get_or_insert(said);
+                return Ok(false);
+            }
+        };
         let (runs, _) = session.changes(&mut tracker, &writer)?;
         let mut manifest = session.manifest()?;
         let mut changed = session.changed_flags(&manifest)?;
