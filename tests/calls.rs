@@ -7,6 +7,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::time::TimeSpec;
+use nix::sys::timer::TimerSetTimeFlags;
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -97,6 +100,13 @@ impl Running {
             }
         }
         Ok(())
+    }
+
+    /// How its only thread's call goes on, by an image.
+    fn resume(&self, image: &str) -> Result<serde_json::Value> {
+        let manifest = std::fs::read(self.path(image).join("manifest.json"))?;
+        let manifest: serde_json::Value = serde_json::from_slice(&manifest)?;
+        Ok(manifest["processes"][0]["threads"][0]["resume"].clone())
     }
 
     fn result(&self) -> Result<String> {
@@ -237,6 +247,30 @@ fn however_many_calls_sleep_each_ends_when_it_was_to() -> Result<()> {
 }
 
 #[test]
+fn the_time_left_is_known_also_where_the_kernel_lists_hundreds_of_timers_for_long() -> Result<()> {
+    // While the list is written the clock that sockets time out by ticks more than once.
+    let timers: Vec<TimerFd> = (0..800)
+        .map(|_| {
+            let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::empty())?;
+            let far = Expiration::OneShot(TimeSpec::new(3600, 0));
+            timer.set(far, TimerSetTimeFlags::empty())?;
+            Ok(timer)
+        })
+        .collect::<Result<_>>()?;
+    let Some(mut p) = Running::start("tests/calls/recv.c")? else {
+        return Ok(());
+    };
+    p.sleeps_in(libc::SYS_recvfrom)?;
+    // Of a second and a half.
+    std::thread::sleep(Duration::from_millis(300));
+    p.dump("image", true)?;
+    let left = p.resume("image")?["left_ns"].as_i64();
+    ensure!(left.is_some_and(|left| left < 1_400_000_000), "{left:?}");
+    drop(timers);
+    Ok(())
+}
+
+#[test]
 fn what_has_part_of_its_bytes_waits_for_the_rest_of_its_time_only() -> Result<()> {
     for (way, nr) in [("receive", libc::SYS_recvfrom), ("send", libc::SYS_sendto)] {
         for restored in [false, true] {
@@ -245,9 +279,7 @@ fn what_has_part_of_its_bytes_waits_for_the_rest_of_its_time_only() -> Result<()
             };
             p.sleeps_in(nr)?;
             p.dump("image", restored)?;
-            let manifest = std::fs::read(p.path("image").join("manifest.json"))?;
-            let manifest: serde_json::Value = serde_json::from_slice(&manifest)?;
-            let resume = &manifest["processes"][0]["threads"][0]["resume"];
+            let resume = p.resume("image")?;
             let left = resume["left_ns"].as_i64().unwrap_or(-1);
             ensure!((1..1_500_000_000).contains(&left), "{way}: {resume}");
             if restored {

@@ -68,7 +68,12 @@ pub fn tick_ns() -> Option<i64> {
         .get(8..16)
         .and_then(|b| b.try_into().ok())
         .map(i64::from_le_bytes)?;
-    (us > 0).then_some(us * 1000)
+    // TICK_NSEC (include/linux/jiffies.h), which need not be whole microseconds.
+    const SECOND: i64 = 1_000_000_000;
+    let hz = (SECOND / 1000 + us / 2)
+        .checked_div(us)
+        .filter(|hz| *hz > 0)?;
+    Some((SECOND + hz / 2) / hz)
 }
 
 impl SocketTimeout {

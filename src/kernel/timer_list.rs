@@ -1,9 +1,11 @@
 //! /proc/timer_list: the kernel's clocks (kernel/time/timer_list.c; root only).
 
 use std::io;
-use std::time::{Duration, Instant};
+use std::ops::RangeInclusive;
+use std::time::Duration;
 
 use super::proc_file;
+use super::time_ns::host_monotonic_ns;
 
 /// The kernel's coarse clock (jiffies), by which sockets time out (kernel/time/timer.c).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,28 +17,55 @@ pub struct Ticks {
     number: i64,
 }
 
+/// Behind a tick so long, nanoseconds, its number may not have been counted yet.
+const UNSURE: i64 = 250_000;
+
 impl Ticks {
     /// # Errors
-    /// EACCES without privilege; ENOENT where /proc has no such file; a text without ticks.
+    /// EACCES without privilege; ENOENT where /proc has no such file; a text without ticks; clocks that do not agree.
     pub fn read(tick: i64) -> io::Result<Self> {
-        const TRIES: u32 = 8;
+        // Each number is then counted 2.5 times at the usual 250 a second, and one time in ten at 1000.
+        const LOOKS: u32 = 24;
+        const TRIES: u32 = 3;
         for _ in 0..TRIES {
-            let begun = Instant::now();
             let text = proc_file::text("/proc/timer_list")?;
-            let took = begun.elapsed().as_nanos() as i64;
-            if let Some(ticks) = Self::parse(&text, tick, took) {
-                return Ok(ticks);
+            let read = host_monotonic_ns();
+            let Some((at, mut number)) = Self::parse(&text, tick, read) else {
+                break;
+            };
+            for _ in 0..LOOKS {
+                if number.start() == number.end() {
+                    let number = *number.start();
+                    return Ok(Self { tick, at, number });
+                }
+                // Where none is left, one was counted late.
+                if number.is_empty() {
+                    break;
+                }
+                let since = |now: i64| (now - at).rem_euclid(tick);
+                let now = since(host_monotonic_ns());
+                let next = if now < UNSURE { 0 } else { tick };
+                std::thread::sleep(Duration::from_nanos((next + UNSURE - now) as u64));
+                let (begun, counted, done) = (
+                    host_monotonic_ns(),
+                    ticks_in_hundredths(),
+                    host_monotonic_ns(),
+                );
+                if since(begun) >= UNSURE && since(begun) + (done - begun) < tick {
+                    number = both(
+                        number,
+                        numbers(counted, tick),
+                        (begun - at).div_euclid(tick),
+                    );
+                }
             }
-            // Another read at once would come as close to the tick.
-            std::thread::sleep(Duration::from_millis(1));
         }
         Err(io::ErrorKind::InvalidData.into())
     }
 
-    /// The text says what time it was when the reading began, which took so long, but counts the ticks as it goes on.
-    /// None when it is not sure which of two numbers it is: shortly behind a tick, and where one came meanwhile.
-    fn parse(text: &str, tick: i64, took: i64) -> Option<Self> {
-        const UNSURE: i64 = 250_000;
+    /// When the last tick came before the text, and which number it may have: the text says what time it was when the
+    /// reading began, but counts the ticks as it goes on, until `read`. With hundreds of timers that takes several.
+    fn parse(text: &str, tick: i64, read: i64) -> Option<(i64, RangeInclusive<i64>)> {
         let number = |line: &str, prefix: &str| -> Option<i64> {
             let rest = line.trim().strip_prefix(prefix)?;
             let digits = rest
@@ -50,13 +79,15 @@ impl Ticks {
         let mut lines = text.lines();
         lines.find(|l| l.contains("tick_nohz_handler") || l.contains("tick_sched_timer"))?;
         let next = lines.find_map(|l| number(l, "# expires at"))?;
-        let since = (now - next).checked_rem_euclid(tick)?;
+        let since = now.checked_sub(next)?.checked_rem_euclid(tick)?;
         let at = now - since;
-        (since >= UNSURE && since.saturating_add(took) < tick).then_some(Self {
-            tick,
+        let passed = read.checked_sub(at)?.checked_div_euclid(tick)?;
+        // Shortly behind a tick it may be that of the one before.
+        let late = i64::from(since < UNSURE);
+        Some((
             at,
-            number: jiffies,
-        })
+            jiffies.checked_sub(passed)?..=jiffies.checked_add(late)?,
+        ))
     }
 
     /// When a wait for `whole` nanoseconds that was begun at `since` ends: after whole ticks, and long ones with
@@ -104,6 +135,35 @@ impl Ticks {
     }
 }
 
+/// What times(2) returns.
+fn ticks_in_hundredths() -> i64 {
+    let mut used = libc::tms {
+        tms_utime: 0,
+        tms_stime: 0,
+        tms_cutime: 0,
+        tms_cstime: 0,
+    };
+    // SAFETY: it fills the struct, which outlives the call.
+    unsafe { libc::times(&raw mut used) }
+}
+
+/// The numbers of ticks for which times(2) says this: it counts them in hundredths of a second, rounded down
+/// (jiffies_64_to_clock_t in kernel/time/time.c).
+fn numbers(counted: i64, tick: i64) -> RangeInclusive<i64> {
+    const HUNDREDTH: i64 = 10_000_000;
+    let first = |counted: i64| {
+        let ns = i128::from(counted) * i128::from(HUNDREDTH);
+        (ns + i128::from(tick) - 1).div_euclid(i128::from(tick)) as i64
+    };
+    first(counted)..=first(counted + 1) - 1
+}
+
+/// What a number may be by what was known of it, and by what a tick that came `later` ones after it may have.
+fn both(known: RangeInclusive<i64>, seen: RangeInclusive<i64>, later: i64) -> RangeInclusive<i64> {
+    let first = *known.start().max(&(seen.start() - later));
+    first..=*known.end().min(&(seen.end() - later))
+}
+
 /// How coarse the kernel counts a wait for so many ticks: by 8 to the power of this (calc_wheel_index).
 fn level(ticks: i64) -> u32 {
     const LEVELS: u32 = 8;
@@ -126,8 +186,14 @@ mod tests {
     fn socket_time_outs_end_at_ticks() {
         let text = "now at 1001500000 nsecs\n #0: <1>, tick_nohz_handler, S:01\n # expires at 1004000000-1004000000 nsecs\n\
             jiffies: 4003\n";
-        let ticks = Ticks::parse(text, 4_000_000, 100_000).unwrap();
-        assert_eq!((ticks.at, ticks.number), (1_000_000_000, 4003));
+        let parse = |text: &str, read| Ticks::parse(text, 4_000_000, read);
+        let (at, number) = parse(text, 1_001_600_000).unwrap();
+        assert_eq!((at, number), (1_000_000_000, 4003..=4003));
+        let ticks = Ticks {
+            tick: 4_000_000,
+            at,
+            number: 4003,
+        };
         // Ten ticks: to the one behind the tenth. 175: to the next multiple of eight.
         assert_eq!(ticks.end(1_001_000_000, 40_000_000), 1_044_000_000);
         let end = ticks.end(1_001_000_000, 700_000_000);
@@ -142,13 +208,25 @@ mod tests {
         for late in [0, 4_000_000, 12_000_000] {
             assert_eq!(ticks.end(later + late, rest), end);
         }
-        for (now, took) in [
-            ("1001500000", 2_600_000),
-            ("1003900000", 100_000),
-            ("1000100000", 100_000),
-        ] {
-            let text = text.replace("1001500000", now);
-            assert_eq!(Ticks::parse(&text, 4_000_000, took), None);
+        // It was counted at some time of the reading; or before the tick that had just come.
+        assert_eq!(parse(text, 1_009_000_000), Some((at, 4001..=4003)));
+        let text = text.replace("1001500000", "1000100000");
+        assert_eq!(parse(&text, 1_001_600_000), Some((at, 4003..=4004)));
+    }
+
+    #[test]
+    fn what_times_says_leaves_one_number() {
+        for tick in [1_000_000, 3_333_333, 4_000_000, 10_000_000] {
+            for number in 4_298_134_000..4_298_134_020 {
+                let says = |number: i64| number * tick / 10_000_000;
+                let mut known = number - 3..=number + 3;
+                for later in 0..24 {
+                    let seen = numbers(says(number + later), tick);
+                    assert!(seen.contains(&(number + later)));
+                    known = both(known, seen, later);
+                }
+                assert_eq!(known, number..=number);
+            }
         }
     }
 
@@ -170,6 +248,7 @@ mod tests {
         #[test]
         fn any_text_is_read(text in ".{0,300}") {
             let _ = Ticks::parse(&text, 4_000_000, 1000);
+            let _ = Ticks::parse(&format!("now at {text}\njiffies: {text}\ntick_nohz_handler\n# expires at {text}"), 4_000_000, 1000);
         }
     }
 }

@@ -17,6 +17,13 @@ struct Gone<'s> {
     image: std::path::PathBuf,
 }
 
+/// What is to become it, the agent that starts that, and who restores it.
+struct Lander {
+    pid: u32,
+    agent: Pid,
+    restore: Child,
+}
+
 impl Gone<'_> {
     fn new(scene: &Scene) -> Result<Gone<'_>> {
         let (mut boss, other) = (scene.actor("h0", "boss")?, scene.actor("h1", "other")?);
@@ -45,6 +52,18 @@ impl Gone<'_> {
             self.scene.path("restore.out").display()
         );
         Ok(self.scene.hosts.command("h0", &command).spawn()?)
+    }
+
+    /// The same, up to there being a process that is to become the task.
+    fn begin_lander(&self, host: &str) -> Result<Lander> {
+        let agent = self.agent(host)?;
+        let restore = self.begin(host)?;
+        let pid = wait_for("the lander", LIMIT, || lander_of(self.scene, host))?;
+        Ok(Lander {
+            pid,
+            agent,
+            restore,
+        })
     }
 
     /// Until who restores it has ended; true if it was.
@@ -91,20 +110,38 @@ impl Gone<'_> {
         })
     }
 
+    /// Waits until a lander is being made the task, which all hosts have said then that they know.
+    fn until_ordered(&self, lander: u32) -> Result<()> {
+        wait_for("its agent to order it", LIMIT, || {
+            let tracer = common::status_field(lander, "TracerPid");
+            let ordered = tracer.is_none_or(|tracer| tracer != "0") || self.runs(lander);
+            Ok(ordered.then_some(()))
+        })
+    }
+
+    /// Whether this is the task, and runs.
+    fn runs(&self, pid: u32) -> bool {
+        let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let name = self.scene.path("worker.in");
+        let exe = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+        exe.ends_with("actor")
+            && String::from_utf8_lossy(&command).contains(&*name.to_string_lossy())
+            && common::status_field(pid, "TracerPid").as_deref() == Some("0")
+    }
+
     /// Waits until it runs again.
     fn until_runs(&self) -> Result<()> {
-        let runs = |pid: u32| {
-            let of = |what: &str| fs::read(format!("/proc/{pid}/{what}")).unwrap_or_default();
-            let command = of("cmdline");
-            let name = self.scene.path("worker.in");
-            let exe = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
-            exe.ends_with("actor")
-                && String::from_utf8_lossy(&command).contains(&*name.to_string_lossy())
-                && common::status_field(pid, "TracerPid").as_deref() == Some("0")
-        };
+        let runs = |pid| self.runs(pid);
         wait_for("the task to run", LIMIT, || {
             Ok(common::processes().into_iter().any(runs).then_some(()))
         })
+    }
+
+    /// Saves it once more, which runs on h1.
+    fn save_again(&mut self, name: &str) -> Result<()> {
+        let pid = self.worker.pid();
+        self.image = self.scene.dump("h1", pid, name, "--kill --away")?;
+        Ok(())
     }
 
     /// All that was sent to it is there, and nobody was told of an end.
@@ -133,15 +170,15 @@ fn signal(pid: Pid, signal: Signal) -> Result<()> {
 pub fn agent_of_the_target(scene: &Scene) -> Result<()> {
     let mut gone = Gone::new(scene)?;
     let (here, there) = (gone.agent("h0")?, gone.agent("h1")?);
-    let restore = gone.begin("h0")?;
-    gone.until_known("h1")?;
+    let lander = gone.begin_lander("h0")?;
+    gone.until_ordered(lander.pid)?;
     signal(there, Signal::SIGSTOP)?;
     gone.until_runs()?;
     signal(here, Signal::SIGKILL)?;
     let v = gone.v;
     gone.boss.tell(&format!("send {v:x} 7 first"));
     signal(there, Signal::SIGCONT)?;
-    ensure!(gone.end_of(restore)?, "{}", gone.said()?);
+    ensure!(gone.end_of(lander.restore)?, "{}", gone.said()?);
     ensure!(gone.boss.answer() == "0");
     ensure!(gone.other.ask(&format!("send {v:x} 7 second")) == "0");
     gone.has(&["first", "second"])?;
@@ -155,14 +192,14 @@ pub fn restore_that_is_done(scene: &Scene) -> Result<()> {
     let here = gone.agent("h0")?;
     let v = gone.v;
     gone.boss.tell(&format!("send {v:x} 7 first"));
-    let restore = gone.begin("h1")?;
-    gone.until_known("h0")?;
+    let lander = gone.begin_lander("h1")?;
+    gone.until_ordered(lander.pid)?;
     signal(here, Signal::SIGSTOP)?;
     gone.until_runs()?;
     for restore in gone.helpers("h0", "restore")? {
         signal(restore, Signal::SIGKILL)?;
     }
-    ensure!(!gone.end_of(restore)?);
+    ensure!(!gone.end_of(lander.restore)?);
     // It must not be told by what was on its way.
     signal(here, Signal::SIGKILL)?;
     ensure!(gone.boss.answer() == "0");
@@ -201,28 +238,18 @@ pub fn lander(scene: &Scene) -> Result<()> {
     let mut gone = Gone::new(scene)?;
     let v = gone.v;
     gone.boss.tell(&format!("send {v:x} 7 first"));
-    let agent = gone.agent("h1")?;
-    for stands in [false, true] {
-        let restore = gone.begin("h1")?;
-        let lander = wait_for("the lander", LIMIT, || lander_of(scene, "h1"))?;
-        if stands {
-            gone.until_known("h1")?;
-            signal(agent, Signal::SIGSTOP)?;
-            wait_for("its tracer to wait for a word", LIMIT, || {
-                let tracer = common::status_field(lander, "TracerPid").unwrap_or_default();
-                let at = fs::read_to_string(format!("/proc/{tracer}/wchan"));
-                Ok(at.is_ok_and(|at| at.contains("unix_stream")).then_some(()))
-            })?;
+    killed_lander(&gone, gone.begin_lander("h1")?)?;
+    for attempt in 0.. {
+        let lander = gone.begin_lander("h1")?;
+        if stands(&gone, &lander)? {
+            killed_lander(&gone, lander)?;
+            break;
         }
-        signal(Pid::from_raw(lander as i32), Signal::SIGKILL)?;
-        signal(agent, Signal::SIGCONT)?;
-        ensure!(!gone.end_of(restore)?, "{}", gone.said()?);
-        let said = gone.said()?;
-        ensure!(said.contains("restore_failed"), "{said}");
-        gone.until("the end of what is left", "h1", |table| {
-            lander_of(scene, "h1").is_ok_and(|left| left.is_none())
-                && table.entry(v).is_some_and(|entry| entry.is_away())
-        })?;
+        // It was told to run before its agent was stopped.
+        signal(lander.agent, Signal::SIGCONT)?;
+        ensure!(gone.end_of(lander.restore)?, "{}", gone.said()?);
+        ensure!(attempt < 10, "it always runs before its agent is stopped");
+        gone.save_again(&format!("again-{attempt}"))?;
     }
     let again = gone.begin("h1")?;
     ensure!(gone.end_of(again)?, "{}", gone.said()?);
@@ -230,6 +257,34 @@ pub fn lander(scene: &Scene) -> Result<()> {
     gone.has(&["first"])?;
     gone.end();
     Ok(())
+}
+
+/// Whether what is to become the task stands, and waits for the word of its agent, which is stopped; or else runs.
+fn stands(gone: &Gone, lander: &Lander) -> Result<bool> {
+    gone.until_ordered(lander.pid)?;
+    signal(lander.agent, Signal::SIGSTOP)?;
+    wait_for("its tracer to wait for a word", LIMIT, || {
+        if gone.runs(lander.pid) {
+            return Ok(Some(false));
+        }
+        let tracer = common::status_field(lander.pid, "TracerPid").unwrap_or_default();
+        let at = fs::read_to_string(format!("/proc/{tracer}/wchan"));
+        Ok(at
+            .is_ok_and(|at| at.contains("unix_stream"))
+            .then_some(true))
+    })
+}
+
+fn killed_lander(gone: &Gone, lander: Lander) -> Result<()> {
+    signal(Pid::from_raw(lander.pid as i32), Signal::SIGKILL)?;
+    signal(lander.agent, Signal::SIGCONT)?;
+    ensure!(!gone.end_of(lander.restore)?, "{}", gone.said()?);
+    let said = gone.said()?;
+    ensure!(said.contains("restore_failed"), "{said}");
+    gone.until("the end of what is left", "h1", |table| {
+        lander_of(gone.scene, "h1").is_ok_and(|left| left.is_none())
+            && table.entry(gone.v).is_some_and(|entry| entry.is_away())
+    })
 }
 
 /// What pvmd has started on a host to become a task, which an agent gives orders.
