@@ -87,10 +87,10 @@ fn script(set: &str) -> Command {
 }
 
 impl Hosts {
-    /// Waits until no other test of this checkout has hosts, and starts `count` of them.
+    /// Waits until nobody else who runs this test binary of this checkout has hosts, and starts `count` of them.
     pub fn up(count: usize) -> Result<Self> {
         let mut hash = DefaultHasher::new();
-        env!("CARGO_MANIFEST_DIR").hash(&mut hash);
+        (env!("CARGO_MANIFEST_DIR"), env!("CARGO_CRATE_NAME")).hash(&mut hash);
         let set = format!("test-{:08x}", hash.finish() as u32);
         let root = Path::new("/run/mist-testhosts");
         fs::create_dir_all(root).with_context(|| format!("cannot create {}", root.display()))?;
