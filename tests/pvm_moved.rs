@@ -318,14 +318,38 @@ fn notices(scene: &Scene) -> Result<()> {
     let (_other, o) = scene.worker(&mut boss, "h0", "other")?;
     let (partner, p) = scene.worker(&mut boss, "h1", "partner")?;
     worker.ask(&format!("notify 1 77 {o:x} {p:x}"));
+    for tag in 84..88 {
+        worker.ask(&format!("notify 1 {tag} {o:x}"));
+    }
     worker.ask("added 78");
     boss.ask(&format!("notify 1 79 {v:x}"));
     // Of its own requests one is answered in its old place, the others in its new one.
     partner.leave();
     ensure!(worker.ask("notice 77") == format!("{p:x}"));
+    // PvmTaskExit with PvmNotifyCancel is answered at once, once: also before either of them moves, and behind that.
+    let mut take_back = |tag: u32| -> Result<()> {
+        let told = worker.ask(&format!("notify 257 {tag} {o:x}"));
+        ensure!(told == "0", "{told}");
+        Ok(())
+    };
+    take_back(84)?;
     scene.migrate(v, "h0")?;
+    take_back(85)?;
+    scene.migrate(o, "h1")?;
+    take_back(86)?;
+    for tag in 84..87 {
+        ensure!(worker.ask(&format!("notice {tag}")) == format!("{o:x}"));
+    }
     boss.ask(&format!("kill {o:x}"));
-    ensure!(worker.ask("notice 77") == format!("{o:x}"));
+    for tag in [77, 87] {
+        ensure!(worker.ask(&format!("notice {tag}")) == format!("{o:x}"));
+    }
+    for tag in 84..88 {
+        ensure!(
+            worker.ask(&format!("nnotice {tag}")) == "none",
+            "{tag}: twice"
+        );
+    }
     ensure!(boss.ask("addhost h2") == "1: 1");
     let added = worker.ask("notice 78");
     let host = added

@@ -9,7 +9,7 @@ use pvm_abi::block::{Call, flag};
 use pvm_abi::table::State;
 use pvm_abi::{HELPER_PID, is_task, mbox_flags, place};
 
-use crate::border::{NO_MEM, SYS_ERR, wait_open};
+use crate::border::{NO_MEM, SYS_ERR, housekeep, wait_open};
 use crate::hosts::{self, WAIT_ID_HOSTS};
 use crate::inside::{
     DONT_ROUTE, Inside, ROUTE_DIRECT, answer, argument, as_v, left, outside, wait_for_name,
@@ -378,8 +378,21 @@ pub unsafe extern "C" fn pvm_notify(
     // libpvm may deliver a notice before it returns (a route that is not there), so it has to be known
     // before; and is forgotten again when the request was refused.
     notices::asked(what, ctx, tag, count, &list);
+    let takes_back = what & notices::CANCEL != 0;
+    if takes_back {
+        // What a new pvmd has not been asked yet cannot be taken back there.
+        housekeep(real);
+    }
+    // A request is taken back as it was made, also about an incarnation that has ended.
+    let before = |tid: &u32| match kind {
+        TASK_EXIT | notices::HOST_DELETE if takes_back => {
+            notices::taken_back(what, ctx, tag, *tid).map(|r| r as c_int)
+        }
+        _ => None,
+    };
+    let now = |tid: &u32| before(tid).unwrap_or_else(|| argument(*tid as c_int));
+    let mut now: Vec<c_int> = list.iter().map(now).collect();
     let result = if moved().is_some() && has_list && kind != notices::HOST_DELETE {
-        let mut now: Vec<c_int> = list.iter().map(|tid| argument(*tid as c_int)).collect();
         // SAFETY: a copy of the caller's array.
         unsafe { pvm_notify(what, tag, count, now.as_mut_ptr()) }
     } else {

@@ -430,7 +430,7 @@ fn wait_at_gate(real: &Real, nested: bool, look: &mut i64) {
 /// Does what is to be done between two messages: not between the announcement of a multicast and the
 /// multicast, not below itself, and not when pvmd has been told that this task leaves.
 #[inline]
-fn housekeep(real: &Real) {
+pub fn housekeep(real: &Real) {
     if attention()
         && BLOCK.state.load(Relaxed) == state::ENROLLED
         && !(BLOCK.asking.load(Relaxed) != 0 && BLOCK.call.load(Relaxed) == Call::Exit as u32)

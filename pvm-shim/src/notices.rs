@@ -48,6 +48,8 @@ struct Asked {
     again: bool,
     /// It has been answered once.
     spent: bool,
+    /// The program has taken it back, which its pvmd answers at once as if it had happened.
+    taken_back: bool,
 }
 
 /// A message handler of the program.
@@ -119,6 +121,7 @@ pub fn asked(what: c_int, ctx: c_int, tag: c_int, count: c_int, about: &[u32]) {
             count,
             again: false,
             spent: false,
+            taken_back: false,
         };
         if keep {
             match kind {
@@ -128,6 +131,22 @@ pub fn asked(what: c_int, ctx: c_int, tag: c_int, count: c_int, about: &[u32]) {
         }
         BLOCK.notifies.store(asked.len() as u32, SeqCst);
     });
+}
+
+/// The program takes back a request about `about` (V or a host): which incarnation its pvmd was asked about, none when
+/// there is no such request.
+pub fn taken_back(what: c_int, ctx: c_int, tag: c_int, about: u32) -> Option<u32> {
+    let kind = what & !CANCEL;
+    let open = |asked: &&mut Asked| {
+        (asked.what, asked.ctx, asked.tag, asked.about) == (kind, ctx, tag, about)
+            && !asked.spent
+            && !asked.taken_back
+    };
+    with(|local| {
+        let asked = local.notices.asked.iter_mut().find(open)?;
+        asked.taken_back = true;
+        Some(asked.asked_r)
+    })
 }
 
 /// How far the program knows the hosts, if it has asked for additions.
@@ -324,15 +343,14 @@ unsafe fn notice(real: &Real, up: *mut Pmsg, own: bool, ctx: c_int, tag: c_int) 
         });
         return Some(Verdict::Drop);
     };
-    let (what, asked_r) = with(|local| {
-        local
-            .notices
-            .asked
-            .get(at)
-            .map_or((0, 0), |asked| (asked.what, asked.asked_r))
+    let (what, asked_r, taken_back) = with(|local| {
+        local.notices.asked.get(at).map_or((0, 0, false), |asked| {
+            (asked.what, asked.asked_r, asked.taken_back)
+        })
     });
     let tells_tid = matches!(what, TASK_EXIT | ROUTE_ADD | ROUTE_DELETE);
-    if what == TASK_EXIT && !own {
+    // The answer to what was taken back is wanted now, whatever it is about.
+    if what == TASK_EXIT && !own && !taken_back {
         match stands(first, about) {
             Stands::Present => {}
             Stands::Moving => return Some(Verdict::Hold),
@@ -502,16 +520,20 @@ pub fn table_changed(real: &Real, taken_over: bool) {
                 .map(|asked| {
                     asked.again = true;
                     asked.asked_r = r_of(asked.about);
-                    (asked.what, asked.ctx, asked.tag, asked.asked_r)
+                    let request = (asked.what, asked.ctx, asked.tag, asked.asked_r);
+                    (request, asked.taken_back)
                 })
                 .collect()
         });
         // Additions without end: what the old pvmd has told may be unread yet, so they are counted here.
-        for (what, ctx, tag, about) in &requests {
+        for ((what, ctx, tag, about), taken_back) in &requests {
             ask(real, *what, *ctx, *tag, -1, *about);
+            if *taken_back {
+                ask(real, *what | CANCEL, *ctx, *tag, 0, *about);
+            }
         }
         // Behind them, so that each host is in the one or the other.
-        if requests.iter().any(|(what, ..)| *what == HOST_ADD) {
+        if requests.iter().any(|((what, ..), _)| *what == HOST_ADD) {
             hosts::list(real, WAIT_ID_NEW_HOSTS);
         }
     }
