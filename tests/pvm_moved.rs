@@ -267,6 +267,13 @@ fn mailbox(scene: &Scene) -> Result<()> {
         ensure!(flags == "0/2 1/2", "{flags}");
     }
     ensure!(worker.ask("put several third 2") == "2");
+    // PvmNoReset is such an entry, which says whom the console's reset is to spare.
+    ensure!(worker.ask("setopt 25 1") == "0");
+    scene.migrate(v, "h1")?;
+    let spared = boss.ask("noresets");
+    ensure!(spared.contains(&format!("{v:x}")), "{spared}");
+    boss.ask("reset");
+    ensure!(boss.ask(&format!("pstat {v:x}")) == "0", "reset ended it");
     // It is its own to take away, and goes with it.
     ensure!(worker.ask("del mine 0") == "0");
     worker.leave();

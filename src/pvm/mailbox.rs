@@ -164,8 +164,7 @@ impl Client {
     /// # Errors
     /// When the pvmd refuses.
     pub fn spare_from_reset(&mut self, tid: Tid) -> Result<()> {
-        let message = packed(tid, &tid.0.to_be_bytes());
-        self.mailbox_put(tid, NO_RESET, 0, MULTI_INSTANCE, &message)
+        self.mailbox_put(tid, NO_RESET, 0, MULTI_INSTANCE, &spared(tid))
             .map(drop)
     }
 
@@ -186,7 +185,17 @@ fn request(op: i32, tid: Tid, name: &str, index: i32, flags: i32) -> Body {
 
 fn put(owner: Tid, name: &str, index: i32, flags: i32, message: &[u8]) -> Body {
     let flags = flags & ((1 << MBOX_INDEX_SHIFT) - 1) | index.wrapping_shl(MBOX_INDEX_SHIFT);
-    request(PUT, owner, name, -1, flags).bytes(message)
+    let body = request(PUT, owner, name, -1, flags);
+    match name {
+        // A reset goes by what these say, not by whose they are.
+        NO_RESET => body.bytes(&spared(owner)),
+        _ => body.bytes(message),
+    }
+}
+
+/// What [`NO_RESET`] says of a task.
+fn spared(tid: Tid) -> Vec<u8> {
+    packed(tid, &tid.0.to_be_bytes())
 }
 
 /// The pvmd adds an empty piece in front each time an entry passes it.
