@@ -173,12 +173,17 @@ fn belongings(kit: &Path) {
     let v = child.enrol();
     child.ask("put mine text 0");
     child.ask("put kept text 1");
+    child.ask("put open text 5");
     let manifest = dumped(&vm, &format!("t{v:x}"), "image");
     let pvm = manifest.pvm.unwrap();
     assert!(pvm.program.ends_with("actor"), "{}", pvm.program);
     assert_eq!(pvm.output_to.0, p);
     let names: Vec<&str> = pvm.mailbox.iter().map(|e| e.class.as_str()).collect();
-    assert_eq!(names, ["mine"], "persistent entries stay where they are");
+    assert_eq!(
+        names,
+        ["mine", "kept"],
+        "what is persistent and anybody's stays where it is"
+    );
     assert!(pvm.mailbox[0].message.len() > 32);
     let kind = |id: u32| &manifest.descriptions[id as usize].kind;
     assert!(matches!(kind(pvm.connection), Kind::Socket { .. }));

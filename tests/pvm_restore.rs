@@ -388,6 +388,11 @@ fn on_another_host(scene: &Scene) -> Result<()> {
     // It wants to hear of two others. One of them ends while it is away.
     let mut others = [scene.actor("h0", "first")?, scene.actor("h0", "last")?];
     let tids = others.each_mut().map(Actor::enrol);
+    // PvmMboxPersistent, once with PvmMboxOverWritable: these stay, without an owner.
+    for (name, flags) in [("kept", 1), ("open", 5)] {
+        ensure!(worker.ask(&format!("put {name} value {flags}")) == "0");
+    }
+    ensure!(others[0].ask("put foreign value 1") == "0");
     worker.ask(&format!("notify 1 66 {:x} {:x}", tids[0], tids[1]));
     worker.tell("recv -1 7");
     until_receives(scene, "h1", pid)?;
@@ -417,8 +422,13 @@ fn on_another_host(scene: &Scene) -> Result<()> {
     ensure!(worker.ask("nnotice 66") == "none");
     last.leave();
     ensure!(worker.ask("notice 66") == format!("{:x}", tids[1]));
-    let owner = boss.ask("boxes name");
-    ensure!(owner == format!("{v:x}"), "the mailbox entry is {owner}'s");
+    for name in ["name", "kept", "open"] {
+        let owner = boss.ask(&format!("boxes {name}"));
+        ensure!(owner == format!("{v:x}"), "the entry '{name}' is {owner}'s");
+    }
+    ensure!(worker.ask("put kept again 1") == "0");
+    ensure!(boss.ask("get kept 0 0").contains("text again"));
+    ensure!(boss.ask("boxes foreign") == "0");
     worker.ask(&format!("send {me:x} 9 back"));
     let back = boss.ask("recv -1 9");
     ensure!(back.contains(&format!("from {v:x}")), "{back}");

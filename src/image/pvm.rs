@@ -38,7 +38,8 @@ pub struct PvmTask {
     /// The highest context id of each host that it may know.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub contexts: Vec<u32>,
-    /// Mailbox entries it owns that vanish with it.
+    /// Mailbox entries it owns that vanish with it; in a dump those, too, that outlive it and that nobody else may take
+    /// away.
     pub mailbox: Vec<MailboxEntry>,
     /// Where the shim's block and libpvm's variables are in its memory.
     pub block: u64,

@@ -22,7 +22,7 @@ use crate::pvm::client::{Client, Pvmd};
 use crate::pvm::connection::{Connection, Daemons};
 use crate::pvm::contexts;
 use crate::pvm::local::uses_libpvm;
-use crate::pvm::mailbox;
+use crate::pvm::mailbox::{self, Entry};
 use crate::pvm::table;
 use crate::pvm::tid::Tid;
 use crate::pvm::wire::{FRAGMENT_HEADER, LONGEST_FRAGMENT, MESSAGE_HEADER, tc};
@@ -243,23 +243,29 @@ impl Task {
 
     /// The entries that vanish with it, and whether it has any.
     fn mailbox(&self, client: &mut Client) -> Result<(Vec<MailboxEntry>, bool)> {
+        let entries = self.entries(client)?;
+        let any = !entries.is_empty();
+        let vanish = |entry: &Entry| entry.flags & mailbox::PERSISTENT == 0;
+        Ok((contents(client, entries, vanish)?, any))
+    }
+
+    /// Its entries that outlive it, and that nobody else may take away: who misses them later is in another virtual
+    /// machine.
+    ///
+    /// # Errors
+    /// When the pvmd does not answer.
+    pub fn persistent(&self, client: &mut Client) -> Result<Vec<MailboxEntry>> {
+        let entries = self.entries(client)?;
+        let own = |entry: &Entry| {
+            entry.flags & (mailbox::PERSISTENT | mailbox::OVERWRITABLE) == mailbox::PERSISTENT
+        };
+        contents(client, entries, own)
+    }
+
+    fn entries(&self, client: &mut Client) -> Result<Vec<Entry>> {
         let mut entries = client.mailbox_names("*")?;
         entries.retain(|entry| entry.owner == self.r);
-        let any = !entries.is_empty();
-        entries.retain(|entry| entry.flags & mailbox::PERSISTENT == 0);
-        let mut own = Vec::new();
-        for entry in entries {
-            // One that somebody has just taken away is none.
-            if let Some(message) = client.mailbox_get(&entry.name, entry.index)? {
-                own.push(MailboxEntry {
-                    class: entry.name,
-                    index: entry.index,
-                    flags: entry.flags,
-                    message: Bytes(message),
-                });
-            }
-        }
-        Ok((own, any))
+        Ok(entries)
     }
 
     /// What its pvmd knows of where it comes from.
@@ -286,6 +292,27 @@ impl Task {
             host: host.map_or_else(String::new, |host| host.name),
         })
     }
+}
+
+/// Those of the entries that are wanted, with their messages.
+fn contents(
+    client: &mut Client,
+    entries: Vec<Entry>,
+    wanted: impl Fn(&Entry) -> bool,
+) -> Result<Vec<MailboxEntry>> {
+    let mut found = Vec::new();
+    for entry in entries.into_iter().filter(wanted) {
+        // One that somebody has just taken away is none.
+        if let Some(message) = client.mailbox_get(&entry.name, entry.index)? {
+            found.push(MailboxEntry {
+                class: entry.name,
+                index: entry.index,
+                flags: entry.flags,
+                message: Bytes(message),
+            });
+        }
+    }
+    Ok(found)
 }
 
 /// Where a task comes from.

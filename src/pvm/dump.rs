@@ -103,6 +103,7 @@ fn save(
         }
         let mut captured = task.capture(session, client, sink)?.task;
         captured.away = away.is_some();
+        captured.mailbox.extend(task.persistent(client)?);
         program.replace(captured.program.clone());
         host.replace(captured.host.clone());
         // What its own pvmd has given out by now, and nothing later, it may know.

@@ -254,6 +254,12 @@ fn count(count: i32) -> Result<i32> {
     Ok(count)
 }
 
+/// Who sent a message that the mailbox keeps.
+pub fn sender(message: &[u8]) -> Option<Tid> {
+    let word = message.get(6 * 4..)?.first_chunk::<4>()?;
+    Some(Tid(u32::from_be_bytes(*word)))
+}
+
 /// The first piece of a message as the mailbox keeps it; none if there is none that is whole.
 pub fn unpacked(message: &[u8]) -> Option<&[u8]> {
     let (len, rest) = message.get(8 * 4..)?.split_first_chunk::<4>()?;

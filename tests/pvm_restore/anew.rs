@@ -15,6 +15,8 @@ pub fn tids(scene: &Scene) -> Result<()> {
     let mut boss = scene.actor("h0", "boss")?;
     let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
     let pid = worker.pid();
+    // PvmMboxPersistent: it would outlive the task, but not the virtual machine.
+    ensure!(worker.ask("put kept value 1") == "0");
     worker.tell("recv -1 7");
     until_receives(scene, "h1", pid)?;
     let image = scene.dump("h1", pid, "image", "--kill")?;
@@ -28,6 +30,8 @@ pub fn tids(scene: &Scene) -> Result<()> {
     boss.ask(&format!("send {v:x} 7 hello"));
     ensure!(worker.answer().contains(&format!("from {me:x}")));
     ensure!(worker.ask("mytid") == format!("{v:x}"));
+    ensure!(boss.ask("get kept 0 0").contains("text value"));
+    ensure!(boss.ask("boxes kept") == format!("{v:x}"));
     worker.leave();
     boss.leave();
     Ok(())

@@ -27,7 +27,9 @@ use crate::image::pvm::PvmTask;
 use crate::image::store::Image;
 use crate::kernel::caps;
 use crate::pvm::client::{self, Client, Pvmd};
-use crate::pvm::table::TidTable;
+use crate::pvm::mailbox::{self, Entry};
+use crate::pvm::table::{self, TidTable};
+use crate::pvm::tid::Tid;
 use crate::restore::{self, Options, Outcome};
 use arrival::{Arrived, Door};
 use guest::{Incarnated, Task};
@@ -125,7 +127,7 @@ fn land(orders: &Orders, agent: &mut Option<Agent>, started: Instant) -> Result<
     let anew = commit == Commit::WhenTold && !announce;
     sinks::set(&mut client, &pvmd, &task, anew, announce)?;
     let warnings = match commit {
-        Commit::WhenTold => mailbox(&mut client, &task),
+        Commit::WhenTold => mailbox(&mut client, &pvmd, &task),
         // The mover hands them over.
         Commit::WhenEnded { .. } => Vec::new(),
     };
@@ -173,18 +175,43 @@ fn task_of(image: &Image, order: Option<&Order>) -> Result<PvmTask> {
     Ok(task)
 }
 
-/// Puts the entries of the mailbox again that went with the old incarnation. What cannot be put, for people.
-fn mailbox(client: &mut Client, task: &PvmTask) -> Vec<String> {
+/// Puts the entries of the mailbox again that went with the old incarnation, or with its virtual machine. What cannot be
+/// put, for people.
+fn mailbox(client: &mut Client, pvmd: &Pvmd, task: &PvmTask) -> Vec<String> {
+    let (reclaimed, mut warnings) = match reclaim(client, pvmd, task) {
+        Ok(reclaimed) => (reclaimed, Vec::new()),
+        Err(e) => (Vec::new(), vec![format!("{e:#}")]),
+    };
     let own = client.tid();
-    task.mailbox
-        .iter()
-        .filter_map(|e| {
-            client
-                .mailbox_put(own, &e.class, e.index, e.flags, &e.message.0)
-                .err()
-                .map(|e| format!("{e:#}"))
-        })
-        .collect()
+    for e in &task.mailbox {
+        let is_it = |entry: &Entry| (&entry.name, entry.index) == (&e.class, e.index);
+        if !reclaimed.iter().any(is_it)
+            && let Err(e) = client.mailbox_put(own, &e.class, e.index, e.flags, &e.message.0)
+        {
+            warnings.push(format!("{e:#}"));
+        }
+    }
+    warnings
+}
+
+/// Persistent entries have stayed when the old incarnation ended, as nobody's: nobody could change them any more.
+fn reclaim(client: &mut Client, pvmd: &Pvmd, task: &PvmTask) -> Result<Vec<Entry>> {
+    let (own, table) = (client.tid(), pvmd.table_path()?);
+    let mut reclaimed = Vec::new();
+    for entry in client.mailbox_names("*")? {
+        if entry.owner != Tid(0) || entry.flags & mailbox::PERSISTENT == 0 {
+            continue;
+        }
+        let message = client.mailbox_get(&entry.name, entry.index)?;
+        let sender = message.as_deref().and_then(mailbox::sender);
+        if let Some(sender) = sender
+            && table::name(&table, sender.0)? == task.v
+            && client.mailbox_hand_over(&entry, own)?
+        {
+            reclaimed.push(entry);
+        }
+    }
+    Ok(reclaimed)
 }
 
 /// What agents do on every host, on this one.
