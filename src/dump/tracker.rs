@@ -208,7 +208,7 @@ impl Tracker {
         while at < end {
             let to = end.min(at - at % STEP + STEP);
             self.buffer.resize((to - at) as usize, 0);
-            match self.mem.read(at, &mut self.buffer) {
+            match self.mem.read_pinned(at, &mut self.buffer) {
                 Ok(()) => {
                     round.bytes += to - at;
                     take(at, &mut self.buffer)?;
@@ -276,7 +276,7 @@ impl Tracker {
             while at < end {
                 let to = end.min(at - at % STEP + STEP);
                 self.buffer.resize((to - at) as usize, 0);
-                self.mem.read(at, &mut self.buffer).with_context(|| {
+                self.mem.read_pinned(at, &mut self.buffer).with_context(|| {
                     format!("reading memory {at:#x}-{to:#x} of process {}", self.pid)
                 })?;
                 round.bytes += to - at;
