@@ -276,9 +276,11 @@ impl Tracker {
             while at < end {
                 let to = end.min(at - at % STEP + STEP);
                 self.buffer.resize((to - at) as usize, 0);
-                self.mem.read_pinned(at, &mut self.buffer).with_context(|| {
-                    format!("reading memory {at:#x}-{to:#x} of process {}", self.pid)
-                })?;
+                self.mem
+                    .read_pinned(at, &mut self.buffer)
+                    .with_context(|| {
+                        format!("reading memory {at:#x}-{to:#x} of process {}", self.pid)
+                    })?;
                 round.bytes += to - at;
                 take(at, &mut self.buffer)?;
                 at = to;

@@ -80,20 +80,35 @@ impl ImageSender {
     pub fn put(&self, space: SpaceId, addr: u64, data: &[u8]) -> Result<()> {
         let mut at = 0;
         while let Some(rest) = data.get(at..).filter(|rest| !rest.is_empty()) {
-            let mut pages = rest.chunks(PAGE).take(PIECE / PAGE);
-            let zero = pages.next().is_some_and(is_zero);
-            let same = 1 + pages.take_while(|page| is_zero(page) == zero).count();
-            let len = rest.len().min(same * PAGE);
-            let mut place = [0; PAGES_HEADER];
-            let (in_space, at_addr) = place.split_at_mut(4);
-            in_space.copy_from_slice(&space.to_be_bytes());
-            at_addr.copy_from_slice(&(addr + at as u64).to_be_bytes());
+            let (zero, len) = alike(rest);
+            let place = place_of(space, addr + at as u64);
             let mut stream = self.stream();
             if zero {
                 stream.send_behind(kind::ZEROS, &place, &(len as u64).to_be_bytes())?;
             } else {
                 let pages = rest.get(..len).unwrap_or_default();
                 stream.send_behind(kind::PAGES, &place, pages)?;
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// The same, of pages that nobody needs here any more.
+    ///
+    /// # Errors
+    /// As for [`ImageSender::put`].
+    pub fn give(&self, space: SpaceId, addr: u64, data: &mut [u8]) -> Result<()> {
+        let mut at = 0;
+        while let Some(rest) = data.get_mut(at..).filter(|rest| !rest.is_empty()) {
+            let (zero, len) = alike(rest);
+            let place = place_of(space, addr + at as u64);
+            let mut stream = self.stream();
+            if zero {
+                stream.send_behind(kind::ZEROS, &place, &(len as u64).to_be_bytes())?;
+            } else {
+                let pages = rest.get_mut(..len).unwrap_or_default();
+                stream.send_in_place(kind::PAGES, &place, pages)?;
             }
             at += len;
         }
@@ -109,8 +124,8 @@ impl ImageSender {
         let (empty, sent) = sync_channel::<Vec<u8>>(AHEAD + 1);
         std::thread::scope(|scope| {
             let sender = scope.spawn(move || -> Result<()> {
-                for (addr, data) in to_send {
-                    self.put(space, addr, &data)?;
+                for (addr, mut data) in to_send {
+                    self.give(space, addr, &mut data)?;
                     // Nobody wants it any more at the end.
                     let _ = empty.try_send(data);
                 }
@@ -391,6 +406,23 @@ impl<'a> Store<'a> {
             }
         }
     }
+}
+
+/// What stands in front of pages.
+fn place_of(space: SpaceId, addr: u64) -> [u8; PAGES_HEADER] {
+    let mut place = [0; PAGES_HEADER];
+    let (in_space, at_addr) = place.split_at_mut(4);
+    in_space.copy_from_slice(&space.to_be_bytes());
+    at_addr.copy_from_slice(&addr.to_be_bytes());
+    place
+}
+
+/// Whether what begins with a page begins with zeros, and how many bytes of it are all zero, or pages that are not.
+fn alike(data: &[u8]) -> (bool, usize) {
+    let mut pages = data.chunks(PAGE).take(PIECE / PAGE);
+    let zero = pages.next().is_some_and(is_zero);
+    let same = 1 + pages.take_while(|page| is_zero(page) == zero).count();
+    (zero, data.len().min(same * PAGE))
 }
 
 /// Space, address and what follows them.

@@ -1,6 +1,6 @@
 //! The two ends of a stream.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, IoSlice, IoSliceMut, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
@@ -9,8 +9,9 @@ use anyhow::{Context, Result, anyhow, bail};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv};
-use snow::{HandshakeState, TransportState};
+use snow::HandshakeState;
 
+use super::cipher::{Cipher, TAG};
 use super::header::{HEADER, Header, LONGEST};
 use super::input::Input;
 use super::key::Key;
@@ -20,14 +21,17 @@ use crate::error::Failure;
 const PATTERN: &str = "Noise_NNpsk0_25519_AESGCM_SHA256";
 /// Longest message of Noise, and what it may hold.
 const SEALED: usize = 65535;
-const TAG: usize = 16;
 const PLAIN: usize = SEALED - TAG;
 /// Bytes written and read at once: few calls, and they stay in a second-level cache between the socket and the cipher.
 const AT_ONCE: usize = 256 << 10;
 /// Of a message: its length in front of it.
 const LENGTH: usize = 2;
-/// Messages after which both sides change their keys: far below what AES-GCM allows.
-const REKEY: u64 = 1 << 20;
+/// Of a frame whose body stands apart: what each of its messages holds, but the last; whole pages.
+const CUT: usize = 15 << 12;
+/// Bodies shorter than this are sent together with their heads: a copy costs less than more messages.
+const APART: usize = 32 << 10;
+/// Bytes that such a frame mostly begins with: length, header, what is in front, tag.
+const BEGINNING: usize = LENGTH + HEADER + 12 + TAG;
 /// How long a handshake may take: nothing is computed in it that takes long.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// How long who knocks may take to show that he knows the key. Nothing tells a stranger who says nothing from a mover whose
@@ -60,14 +64,11 @@ pub struct Stream {
     tcp: TcpStream,
     input: Input,
     peer: String,
-    noise: TransportState,
-    sent: u64,
-    received: u64,
+    outgoing: Cipher,
+    incoming: Cipher,
     /// Sealed messages that wait to be written: so many bytes of it.
     out: Box<[u8]>,
     waiting: usize,
-    /// The beginning of a frame: its header and what fits into the same message.
-    first: Vec<u8>,
     packer: Packer,
     totals: Totals,
 }
@@ -106,7 +107,7 @@ impl Stream {
             }
         };
         // So that a repeated first message opens nothing.
-        stream.seal(&[])?;
+        stream.seal([])?;
         stream.flush()?;
         stream.timeless()
     }
@@ -139,8 +140,9 @@ impl Stream {
             }
             let proved = handshake(key, id, false).and_then(|state| {
                 let mut stream = Stream::shake(tcp, from.to_string(), state)?;
-                if stream.open(&mut [0; TAG])? != Some(0) {
-                    bail!("no proof");
+                match stream.open()? {
+                    Some([]) => {}
+                    _ => bail!("no proof"),
                 }
                 stream.timeless()
             });
@@ -175,16 +177,15 @@ impl Stream {
             }
         }
         // What has been read so far was exactly the handshake.
+        let (outgoing, incoming) = Cipher::pair(state).context("handshake")?;
         Ok(Stream {
             tcp,
             input: Input::new(AT_ONCE),
             peer,
-            noise: state.into_transport_mode().context("handshake")?,
-            sent: 0,
-            received: 0,
+            outgoing,
+            incoming,
             out: vec![0; AT_ONCE + LENGTH + SEALED].into(),
             waiting: 0,
-            first: Vec::with_capacity(PLAIN),
             packer: Packer::new(),
             totals: Totals::default(),
         })
@@ -227,6 +228,52 @@ impl Stream {
         }
     }
 
+    /// The same, of a body that may be sealed where it stands: it is worth nothing any more then.
+    ///
+    /// # Errors
+    /// As for [`Stream::send`].
+    pub fn send_in_place(&mut self, kind: u8, head: &[u8], body: &mut [u8]) -> Result<()> {
+        let raw = head.len() + body.len();
+        if body.len() < APART || raw > LONGEST || head.is_empty() || head.len() > u8::MAX.into() {
+            return self.send_behind(kind, head, body);
+        }
+        if let Some((packing, packed)) = self.packer.pack(head, body, &self.tcp) {
+            return self.frame(kind, packing, raw, &[], &packed);
+        }
+        let header = Header {
+            kind,
+            packing: Packing::None,
+            front: head.len(),
+            packed: raw,
+            raw,
+        };
+        self.seal([&header.bytes(), head])?;
+        // Between two messages the tag of one and the length of the next.
+        let mut tag: &[u8] = &[];
+        let mut seams = Vec::with_capacity(body.len() / CUT + 2);
+        let mut tags = Vec::with_capacity(body.len() / CUT + 1);
+        for text in body.chunks_mut(CUT) {
+            tags.push(self.outgoing.seal(text)?);
+        }
+        for (text, next) in body.chunks(CUT).zip(&tags) {
+            let len = ((text.len() + TAG) as u16).to_be_bytes();
+            seams.push([tag, &len].concat());
+            tag = next;
+        }
+        let waits = self.out.get(..self.waiting).unwrap_or_default();
+        let mut parts = vec![IoSlice::new(waits)];
+        for (text, seam) in body.chunks(CUT).zip(&seams) {
+            parts.extend([IoSlice::new(seam), IoSlice::new(text)]);
+        }
+        parts.push(IoSlice::new(tag));
+        let bytes = parts.iter().map(|part| part.len()).sum();
+        write_all(&mut self.tcp, &mut parts)
+            .with_context(|| format!("cannot write to {}", self.peer))?;
+        self.wrote(bytes);
+        self.totals.raw += raw as u64;
+        Ok(())
+    }
+
     fn frame(
         &mut self,
         kind: u8,
@@ -235,19 +282,18 @@ impl Stream {
         head: &[u8],
         body: &[u8],
     ) -> Result<()> {
-        let mut first = std::mem::take(&mut self.first);
-        first.clear();
-        first.extend([kind, packing as u8, 0, 0]);
-        first.extend(((head.len() + body.len()) as u32).to_be_bytes());
-        first.extend((raw as u32).to_be_bytes());
-        first.extend_from_slice(head);
-        let (with_it, behind) = body.split_at(body.len().min(PLAIN - first.len()));
-        first.extend_from_slice(with_it);
-        let sealed = self.seal(&first);
-        self.first = first;
-        sealed?;
+        let header = Header {
+            kind,
+            packing,
+            front: 0,
+            packed: head.len() + body.len(),
+            raw,
+        };
+        let room = PLAIN - HEADER - head.len();
+        let (with_it, behind) = body.split_at(body.len().min(room));
+        self.seal([&header.bytes(), head, with_it])?;
         for part in behind.chunks(PLAIN) {
-            self.seal(part)?;
+            self.seal([part])?;
         }
         self.totals.raw += raw as u64;
         Ok(())
@@ -262,10 +308,15 @@ impl Stream {
         self.tcp
             .write_all(out)
             .with_context(|| format!("cannot write to {}", self.peer))?;
-        self.totals.wire += self.waiting as u64;
-        self.packer.wrote(self.waiting);
-        self.waiting = 0;
+        self.wrote(self.waiting);
         Ok(())
+    }
+
+    /// Takes note of what went to the kernel, what waited included.
+    fn wrote(&mut self, bytes: usize) {
+        self.totals.wire += bytes as u64;
+        self.packer.wrote(bytes);
+        self.waiting = 0;
     }
 
     /// Whether the other side has closed it, or the connection broke.
@@ -295,91 +346,183 @@ impl Stream {
     ///
     /// # Errors
     /// As for [`Stream::recv`].
-    pub fn recv_into(&mut self, mut body: Vec<u8>) -> Result<Option<Frame>> {
-        let mut first = std::mem::take(&mut self.first);
-        first.resize(SEALED, 0);
-        let opened = self.open(&mut first);
-        self.first = first;
-        let Some(len) = opened? else {
+    pub fn recv_into(&mut self, body: Vec<u8>) -> Result<Option<Frame>> {
+        match self.begin(body)? {
+            Some(Begun::Whole(frame)) => Ok(Some(frame)),
+            Some(Begun::Apart { kind, front, rest }) => {
+                let mut body = front;
+                let at = body.len();
+                body.resize(at + rest, 0);
+                self.rest(body.get_mut(at..).unwrap_or_default())?;
+                Ok(Some(Frame { kind, body }))
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// The next frame, or its front when it has one: then [`Stream::rest`] has to be called next.
+    ///
+    /// # Errors
+    /// As for [`Stream::recv`].
+    pub fn begin(&mut self, mut body: Vec<u8>) -> Result<Option<Begun>> {
+        let Some(first) = self.open()? else {
             return Ok(None);
         };
-        let first = self.first.get(..len).unwrap_or_default();
         let header = Header::read(first)?;
         let data = first.get(HEADER..).unwrap_or_default();
         if data.len() > header.packed {
             bail!("a frame is longer than it says");
         }
-        // The cipher wants room for the tag, too.
-        body.resize(header.packed + TAG, 0);
-        let mut at = data.len();
-        body.get_mut(..at).unwrap_or_default().copy_from_slice(data);
-        while at < header.packed {
-            let Some(len) = self.open(body.get_mut(at..).unwrap_or_default())? else {
+        body.clear();
+        body.reserve(header.packed);
+        body.extend_from_slice(data);
+        if header.front > 0 {
+            if body.len() != header.front {
+                bail!("the front of a frame is longer or shorter than it says");
+            }
+            self.input.read_ahead(BEGINNING);
+            return Ok(Some(Begun::Apart {
+                kind: header.kind,
+                front: body,
+                rest: header.packed - header.front,
+            }));
+        }
+        self.input.read_ahead(AT_ONCE);
+        while body.len() < header.packed {
+            let Some(part) = self.open()? else {
                 bail!("{} closed the stream in the middle of a frame", self.peer);
             };
-            at += len;
+            body.extend_from_slice(part);
         }
-        if at != header.packed {
+        if body.len() != header.packed {
             bail!("a frame is longer than it says");
         }
-        body.truncate(at);
         let body = header.packing.unpack(body, header.raw)?;
-        Ok(Some(Frame {
+        Ok(Some(Begun::Whole(Frame {
             kind: header.kind,
             body,
-        }))
+        })))
     }
 
-    fn seal(&mut self, plain: &[u8]) -> Result<()> {
-        let at = self.waiting + LENGTH;
-        let sealed = self.out.get_mut(at..).unwrap_or_default();
-        let len = self
-            .noise
-            .write_message(plain, sealed)
-            .context("cannot encrypt")?;
-        self.sent += 1;
-        if self.sent.is_multiple_of(REKEY) {
-            self.noise.rekey_outgoing();
+    /// What stands behind the front of a frame, read and opened in its place. On an error what stands there is worth
+    /// nothing.
+    ///
+    /// # Errors
+    /// As for [`Stream::recv`].
+    pub fn rest(&mut self, body: &mut [u8]) -> Result<()> {
+        // Between two messages the tag of one and the length of the next.
+        let mut seams = vec![[0; TAG + LENGTH]; body.len().div_ceil(CUT) + 1];
+        let last = seams.len() - 1;
+        let mut parts = Vec::with_capacity(2 * seams.len());
+        let mut texts = body.chunks_mut(CUT);
+        for (at, seam) in seams.iter_mut().enumerate() {
+            let seam = match at {
+                0 => &mut seam[TAG..],
+                at if at == last => &mut seam[..TAG],
+                _ => &mut seam[..],
+            };
+            parts.push(IoSliceMut::new(seam));
+            parts.extend(texts.next().map(IoSliceMut::new));
         }
-        if let Some(length) = self.out.get_mut(self.waiting..at) {
-            length.copy_from_slice(&(len as u16).to_be_bytes());
+        self.input
+            .scatter(&self.tcp, &mut parts)
+            .map_err(|e| broken(&self.peer, e))?;
+        let behind = seams.iter().skip(1);
+        for ((text, before), behind) in body.chunks_mut(CUT).zip(&seams).zip(behind) {
+            let [.., a, b] = *before;
+            if usize::from(u16::from_be_bytes([a, b])) != text.len() + TAG {
+                bail!("a frame is not cut as agreed");
+            }
+            let tag = behind.first_chunk().copied().unwrap_or_default();
+            let opened = self.incoming.open(text, tag);
+            opened.map_err(|_| not_sealed(&self.peer))?;
         }
-        self.waiting = at + len;
+        Ok(())
+    }
+
+    /// Seals a message that holds these parts.
+    fn seal<const N: usize>(&mut self, parts: [&[u8]; N]) -> Result<()> {
+        let begin = self.waiting + LENGTH;
+        let mut at = begin;
+        for part in parts {
+            let end = at + part.len();
+            let place = self.out.get_mut(at..end).context("a message is too long")?;
+            place.copy_from_slice(part);
+            at = end;
+        }
+        let text = self.out.get_mut(begin..at).unwrap_or_default();
+        let tag = self.outgoing.seal(text)?;
+        let len = (text.len() + TAG) as u16;
+        if let Some(place) = self.out.get_mut(at..at + TAG) {
+            place.copy_from_slice(&tag);
+        }
+        if let Some(place) = self.out.get_mut(self.waiting..begin) {
+            place.copy_from_slice(&len.to_be_bytes());
+        }
+        self.waiting = at + TAG;
         if self.waiting >= AT_ONCE {
             self.flush()?;
         }
         Ok(())
     }
 
-    /// Opens the next message into the beginning of `plain`, which has room for its tag, too; none at the end of the
-    /// stream.
-    fn open(&mut self, plain: &mut [u8]) -> Result<Option<usize>> {
+    /// Opens the next message; none at the end of the stream.
+    fn open(&mut self) -> Result<Option<&[u8]>> {
         let peer = &self.peer;
-        let broken = |e: std::io::Error| match e.kind() {
-            ErrorKind::UnexpectedEof => anyhow!(e).context(format!("{peer} broke off")),
-            _ => anyhow!(e).context(format!("cannot read from {peer}")),
-        };
+        let broken = |e| broken(peer, e);
         if !self.input.need(&mut self.tcp, LENGTH).map_err(broken)? {
             return Ok(None);
         }
-        let length = self.input.take(LENGTH).try_into().unwrap_or_default();
+        let length = (*self.input.take(LENGTH)).try_into().unwrap_or_default();
         let len = usize::from(u16::from_be_bytes(length));
         if !self.input.need(&mut self.tcp, len).map_err(broken)? && len > 0 {
             return Err(broken(ErrorKind::UnexpectedEof.into()));
         }
-        if len > plain.len() {
-            bail!("a frame is longer than it says");
-        }
-        let opened = self
-            .noise
-            .read_message(self.input.take(len), plain)
-            .map_err(|_| anyhow!("what arrived from {peer} was not sealed with the key"))?;
-        self.received += 1;
-        if self.received.is_multiple_of(REKEY) {
-            self.noise.rekey_incoming();
-        }
-        Ok(Some(opened))
+        let Some((text, tag)) = self.input.take(len).split_last_chunk_mut::<TAG>() else {
+            return Err(not_sealed(peer));
+        };
+        let opened = self.incoming.open(text, *tag);
+        opened.map_err(|_| not_sealed(peer))?;
+        Ok(Some(text))
     }
+}
+
+/// What [`Stream::begin`] gives.
+#[derive(Debug)]
+pub enum Begun {
+    /// All of a frame.
+    Whole(Frame),
+    /// Of a frame of that kind what is in front of so many bytes that are still to come.
+    Apart {
+        kind: u8,
+        front: Vec<u8>,
+        rest: usize,
+    },
+}
+
+fn broken(peer: &str, e: std::io::Error) -> anyhow::Error {
+    match e.kind() {
+        ErrorKind::UnexpectedEof => anyhow!(e).context(format!("{peer} broke off")),
+        _ => anyhow!(e).context(format!("cannot read from {peer}")),
+    }
+}
+
+fn not_sealed(peer: &str) -> anyhow::Error {
+    anyhow!("what arrived from {peer} was not sealed with the key")
+}
+
+/// Writes these, one after the other.
+fn write_all(tcp: &mut TcpStream, mut parts: &mut [IoSlice<'_>]) -> std::io::Result<()> {
+    IoSlice::advance_slices(&mut parts, 0);
+    while !parts.is_empty() {
+        match tcp.write_vectored(parts) {
+            Ok(0) => return Err(ErrorKind::WriteZero.into()),
+            Ok(n) => IoSlice::advance_slices(&mut parts, n),
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
 }
 
 fn handshake(key: &Key, id: &str, first: bool) -> Result<HandshakeState> {

@@ -12,13 +12,15 @@ pub const HEADER: usize = 12;
 pub struct Header {
     pub kind: u8,
     pub packing: Packing,
+    /// Bytes that stand in the first message, when all others stand apart from it.
+    pub front: usize,
     pub packed: usize,
     pub raw: usize,
 }
 
 impl Header {
     pub fn read(bytes: &[u8]) -> Result<Header> {
-        let Some([kind, packing, _, _, a, b, c, d, e, f, g, h]) =
+        let Some([kind, packing, front, _, a, b, c, d, e, f, g, h]) =
             bytes.first_chunk::<HEADER>().copied()
         else {
             bail!("a frame has no header");
@@ -29,12 +31,25 @@ impl Header {
         if raw > LONGEST || packed > raw {
             bail!("a frame of {raw} bytes ({packed} packed) is too long");
         }
+        let (front, packing) = (usize::from(front), Packing::of(packing)?);
+        if front > 0 && (front >= packed || packing != Packing::None) {
+            bail!("a frame of {packed} bytes begins with {front}, and is packed otherwise");
+        }
         Ok(Header {
             kind,
-            packing: Packing::of(packing)?,
+            packing,
+            front,
             packed,
             raw,
         })
+    }
+
+    /// As it is sent.
+    pub fn bytes(&self) -> [u8; HEADER] {
+        let [a, b, c, d] = (self.packed as u32).to_be_bytes();
+        let [e, f, g, h] = (self.raw as u32).to_be_bytes();
+        let (packing, front) = (self.packing as u8, self.front as u8);
+        [self.kind, packing, front, 0, a, b, c, d, e, f, g, h]
     }
 }
 
@@ -55,6 +70,14 @@ mod tests {
         assert!(header(11, 10, 1).is_err());
         assert!(header(10, 10, 9).is_err());
         assert!(Header::read(&[1, 0, 0]).is_err());
+        let front = |front: u8, packing: u8| {
+            let mut bytes = vec![1, packing, front, 0];
+            bytes.extend([0, 0, 0, 10, 0, 0, 0, 10]);
+            Header::read(&bytes)
+        };
+        assert_eq!(front(9, 0).unwrap().bytes()[2], 9);
+        assert!(front(10, 0).is_err());
+        assert!(front(9, 1).is_err());
         // What unpacks to something else than it says.
         let packed = lz4_flex::block::compress(&[7; 1000]);
         assert!(Packing::Lz4.unpack(packed.clone(), 999).is_err());

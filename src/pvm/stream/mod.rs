@@ -7,10 +7,14 @@
 //! AES-256-GCM: none can be changed, left out, repeated or put elsewhere. In them stand frames:
 //!
 //! ```text
-//! kind (1 byte), packing (1), 2 unused, bytes that follow (4), bytes they unpack to (4), big-endian; then those
+//! kind (1 byte), packing (1), bytes in front (1), 1 unused, bytes that follow (4), bytes they unpack to (4), big-endian;
+//! then those
 //! ```
-//! A frame begins with a message, so that its length is known when its first message has been opened.
+//! A frame begins with a message, so that its length is known when its first message has been opened. Where there are
+//! bytes in front, that message holds no more than them, and each of those behind it, but the last, as many as agreed:
+//! what comes in them can be read from the socket, and opened, in the place it is for.
 
+mod cipher;
 mod content;
 mod frames;
 mod header;
@@ -19,6 +23,6 @@ mod key;
 mod rate;
 
 pub use content::{ImageSender, receive, receive_changed_flags};
-pub use frames::{Frame, KNOCK, Stream, Totals};
+pub use frames::{Begun, Frame, KNOCK, Stream, Totals};
 pub use header::LONGEST;
 pub use key::Key;
