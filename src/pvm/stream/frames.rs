@@ -712,8 +712,12 @@ mod tests {
         assert_eq!(frame.kind, 2);
     }
 
+    /// Sends a frame, its body in place or not.
+    type Sends = fn(&mut Stream, u8) -> Result<()>;
+
     /// Sends three frames through somebody who changes the messages; what arrives.
     fn through(
+        send: Sends,
         change: impl Fn(usize, Vec<u8>) -> Vec<u8> + Send + 'static,
     ) -> Vec<Result<Option<u8>>> {
         let (listener, address) = listener();
@@ -725,9 +729,7 @@ mod tests {
         });
         let mut stream = sender(middle).unwrap();
         for kind in 1..4 {
-            let _ = stream
-                .send(kind, &[kind; 100_000])
-                .and_then(|()| stream.flush());
+            let _ = send(&mut stream, kind).and_then(|()| stream.flush());
         }
         drop(stream);
         let mut all = Vec::new();
@@ -737,10 +739,72 @@ mod tests {
         all
     }
 
-    // Message 0 is the handshake, 1 its proof; each frame of these has two.
+    // Message 0 is the handshake, 1 its proof; each frame of these has two, or three where the body stands apart.
     #[test]
     fn what_is_changed_repeated_left_out_or_cut_off_is_an_error() {
-        let fine = through(|_, message| message);
+        damaged(|stream, kind| stream.send(kind, &[kind; 100_000]), 0);
+        damaged(
+            |stream, kind| stream.send_in_place(kind, &[1; 12], &mut [kind; 100_000]),
+            2,
+        );
+    }
+
+    #[test]
+    fn what_stands_apart_arrives_where_it_is_wanted() {
+        let (listener, address) = listener();
+        let sizes = [APART, CUT - 1, CUT, CUT + 1, 3 * CUT, 1 << 20];
+        let receives = thread::spawn(move || {
+            let mut stream =
+                Stream::accept(&listener, &key(1), "m", Instant::now() + LIMIT).unwrap();
+            for (kind, size) in sizes.into_iter().enumerate() {
+                let Some(Begun::Apart {
+                    kind: got,
+                    front,
+                    rest,
+                }) = stream.begin(Vec::new()).unwrap()
+                else {
+                    panic!("{size}");
+                };
+                assert_eq!((got, &front[..], rest), (kind as u8, &b"front"[..], size));
+                let mut body = vec![0; size];
+                stream.rest(&mut body).unwrap();
+                assert!(body == text(size), "{size}");
+                // One that has no front comes between, and one that is too short for it.
+                for short in [&b"short"[..], b"frontshort"] {
+                    let frame = stream.recv().unwrap().unwrap();
+                    assert_eq!((frame.kind, &frame.body[..]), (9, short));
+                }
+            }
+            assert!(stream.recv().unwrap().is_none());
+        });
+        let mut stream = sender(address).unwrap();
+        for (kind, size) in sizes.into_iter().enumerate() {
+            let mut body = text(size);
+            stream
+                .send_in_place(kind as u8, b"front", &mut body)
+                .unwrap();
+            assert!(body != text(size));
+            stream.send(9, b"short").unwrap();
+            stream
+                .send_in_place(9, b"front", &mut b"short".to_vec())
+                .unwrap();
+        }
+        assert_eq!(
+            stream.totals().raw as usize,
+            sizes.iter().map(|s| s + 20).sum::<usize>()
+        );
+        stream.flush().unwrap();
+        drop(stream);
+        receives.join().unwrap();
+    }
+
+    fn text(size: usize) -> Vec<u8> {
+        (0..size).map(|at| (at / 3) as u8).collect()
+    }
+
+    /// What becomes of frames of which something is done to the message number 4, or that many behind it.
+    fn damaged(send: Sends, more: usize) {
+        let fine = through(send, |_, message| message);
         let kinds: Vec<_> = fine.into_iter().map(Result::unwrap).collect();
         assert_eq!(kinds, [Some(1), Some(2), Some(3), None]);
         type Change = fn(usize, Vec<u8>) -> Vec<u8>;
@@ -767,13 +831,16 @@ mod tests {
                 },
             ),
             ("cut within a message", |n, message| match n {
-                4 => message[..1000].to_vec(),
+                4 => message[..30].to_vec(),
                 5 => Vec::new(),
                 _ => message,
             }),
         ];
         for (way, change) in ways {
-            let got = through(change);
+            // The second frame, whatever it is cut into.
+            let got = through(send, move |n, message| {
+                change(n.saturating_sub(more), message)
+            });
             let kinds: Vec<_> = got.iter().filter_map(|g| g.as_ref().ok()).collect();
             assert_eq!(kinds, [&Some(1)], "{way}");
             assert!(got.last().unwrap().is_err(), "{way}");
