@@ -23,6 +23,6 @@ mod key;
 mod rate;
 
 pub use content::{ImageSender, receive, receive_changed_flags};
-pub use frames::{Begun, Frame, KNOCK, Stream, Totals};
+pub use frames::{Frame, KNOCK, Stream, Totals};
 pub use header::LONGEST;
 pub use key::Key;
