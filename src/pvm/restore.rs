@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
 use serde::Serialize;
 
 use crate::error::Failure;
@@ -18,6 +19,7 @@ use crate::pvm::mailbox::packed;
 use crate::pvm::tid::Tid;
 use crate::pvm::tids;
 use crate::pvm::virtual_machine::Host;
+use crate::pvm::wire::{Body, tm};
 
 /// How long an agent may take.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -68,7 +70,11 @@ pub fn run(
         // Ours may be among those that were used up.
         client = Client::enrol(&pvmd, 0)?;
     }
-    let agents = ensure(&mut client, waits)?;
+    let mut agents = ensure(&mut client, waits)?;
+    if agents.iter().any(|agent| agent.tid == v.0) {
+        make_way(&mut client, v)?;
+        agents = ensure(&mut client, waits)?;
+    }
     let mut landing = Restore {
         id: format!("r{:x}-{:x}", client.tid().0, v.0),
         client,
@@ -134,6 +140,23 @@ fn use_up(client: &mut Client, hosts: &[Host], v: Tid) -> Result<bool> {
     Ok(used.len() > 1)
 }
 
+/// Ends the agent that was given the tid `v` in a virtual machine that counts anew. Another one follows, with a tid that
+/// it has not given out before.
+fn make_way(client: &mut Client, v: Tid) -> Result<()> {
+    let kill = Body::new().uint(v.0).int(Signal::SIGKILL as i32);
+    client.ask(tm::SENDSIG, kill)?;
+    let until = Instant::now() + PATIENCE;
+    while client.lives(v)? {
+        if Instant::now() > until {
+            return Err(Failure::Busy.because(format!(
+                "{v} is the tid of one of mist's agents in this virtual machine, which does not end; nothing was changed, try again"
+            )));
+        }
+        std::thread::sleep(LOOK);
+    }
+    Ok(())
+}
+
 struct Restore {
     id: String,
     client: Client,
@@ -180,11 +203,6 @@ impl Restore {
             all.push(entries.into_iter().find(|known| known.v == v.0));
         }
         let away = |known: &Option<Known>| known.is_some_and(|known| known.away);
-        if all.iter().flatten().any(|known| known.hidden) {
-            return Err(Failure::Refused.because(format!(
-                "{v} is the tid of one of mist's agents in this virtual machine; start that anew (`mistctl pvm stop`, `mistctl pvm start`) and restore the task first"
-            )));
-        }
         let mut present: Vec<Tid> = (all.iter())
             .map(|known| known.map_or(v, |known| Tid(known.r)))
             .collect();

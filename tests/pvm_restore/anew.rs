@@ -20,9 +20,21 @@ pub fn tids(scene: &Scene) -> Result<()> {
     worker.tell("recv -1 7");
     until_receives(scene, "h1", pid)?;
     let image = scene.dump("h1", pid, "image", "--kill")?;
+    let (mut other, o) = scene.worker(&mut boss, "h0", "other")?;
+    let other_pid = other.pid();
+    let other_image = scene.dump("h0", other_pid, "other-image", "--kill")?;
     again(scene, boss)?;
+    // The first to come back brings agents, and that of h1 has the name of the second.
+    restore(scene, "h0", &other_image, "")?;
+    let ps = format!("{} ps --json", scene.mistctl.path());
+    scene.hosts.exec("h0", &ps)?;
+    ensure!(
+        scene.is_in(State::Hidden, "h0", v)?.is_some(),
+        "t{v:x} is free"
+    );
     let said = restore(scene, "h0", &image, "")?;
     ensure!(said["host"] == "h1", "{said}");
+    other.ask(&format!("send {v:x} 8 between"));
     // Nobody gets the tid that it knows itself by.
     let mut boss = scene.actor("h1", "second")?;
     let me = boss.enrol();
@@ -30,6 +42,10 @@ pub fn tids(scene: &Scene) -> Result<()> {
     boss.ask(&format!("send {v:x} 7 hello"));
     ensure!(worker.answer().contains(&format!("from {me:x}")));
     ensure!(worker.ask("mytid") == format!("{v:x}"));
+    ensure!(worker.ask("recv -1 8").contains(&format!("from {o:x}")));
+    scene.migrate(v, "h0")?;
+    ensure!(worker.ask("mytid") == format!("{v:x}"));
+    other.leave();
     ensure!(boss.ask("get kept 0 0").contains("text value"));
     ensure!(boss.ask("boxes kept") == format!("{v:x}"));
     worker.leave();
