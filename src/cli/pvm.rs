@@ -30,7 +30,8 @@ enum Verb {
 /// Returns when the master pvmd answers and the hosts of HOSTFILE are in it; a host that cannot be added is named, and
 /// the code is 1, but the others run. mist has to be installed on every host, at the same path. Environment variables
 /// that pvmd heeds (PVM_RSH, PVM_PATH, PVM_TMP, PVM_VMID, PVM_DPATH ...) are heeded. A host's own dx= in HOSTFILE needs
-/// a Bourne shell as login shell there.
+/// a Bourne shell as login shell there; so=pw and so=ms ask at a terminal, which this pvmd has not: such hosts are not
+/// added.
 ///
 /// Programs started by hand, outside PVM, get no shim from this: use `mistctl exec`.
 #[derive(Debug, clap::Args)]
