@@ -25,21 +25,22 @@ static void *loop(void *arg)
     long me = (long)arg;
     struct rseq *r = area();
     while (!stop) {
-        uint32_t cpu0;
+        uint32_t first, last;
         uint64_t ab = 0;
-        // Long sections (about 0.1 ms), so that a stop falls into one.
+        // Long sections (about 0.1 ms), so that a stop falls into one. Both looks at the CPU are inside: who is moved
+        // right behind has committed on the one where it began.
         asm volatile("lea 1f(%%rip),%%rax; mov %%rax,8(%[cs]); lea 2f(%%rip),%%rdx; sub %%rax,%%rdx;"
                      "mov %%rdx,16(%[cs]); lea 3f(%%rip),%%rdx; mov %%rdx,24(%[cs]); mov %[cs],8(%[r]);"
-                     "1: mov 4(%[r]),%[cpu]; mov $100000,%%rcx; 5: dec %%rcx; jnz 5b; nop;"
+                     "1: mov 4(%[r]),%[first]; mov $100000,%%rcx; 5: dec %%rcx; jnz 5b; mov 4(%[r]),%[last];"
                      "2: jmp 4f; .long 0x53053053; 3: mov $1,%[ab]; 4: movq $0,8(%[r]);"
-                     : [cpu] "=&r"(cpu0), [ab] "+&r"(ab)
+                     : [first] "=&r"(first), [last] "=&r"(last), [ab] "+&r"(ab)
                      : [cs] "r"(&cs[me]), [r] "r"(r)
                      : "rax", "rcx", "rdx", "memory", "cc");
         if (ab)
             aborts[me]++;
         else {
             commits[me]++;
-            if (cpu0 != *(volatile uint32_t *)((char *)r + 4))
+            if (first != last)
                 wrong[me]++;
         }
         // Move between the CPUs now and then, and leave room for others.
