@@ -14,6 +14,7 @@ use super::Sink;
 use super::tables::Content;
 use crate::image::memory::{Backing, SharedMemory, SpaceId, Vma};
 use crate::kernel::arch::PAGE;
+use crate::kernel::buffer::Buffer;
 use crate::kernel::maps;
 use crate::kernel::mem::Mem;
 use crate::kernel::pagemap::{Behind, Pagemap};
@@ -109,7 +110,7 @@ pub fn copy(
     let panicked = || anyhow!("a copying thread panicked");
     thread::scope(|scope| {
         let work = || -> Result<()> {
-            let mut buffer = vec![0u8; STEP as usize];
+            let mut buffer = Buffer::new(STEP as usize);
             while !failed.load(Ordering::Relaxed) {
                 let next = pieces.lock().map_err(|_| panicked())?.next();
                 let copied = next.and_then(|piece| {
@@ -255,10 +256,10 @@ pub fn copy_contents(
     shared: &[SharedMemory],
     sink: &dyn Sink,
 ) -> Result<u64> {
-    let mut buffer = Vec::new();
+    let mut buffer = Buffer::default();
     let mut total = 0;
     for c in contents {
-        buffer.resize(PIECE as usize, 0u8);
+        buffer.resize(PIECE as usize);
         let Some(object) = shared.get(c.memory as usize) else {
             continue;
         };

@@ -15,6 +15,7 @@ use crate::error::Failure;
 use crate::image::Vma;
 use crate::image::memory::Backing;
 use crate::kernel::arch::{PAGE, TASK_SIZE};
+use crate::kernel::buffer::Buffer;
 use crate::kernel::maps::{self, Name};
 use crate::kernel::mem::Mem;
 use crate::kernel::pagemap::{Behind, Pagemap, Tracked};
@@ -37,7 +38,7 @@ pub struct Tracker {
     why_not: Option<String>,
     /// Where something may have been protected and not been read then.
     owed: Vec<Run>,
-    buffer: Vec<u8>,
+    buffer: Buffer,
 }
 
 /// What a round has read.
@@ -50,7 +51,7 @@ pub struct Round {
 }
 
 /// Takes whole pages: address, content. It may keep the buffer, and leave another.
-pub type Take<'a> = dyn FnMut(u64, &mut Vec<u8>) -> Result<()> + 'a;
+pub type Take<'a> = dyn FnMut(u64, &mut Buffer) -> Result<()> + 'a;
 
 impl Tracker {
     /// Begins to follow process `pid`, which stands still for a moment. Where the kernel cannot do it
@@ -91,7 +92,7 @@ impl Tracker {
             uffd,
             why_not,
             owed: Vec::new(),
-            buffer: Vec::new(),
+            buffer: Buffer::default(),
         })
     }
 
@@ -207,7 +208,7 @@ impl Tracker {
         let mut at = start;
         while at < end {
             let to = end.min(at - at % STEP + STEP);
-            self.buffer.resize((to - at) as usize, 0);
+            self.buffer.resize((to - at) as usize);
             match self.mem.read_pinned(at, &mut self.buffer) {
                 Ok(()) => {
                     round.bytes += to - at;
@@ -228,7 +229,7 @@ impl Tracker {
         take: &mut Take,
     ) -> Result<()> {
         for at in (start..end).step_by(PAGE as usize) {
-            self.buffer.resize(PAGE as usize, 0);
+            self.buffer.resize(PAGE as usize);
             match self.mem.read(at, &mut self.buffer) {
                 Ok(()) => {
                     round.bytes += PAGE;
@@ -275,7 +276,7 @@ impl Tracker {
             let mut at = start;
             while at < end {
                 let to = end.min(at - at % STEP + STEP);
-                self.buffer.resize((to - at) as usize, 0);
+                self.buffer.resize((to - at) as usize);
                 self.mem
                     .read_pinned(at, &mut self.buffer)
                     .with_context(|| {

@@ -5,6 +5,7 @@ pub mod apart;
 pub mod arch;
 pub mod batch;
 pub mod body;
+pub mod buffer;
 pub mod calls;
 pub mod caps;
 pub mod code;

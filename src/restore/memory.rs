@@ -12,6 +12,7 @@ use super::bulk::Bulk;
 use crate::image::memory::{Backing, Vma};
 use crate::image::pages::{PagesReader, Run};
 use crate::image::process::Process;
+use crate::kernel::buffer::Buffer;
 use crate::kernel::mem::Mem;
 use crate::kernel::pidfd;
 use crate::kernel::remote::Remote;
@@ -87,7 +88,7 @@ pub fn fill(
     let private = p.vmas.iter().filter(|v| by_uffd(v));
     let windows = private.flat_map(|v| windows(v.start, v.end));
     share(windows, &|next| {
-        let mut buffer = vec![0u8; PIECE];
+        let mut buffer = Buffer::new(PIECE);
         let mut scratch = Vec::new();
         while let Some((start, end)) = next()? {
             for run in pages.runs(p.space, start, end, PIECE) {
@@ -149,7 +150,7 @@ pub fn write_copies(
     pages: &PagesReader,
     filled: fn(&Vma) -> bool,
 ) -> Result<u64> {
-    let mut buffer = vec![0u8; PIECE];
+    let mut buffer = Buffer::new(PIECE);
     let mut scratch = Vec::new();
     let mut total = 0;
     for v in p.vmas.iter().filter(|v| has_pages(v) && !filled(v)) {

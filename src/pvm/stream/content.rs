@@ -16,6 +16,7 @@ use crate::dump::{Sink, Take};
 use crate::image::rounds::Populated;
 use crate::image::{ChangedFlags, Manifest, RoundsWriter, SpaceId};
 use crate::kernel::arch;
+use crate::kernel::buffer::Buffer;
 
 /// Kinds of frames.
 mod kind {
@@ -120,8 +121,8 @@ impl ImageSender {
     /// # Errors
     /// Those of `work`; when the connection breaks.
     pub fn feed<R>(&self, space: SpaceId, work: impl FnOnce(&mut Take) -> Result<R>) -> Result<R> {
-        let (full, to_send) = sync_channel::<(u64, Vec<u8>)>(AHEAD);
-        let (empty, sent) = sync_channel::<Vec<u8>>(AHEAD + 1);
+        let (full, to_send) = sync_channel::<(u64, Buffer)>(AHEAD);
+        let (empty, sent) = sync_channel::<Buffer>(AHEAD + 1);
         std::thread::scope(|scope| {
             let sender = scope.spawn(move || -> Result<()> {
                 for (addr, mut data) in to_send {

@@ -12,6 +12,7 @@ use nix::sys::eventfd::EventFd;
 use super::space::Space;
 use crate::image::store::Image;
 use crate::kernel::arch::PAGE;
+use crate::kernel::buffer::Buffer;
 use crate::kernel::journal::{Journal, Phase};
 use crate::kernel::uffd::{Copied, Event};
 use crate::kernel::undertaker::{Line, Undertaker};
@@ -91,7 +92,7 @@ impl Server {
     }
 
     fn fill_all(&mut self) -> Result<u64> {
-        let mut buffer = vec![0u8; STEP];
+        let mut buffer = Buffer::new(STEP);
         let mut scratch = Vec::new();
         loop {
             self.listen(&mut buffer)?;
