@@ -2,9 +2,11 @@
 
 use std::ops::{Deref, DerefMut};
 
+use super::arch;
+
 /// Bytes of which the first is a page's first, as it is of what is copied to them. Large buffers of malloc begin 16 bytes
 /// behind a page's beginning: there each load waits for the store 4096 bytes before it that has the same low bits, and
-/// copies took several times as long (REP MOVSB on an AMD EPYC).
+/// copies take three times as long (REP MOVSB on an AMD EPYC).
 #[derive(Debug, Default)]
 pub struct Buffer {
     space: Vec<u8>,
@@ -12,7 +14,7 @@ pub struct Buffer {
     len: usize,
 }
 
-const PAGE: usize = 4096;
+const PAGE: usize = arch::PAGE as usize;
 
 impl Buffer {
     /// Of that many zeros.

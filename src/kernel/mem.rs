@@ -67,7 +67,7 @@ impl Mem {
         let read = unsafe { libc::process_vm_readv(self.pid, &ours, 1, &theirs, 1, 0) };
         match usize::try_from(read) {
             Ok(read) if read == out.len() => Ok(()),
-            // What is not to be had so may be had so.
+            // Other memory, and what the process itself may not read.
             _ => self.read(addr, out),
         }
     }

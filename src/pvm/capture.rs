@@ -22,7 +22,7 @@ use crate::pvm::client::{Client, Pvmd};
 use crate::pvm::connection::{Connection, Daemons};
 use crate::pvm::contexts;
 use crate::pvm::local::uses_libpvm;
-use crate::pvm::mailbox::{self, Entry};
+use crate::pvm::mailbox::Entry;
 use crate::pvm::table;
 use crate::pvm::tid::Tid;
 use crate::pvm::wire::{FRAGMENT_HEADER, LONGEST_FRAGMENT, MESSAGE_HEADER, tc};
@@ -171,7 +171,8 @@ impl Task {
         }
     }
 
-    /// What an image has to say of the task, which stands still in `session` and has been looked at.
+    /// What an image has to say of the task, which stands still in `session` and has been looked at; of its mailbox these
+    /// `entries`.
     ///
     /// # Errors
     /// When it has left the virtual machine meanwhile, its pvmd does not answer, or what it has not read makes no
@@ -181,6 +182,7 @@ impl Task {
         session: &Session,
         client: &mut Client,
         sink: &dyn Sink,
+        entries: fn(&Entry) -> bool,
     ) -> Result<Captured> {
         let mem = &session.first()?.mem;
         let description = |fd: i32| {
@@ -193,7 +195,7 @@ impl Task {
         let (output_to, trace_to) = self.block.sinks()?;
         let origin = self.origin(client)?;
         let pipes = self.connection.pipes()?;
-        let (mailbox, has_entries) = self.mailbox(client)?;
+        let (mailbox, has_entries) = self.mailbox(client, entries)?;
         let task = PvmTask {
             v: self.v.0,
             r: self.r.0,
@@ -241,31 +243,28 @@ impl Task {
         Ok(contexts::highest(found))
     }
 
-    /// The entries that vanish with it, and whether it has any.
-    fn mailbox(&self, client: &mut Client) -> Result<(Vec<MailboxEntry>, bool)> {
-        let entries = self.entries(client)?;
-        let any = !entries.is_empty();
-        let vanish = |entry: &Entry| entry.flags & mailbox::PERSISTENT == 0;
-        Ok((contents(client, entries, vanish)?, any))
-    }
-
-    /// Its entries that outlive it, and that nobody else may take away: who misses them later is in another virtual
-    /// machine.
-    ///
-    /// # Errors
-    /// When the pvmd does not answer.
-    pub fn persistent(&self, client: &mut Client) -> Result<Vec<MailboxEntry>> {
-        let entries = self.entries(client)?;
-        let own = |entry: &Entry| {
-            entry.flags & (mailbox::PERSISTENT | mailbox::OVERWRITABLE) == mailbox::PERSISTENT
-        };
-        contents(client, entries, own)
-    }
-
-    fn entries(&self, client: &mut Client) -> Result<Vec<Entry>> {
+    /// Those of its entries that are wanted, and whether it has any.
+    fn mailbox(
+        &self,
+        client: &mut Client,
+        wanted: fn(&Entry) -> bool,
+    ) -> Result<(Vec<MailboxEntry>, bool)> {
         let mut entries = client.mailbox_names("*")?;
         entries.retain(|entry| entry.owner == self.r);
-        Ok(entries)
+        let any = !entries.is_empty();
+        let mut own = Vec::new();
+        for entry in entries.into_iter().filter(wanted) {
+            // One that somebody has just taken away is none.
+            if let Some(message) = client.mailbox_get(&entry.name, entry.index)? {
+                own.push(MailboxEntry {
+                    class: entry.name,
+                    index: entry.index,
+                    flags: entry.flags,
+                    message: Bytes(message),
+                });
+            }
+        }
+        Ok((own, any))
     }
 
     /// What its pvmd knows of where it comes from.
@@ -292,27 +291,6 @@ impl Task {
             host: host.map_or_else(String::new, |host| host.name),
         })
     }
-}
-
-/// Those of the entries that are wanted, with their messages.
-fn contents(
-    client: &mut Client,
-    entries: Vec<Entry>,
-    wanted: impl Fn(&Entry) -> bool,
-) -> Result<Vec<MailboxEntry>> {
-    let mut found = Vec::new();
-    for entry in entries.into_iter().filter(wanted) {
-        // One that somebody has just taken away is none.
-        if let Some(message) = client.mailbox_get(&entry.name, entry.index)? {
-            found.push(MailboxEntry {
-                class: entry.name,
-                index: entry.index,
-                flags: entry.flags,
-                message: Bytes(message),
-            });
-        }
-    }
-    Ok(found)
 }
 
 /// Where a task comes from.

@@ -12,6 +12,7 @@ use crate::pvm::away::{Away, Note};
 use crate::pvm::capture::Task;
 use crate::pvm::client::Client;
 use crate::pvm::contexts;
+use crate::pvm::mailbox::Entry;
 use crate::pvm::quiet;
 
 /// Dumps a process, whatever it is: a PVM task as such, any other as [`dump::run`] does. `away`: the task is killed
@@ -101,9 +102,10 @@ fn save(
         if let Some(away) = away {
             raised = Some(away.flush(task, session, client)?);
         }
-        let mut captured = task.capture(session, client, sink)?.task;
+        let mut captured = task
+            .capture(session, client, sink, Entry::is_missed_later)?
+            .task;
         captured.away = away.is_some();
-        captured.mailbox.extend(task.persistent(client)?);
         program.replace(captured.program.clone());
         host.replace(captured.host.clone());
         // What its own pvmd has given out by now, and nothing later, it may know.

@@ -39,6 +39,18 @@ pub struct Entry {
     pub flags: i32,
 }
 
+impl Entry {
+    /// It goes with its owner.
+    pub fn vanishes(&self) -> bool {
+        self.flags & PERSISTENT == 0
+    }
+
+    /// It goes with its owner, or nobody else may take it away: who misses it later is in another virtual machine.
+    pub fn is_missed_later(&self) -> bool {
+        self.vanishes() || self.flags & OVERWRITABLE == 0
+    }
+}
+
 impl Client {
     /// Puts a packed message (as [`Client::mailbox_get`] gives it, or [`packed`]) under a name, owned by `owner`.
     /// `index` is the number it should have, if not the first one that is free (0). The number it got.

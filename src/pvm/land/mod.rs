@@ -199,7 +199,7 @@ fn reclaim(client: &mut Client, pvmd: &Pvmd, task: &PvmTask) -> Result<Vec<Entry
     let (own, table) = (client.tid(), pvmd.table_path()?);
     let mut reclaimed = Vec::new();
     for entry in client.mailbox_names("*")? {
-        if entry.owner != Tid(0) || entry.flags & mailbox::PERSISTENT == 0 {
+        if entry.owner != Tid(0) || entry.vanishes() {
             continue;
         }
         let message = client.mailbox_get(&entry.name, entry.index)?;

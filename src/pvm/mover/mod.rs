@@ -27,6 +27,7 @@ use crate::pvm::capture::Task;
 use crate::pvm::client::Client;
 use crate::pvm::connection::Raised;
 use crate::pvm::flush;
+use crate::pvm::mailbox::Entry;
 use crate::pvm::quiet;
 use crate::pvm::shimabi::block::flag;
 use crate::pvm::shimabi::{CTX_TC, CTX_TM, NOOP_MARKER, WAIT_ID_LATE};
@@ -425,7 +426,9 @@ impl<'j> Mover<'j> {
             session.want_heirs();
         }
         session.look(sender)?;
-        let captured = self.task.capture(session, &mut self.client, sender)?;
+        let captured = self
+            .task
+            .capture(session, &mut self.client, sender, Entry::vanishes)?;
         (self.has_entries, self.seen) = (captured.has_entries, captured.seen);
         self.mailbox.clone_from(&captured.task.mailbox);
         session.set_pvm(captured.task);

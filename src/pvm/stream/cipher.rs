@@ -108,14 +108,14 @@ fn nonce_of(number: u64) -> Nonce {
 
 #[cfg(test)]
 mod tests {
+    use super::super::frames::PATTERN;
     use super::*;
     use snow::TransportState;
 
     /// Both ends of a handshake that has come to its end.
     fn shaken() -> (HandshakeState, HandshakeState) {
-        let pattern = "Noise_NNpsk0_25519_AESGCM_SHA256";
         let builder = || {
-            let builder = snow::Builder::new(pattern.parse().unwrap());
+            let builder = snow::Builder::new(PATTERN.parse().unwrap());
             builder.psk(0, &[7; 32]).unwrap()
         };
         let mut one = builder().build_initiator().unwrap();
@@ -189,8 +189,9 @@ mod tests {
 
     #[test]
     fn nothing_comes_of_a_handshake_that_has_not_ended() {
-        let pattern = "Noise_NNpsk0_25519_AESGCM_SHA256".parse().unwrap();
-        let builder = snow::Builder::new(pattern).psk(0, &[7; 32]).unwrap();
+        let builder = snow::Builder::new(PATTERN.parse().unwrap())
+            .psk(0, &[7; 32])
+            .unwrap();
         assert!(Cipher::pair(builder.build_initiator().unwrap()).is_err());
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{Seek, Write};
+use std::ops::{Deref, Range};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -79,6 +80,31 @@ impl ImageSender {
     /// # Errors
     /// When the connection breaks.
     pub fn put(&self, space: SpaceId, addr: u64, data: &[u8]) -> Result<()> {
+        self.each(space, addr, data, |stream, place, data, part| {
+            let pages = data.get(part).unwrap_or_default();
+            stream.send_behind(kind::PAGES, place, pages)
+        })
+    }
+
+    /// The same, of pages that nobody needs here any more.
+    ///
+    /// # Errors
+    /// As for [`ImageSender::put`].
+    pub fn give(&self, space: SpaceId, addr: u64, data: &mut [u8]) -> Result<()> {
+        self.each(space, addr, data, |stream, place, data, part| {
+            let pages = data.get_mut(part).unwrap_or_default();
+            stream.send_in_place(kind::PAGES, place, pages)
+        })
+    }
+
+    /// Sends zeros as such, and has `send` send the other parts.
+    fn each<D: Deref<Target = [u8]>>(
+        &self,
+        space: SpaceId,
+        addr: u64,
+        mut data: D,
+        send: impl Fn(&mut Stream, &[u8], &mut D, Range<usize>) -> Result<()>,
+    ) -> Result<()> {
         let mut at = 0;
         while let Some(rest) = data.get(at..).filter(|rest| !rest.is_empty()) {
             let (zero, len) = alike(rest);
@@ -87,29 +113,7 @@ impl ImageSender {
             if zero {
                 stream.send_behind(kind::ZEROS, &place, &(len as u64).to_be_bytes())?;
             } else {
-                let pages = rest.get(..len).unwrap_or_default();
-                stream.send_behind(kind::PAGES, &place, pages)?;
-            }
-            at += len;
-        }
-        Ok(())
-    }
-
-    /// The same, of pages that nobody needs here any more.
-    ///
-    /// # Errors
-    /// As for [`ImageSender::put`].
-    pub fn give(&self, space: SpaceId, addr: u64, data: &mut [u8]) -> Result<()> {
-        let mut at = 0;
-        while let Some(rest) = data.get_mut(at..).filter(|rest| !rest.is_empty()) {
-            let (zero, len) = alike(rest);
-            let place = place_of(space, addr + at as u64);
-            let mut stream = self.stream();
-            if zero {
-                stream.send_behind(kind::ZEROS, &place, &(len as u64).to_be_bytes())?;
-            } else {
-                let pages = rest.get_mut(..len).unwrap_or_default();
-                stream.send_in_place(kind::PAGES, &place, pages)?;
+                send(&mut stream, &place, &mut data, at..at + len)?;
             }
             at += len;
         }

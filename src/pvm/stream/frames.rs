@@ -18,7 +18,7 @@ use super::key::Key;
 use super::rate::{Packer, Packing};
 use crate::error::Failure;
 
-const PATTERN: &str = "Noise_NNpsk0_25519_AESGCM_SHA256";
+pub(super) const PATTERN: &str = "Noise_NNpsk0_25519_AESGCM_SHA256";
 /// Longest message of Noise, and what it may hold.
 const SEALED: usize = 65535;
 const PLAIN: usize = SEALED - TAG;
@@ -248,24 +248,19 @@ impl Stream {
             raw,
         };
         self.seal([&header.bytes(), head])?;
-        // Between two messages the tag of one and the length of the next.
-        let mut tag: &[u8] = &[];
-        let mut seams = Vec::with_capacity(body.len() / CUT + 2);
-        let mut tags = Vec::with_capacity(body.len() / CUT + 1);
+        // In front of each message the tag of the one before, and its own length.
+        let (mut seams, mut seam) = (Vec::with_capacity(body.len() / CUT + 1), Vec::new());
         for text in body.chunks_mut(CUT) {
-            tags.push(self.outgoing.seal(text)?);
-        }
-        for (text, next) in body.chunks(CUT).zip(&tags) {
-            let len = ((text.len() + TAG) as u16).to_be_bytes();
-            seams.push([tag, &len].concat());
-            tag = next;
+            let tag = self.outgoing.seal(text)?;
+            seam.extend(((text.len() + TAG) as u16).to_be_bytes());
+            seams.push(std::mem::replace(&mut seam, tag.to_vec()));
         }
         let waits = self.out.get(..self.waiting).unwrap_or_default();
         let mut parts = vec![IoSlice::new(waits)];
-        for (text, seam) in body.chunks(CUT).zip(&seams) {
+        for (seam, text) in seams.iter().zip(body.chunks(CUT)) {
             parts.extend([IoSlice::new(seam), IoSlice::new(text)]);
         }
-        parts.push(IoSlice::new(tag));
+        parts.push(IoSlice::new(&seam));
         let bytes = parts.iter().map(|part| part.len()).sum();
         write_all(&mut self.tcp, &mut parts)
             .with_context(|| format!("cannot write to {}", self.peer))?;

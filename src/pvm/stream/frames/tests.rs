@@ -33,6 +33,10 @@ fn receiver(listener: TcpListener) -> mpsc::Receiver<Result<Option<Frame>>> {
     told
 }
 
+fn arrived(got: &mpsc::Receiver<Result<Option<Frame>>>) -> Frame {
+    got.recv_timeout(LIMIT).unwrap().unwrap().unwrap()
+}
+
 /// Passes one connection on to `to` and changes what goes there.
 fn between(to: SocketAddr, change: impl Fn(Vec<u8>) -> Vec<u8> + Send + 'static) -> SocketAddr {
     let (listener, address) = listener();
@@ -78,7 +82,7 @@ fn who_is_sent_away_for_being_slow_knocks_again() {
     stream.send(9, b"late").unwrap();
     stream.flush().unwrap();
     let got = got.recv_timeout(LIMIT).unwrap();
-    let frame = got.recv_timeout(LIMIT).unwrap().unwrap().unwrap();
+    let frame = arrived(&got);
     assert_eq!((frame.kind, &frame.body[..]), (9, &b"late"[..]));
 }
 
@@ -97,10 +101,10 @@ fn frames_arrive_as_they_were_sent() {
         LONGEST,
     ];
     for (kind, size) in sizes.into_iter().enumerate() {
-        let body: Vec<u8> = (0..size).map(|at| (at / 3) as u8).collect();
+        let body = text(size);
         stream.send(kind as u8, &body).unwrap();
         stream.flush().unwrap();
-        let frame = got.recv_timeout(LIMIT).unwrap().unwrap().unwrap();
+        let frame = arrived(&got);
         assert_eq!(frame.kind, kind as u8);
         assert!(frame.body == body, "{size}");
     }
@@ -138,7 +142,7 @@ fn whoever_knows_another_key_or_move_gets_nothing_and_the_right_one_still_comes_
     let mut stream = sender(address).unwrap();
     stream.send(9, b"right").unwrap();
     stream.flush().unwrap();
-    let frame = got.recv_timeout(LIMIT).unwrap().unwrap().unwrap();
+    let frame = arrived(&got);
     assert_eq!((frame.kind, &frame.body[..]), (9, &b"right"[..]));
 }
 
