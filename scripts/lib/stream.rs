@@ -27,10 +27,10 @@ fn main() -> Result<()> {
 fn receive(key: &Key, port: u16) -> Result<()> {
     let listener = TcpListener::bind(("0.0.0.0", port))?;
     let mut stream = Stream::accept(&listener, key, ID, Instant::now() + LIMIT)?;
-    let mut buffer = Vec::new();
+    let mut buffer = Default::default();
     while let Some(frame) = stream.recv_into(buffer)? {
         if frame.kind == 1 {
-            stream.send(1, &[])?;
+            stream.send(1, &[], &[])?;
             stream.flush()?;
         }
         buffer = frame.body;
@@ -61,10 +61,10 @@ fn send(key: &Key, to: &str, bytes: usize) -> Result<()> {
     let mut left = bytes;
     while left > 0 {
         let len = left.min(FRAME);
-        stream.send(0, data.get(..len).unwrap_or_default())?;
+        stream.send(0, &[], data.get(..len).unwrap_or_default())?;
         left -= len;
     }
-    stream.send(1, &[])?;
+    stream.send(1, &[], &[])?;
     stream.flush()?;
     stream.recv()?.context("the receiver has gone")?;
     println!("{}", began.elapsed().as_secs_f64());

@@ -22,7 +22,7 @@ use crate::kernel::pagemap::{Behind, Pagemap, Tracked};
 use crate::kernel::uffd::{self, Uffd};
 
 /// Bytes read at once, beginning at a multiple of it: they stay in a cache until they are encrypted.
-const STEP: u64 = 256 << 10;
+const STEP: u64 = 1 << 20;
 
 /// A run of pages: from, to (addresses).
 pub type Run = (u64, u64);

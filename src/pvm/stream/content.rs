@@ -21,7 +21,7 @@ use crate::kernel::buffer::Buffer;
 
 /// Kinds of frames.
 mod kind {
-    /// Space (4 bytes), address (8), big-endian; then whole pages.
+    /// Whole pages; head: space (4 bytes), address (8), big-endian.
     pub const PAGES: u8 = 1;
     /// A piece of a carried file.
     pub const OBJECT: u8 = 2;
@@ -31,19 +31,19 @@ mod kind {
     pub const MANIFEST: u8 = 4;
     /// Its end, and the stream's.
     pub const END: u8 = 5;
-    /// Space, address, length (8): pages of zeros.
+    /// Length (8): pages of zeros; head as for pages.
     pub const ZEROS: u8 = 6;
     /// A round is over.
     pub const ROUND: u8 = 7;
     /// Behind the stream's end: a piece of what of the manifest is otherwise, and its end again.
     pub const CHANGED_FLAGS: u8 = 9;
-    /// Space (4 bytes); then runs of its pages that hold something: from, to (8 each).
+    /// Runs of pages that hold something: from, to (8 each); head: space.
     pub const POPULATED: u8 = 8;
 }
 
 const PAGE: usize = arch::PAGE as usize;
 /// Space and address in front of pages.
-const PAGES_HEADER: usize = 12;
+const PLACE: usize = 12;
 /// Bytes sent in one frame: what is packed, and sent while the next is packed.
 const PIECE: usize = 1 << 20;
 /// Buffers that wait between two threads at each end: as many as smooth out that one of them stalls.
@@ -82,7 +82,7 @@ impl ImageSender {
     pub fn put(&self, space: SpaceId, addr: u64, data: &[u8]) -> Result<()> {
         self.each(space, addr, data, |stream, place, data, part| {
             let pages = data.get(part).unwrap_or_default();
-            stream.send_behind(kind::PAGES, place, pages)
+            stream.send(kind::PAGES, place, pages)
         })
     }
 
@@ -111,7 +111,7 @@ impl ImageSender {
             let place = place_of(space, addr + at as u64);
             let mut stream = self.stream();
             if zero {
-                stream.send_behind(kind::ZEROS, &place, &(len as u64).to_be_bytes())?;
+                stream.send(kind::ZEROS, &place, &(len as u64).to_be_bytes())?;
             } else {
                 send(&mut stream, &place, &mut data, at..at + len)?;
             }
@@ -156,7 +156,7 @@ impl ImageSender {
     /// When the connection breaks, or the receiver says anything else.
     pub fn round(&self) -> Result<()> {
         let mut stream = self.stream();
-        stream.send(kind::ROUND, &[])?;
+        stream.send(kind::ROUND, &[], &[])?;
         stream.flush()?;
         match stream.recv()? {
             Some(Frame {
@@ -173,12 +173,13 @@ impl ImageSender {
     /// When the connection breaks.
     pub fn populated(&self, space: SpaceId, runs: &[(u64, u64)]) -> Result<()> {
         for part in runs.chunks(PIECE / 16) {
-            let mut body = space.to_be_bytes().to_vec();
+            let mut body = Vec::with_capacity(part.len() * 16);
             for (from, to) in part {
                 body.extend(from.to_be_bytes());
                 body.extend(to.to_be_bytes());
             }
-            self.stream().send(kind::POPULATED, &body)?;
+            let space = space.to_be_bytes();
+            self.stream().send(kind::POPULATED, &space, &body)?;
         }
         Ok(())
     }
@@ -200,11 +201,11 @@ impl ImageSender {
                 break;
             };
             hasher.update(read);
-            stream.send(kind::OBJECT, read)?;
+            stream.send(kind::OBJECT, &[], read)?;
             at += count as u64;
         }
         let name = hasher.finalize().to_hex().to_string();
-        stream.send(kind::OBJECT_END, name.as_bytes())?;
+        stream.send(kind::OBJECT_END, &[], name.as_bytes())?;
         Ok(name)
     }
 
@@ -216,9 +217,9 @@ impl ImageSender {
         let text = serde_json::to_vec(manifest).context("the manifest as JSON")?;
         let mut stream = self.stream();
         for piece in text.chunks(PIECE) {
-            stream.send(kind::MANIFEST, piece)?;
+            stream.send(kind::MANIFEST, &[], piece)?;
         }
-        stream.send(kind::END, &[])?;
+        stream.send(kind::END, &[], &[])?;
         stream.flush()
     }
 
@@ -230,9 +231,9 @@ impl ImageSender {
         let text = serde_json::to_vec(changed).context("flags as JSON")?;
         let mut stream = self.stream();
         for piece in text.chunks(PIECE) {
-            stream.send(kind::CHANGED_FLAGS, piece)?;
+            stream.send(kind::CHANGED_FLAGS, &[], piece)?;
         }
-        stream.send(kind::END, &[])?;
+        stream.send(kind::END, &[], &[])?;
         stream.flush()
     }
 
@@ -263,7 +264,7 @@ pub fn receive(stream: &mut Stream, path: &Path) -> Result<()> {
     let (manifest, populated) = std::thread::scope(|scope| {
         let (opened, to_store) = sync_channel::<Frame>(AHEAD);
         let (settled, is_settled) = sync_channel::<()>(1);
-        let (empty, stored) = sync_channel::<Vec<u8>>(AHEAD + 1);
+        let (empty, stored) = sync_channel::<Buffer>(AHEAD + 1);
         let writer = &writer;
         let store = scope.spawn(move || Store::new(writer).run(to_store, &empty, &settled));
         // Its end ends the storing thread.
@@ -282,7 +283,7 @@ pub fn receive(stream: &mut Stream, path: &Path) -> Result<()> {
                     if is_settled.recv().is_err() {
                         return Ok(());
                     }
-                    stream.send(kind::ROUND, &[])?;
+                    stream.send(kind::ROUND, &[], &[])?;
                     stream.flush()?;
                 }
             }
@@ -314,7 +315,8 @@ pub fn receive_changed_flags(stream: &mut Stream) -> Result<ChangedFlags> {
             Some(Frame {
                 kind: kind::CHANGED_FLAGS,
                 body,
-            }) => text.extend(body),
+                ..
+            }) => text.extend_from_slice(&body),
             Some(_) => bail!("something odd arrived behind the manifest"),
             None => bail!("the stream ended before the task was whole"),
         }
@@ -347,17 +349,17 @@ impl<'a> Store<'a> {
     fn run(
         mut self,
         frames: Receiver<Frame>,
-        empty: &SyncSender<Vec<u8>>,
+        empty: &SyncSender<Buffer>,
         settled: &SyncSender<()>,
     ) -> Result<(Vec<u8>, Populated)> {
-        for Frame { kind, body } in frames {
+        for Frame { kind, head, body } in frames {
             match kind {
                 kind::END => break,
                 kind::ROUND => {
                     self.writer.settle()?;
                     let _ = settled.send(());
                 }
-                kind => self.take(kind, &body)?,
+                kind => self.take(kind, &head, &body)?,
             }
             // Of the buffers as many go round as are needed.
             let _ = empty.try_send(body);
@@ -365,15 +367,15 @@ impl<'a> Store<'a> {
         Ok((self.manifest, self.populated))
     }
 
-    fn take(&mut self, kind: u8, body: &[u8]) -> Result<()> {
+    fn take(&mut self, kind: u8, head: &[u8], body: &[u8]) -> Result<()> {
         match kind {
             kind::PAGES => {
-                let (space, addr, data) = place(body)?;
-                self.writer.put(space, addr, data)?;
+                let (space, addr) = place(head)?;
+                self.writer.put(space, addr, body)?;
             }
-            kind::ZEROS => zeros(self.writer, body)?,
+            kind::ZEROS => zeros(self.writer, head, body)?,
             kind::POPULATED => {
-                let (space, runs) = runs(body)?;
+                let (space, runs) = runs(head, body)?;
                 self.populated.entry(space).or_default().extend(runs);
             }
             kind::OBJECT => {
@@ -414,8 +416,8 @@ impl<'a> Store<'a> {
 }
 
 /// What stands in front of pages.
-fn place_of(space: SpaceId, addr: u64) -> [u8; PAGES_HEADER] {
-    let mut place = [0; PAGES_HEADER];
+fn place_of(space: SpaceId, addr: u64) -> [u8; PLACE] {
+    let mut place = [0; PLACE];
     let (in_space, at_addr) = place.split_at_mut(4);
     in_space.copy_from_slice(&space.to_be_bytes());
     at_addr.copy_from_slice(&addr.to_be_bytes());
@@ -430,34 +432,33 @@ fn alike(data: &[u8]) -> (bool, usize) {
     (zero, data.len().min(same * PAGE))
 }
 
-/// Space, address and what follows them.
-fn place(body: &[u8]) -> Result<(SpaceId, u64, &[u8])> {
-    let Some((header, data)) = body.split_first_chunk::<PAGES_HEADER>() else {
-        bail!("a frame of pages is too short");
+/// What [`place_of`] was made of.
+fn place(head: &[u8]) -> Result<(SpaceId, u64)> {
+    let Ok([a, b, c, d, e, f, g, h, i, j, k, l]) = <[u8; PLACE]>::try_from(head) else {
+        bail!("a frame of pages does not say where they are");
     };
-    let [a, b, c, d, e, f, g, h, i, j, k, l] = *header;
     let space = SpaceId::from_be_bytes([a, b, c, d]);
-    Ok((space, u64::from_be_bytes([e, f, g, h, i, j, k, l]), data))
+    Ok((space, u64::from_be_bytes([e, f, g, h, i, j, k, l])))
 }
 
-fn zeros(writer: &RoundsWriter, body: &[u8]) -> Result<()> {
-    let (space, addr, len) = place(body)?;
-    let len = u64::from_be_bytes(len.try_into().context("a frame of zeros is too short")?);
+fn zeros(writer: &RoundsWriter, head: &[u8], body: &[u8]) -> Result<()> {
+    let (space, addr) = place(head)?;
+    let len = u64::from_be_bytes(body.try_into().context("a frame of zeros is no number")?);
     if len > PIECE as u64 {
         bail!("a frame tells of {len} zeros at once");
     }
     writer.put(space, addr, &vec![0; len as usize])
 }
 
-fn runs(body: &[u8]) -> Result<(SpaceId, Vec<(u64, u64)>)> {
-    let Some((space, rest)) = body.split_first_chunk() else {
-        bail!("a frame of runs is too short");
-    };
+fn runs(head: &[u8], body: &[u8]) -> Result<(SpaceId, Vec<(u64, u64)>)> {
+    let space = head
+        .try_into()
+        .context("a frame of runs does not say of which space")?;
     let word = |bytes: &[u8], at: usize| {
         let word = bytes.get(at..at + 8)?.try_into().ok()?;
         Some(u64::from_be_bytes(word))
     };
-    let runs = rest.chunks(16).map(|run| word(run, 0).zip(word(run, 8)));
+    let runs = body.chunks(16).map(|run| word(run, 0).zip(word(run, 8)));
     let runs: Vec<(u64, u64)> = runs
         .collect::<Option<_>>()
         .context("a frame of runs ends in the middle of one")?;
@@ -469,11 +470,11 @@ fn runs(body: &[u8]) -> Result<(SpaceId, Vec<(u64, u64)>)> {
         }
         end = *to;
     }
-    Ok((SpaceId::from_be_bytes(*space), runs))
+    Ok((SpaceId::from_be_bytes(space), runs))
 }
 
 fn is_zero(page: &[u8]) -> bool {
     page.iter().all(|byte| *byte == 0)
 }
 
-const _: () = assert!(PIECE + PAGES_HEADER <= LONGEST);
+const _: () = assert!(PIECE <= LONGEST);

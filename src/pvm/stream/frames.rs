@@ -2,6 +2,7 @@
 
 use std::io::{ErrorKind, IoSlice, IoSliceMut, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::ops::Deref;
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
@@ -17,20 +18,22 @@ use super::input::Input;
 use super::key::Key;
 use super::rate::{Packer, Packing};
 use crate::error::Failure;
+use crate::kernel::buffer::Buffer;
 
 pub(super) const PATTERN: &str = "Noise_NNpsk0_25519_AESGCM_SHA256";
-/// Longest message of Noise, and what it may hold.
+/// Longest message of Noise.
 const SEALED: usize = 65535;
-const PLAIN: usize = SEALED - TAG;
 /// Bytes written and read at once: few calls, and they stay in a second-level cache between the socket and the cipher.
 const AT_ONCE: usize = 256 << 10;
 /// Of a message: its length in front of it.
 const LENGTH: usize = 2;
-/// Of a frame whose body stands apart: what each of its messages holds, but the last; whole pages.
-const CUT: usize = 15 << 12;
-/// Bodies shorter than this are sent together with their heads: a copy costs less than more messages.
+/// Bodies shorter than this come in one message with their heads: a copy costs less than more messages.
 const APART: usize = 32 << 10;
-/// Bytes that such a frame mostly begins with: length, header, what is in front, tag.
+/// Of others: what each of their messages holds, but the last; whole pages.
+const CUT: usize = 15 << 12;
+/// Of those so much is sealed or opened at once: it is in a second-level cache still when it is written, or opened.
+const AT_HAND: usize = 2 * CUT;
+/// Bytes that frames of pages begin with, if those stand apart: length, header, head, tag.
 const BEGINNING: usize = LENGTH + HEADER + 12 + TAG;
 /// How long a handshake may take: nothing is computed in it that takes long.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -51,12 +54,20 @@ pub struct Totals {
 }
 
 /// A frame that arrived.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Frame {
     /// What it is; the ends agree on it.
     pub kind: u8,
+    /// What its body is about.
+    pub head: Vec<u8>,
     /// What it holds.
-    pub body: Vec<u8>,
+    pub body: Buffer,
+}
+
+/// What a frame is to hold: to be copied, or to be sealed where it stands.
+enum Body<'a> {
+    Kept(&'a [u8]),
+    Spent(&'a mut [u8]),
 }
 
 /// One end of a stream whose other end has proved that it knows the key.
@@ -205,27 +216,13 @@ impl Stream {
         self.tcp.set_write_timeout(limit).context("SO_SNDTIMEO")
     }
 
-    /// Sends a frame; packed if that is faster than the link. It may stay here until [`Stream::flush`].
+    /// Sends a frame: what it holds behind a short `head`, packed if that is faster than the link. It may stay here until
+    /// [`Stream::flush`].
     ///
     /// # Errors
-    /// When the connection breaks, or the frame is longer than [`LONGEST`].
-    pub fn send(&mut self, kind: u8, body: &[u8]) -> Result<()> {
-        self.send_behind(kind, &[], body)
-    }
-
-    /// The same, of a frame that begins with `head`: what comes behind it is not copied together with it.
-    ///
-    /// # Errors
-    /// As for [`Stream::send`].
-    pub fn send_behind(&mut self, kind: u8, head: &[u8], body: &[u8]) -> Result<()> {
-        let raw = head.len() + body.len();
-        if raw > LONGEST || head.len() > PLAIN - HEADER {
-            bail!("a frame of {raw} bytes is too long");
-        }
-        match self.packer.pack(head, body, &self.tcp) {
-            Some((packing, packed)) => self.frame(kind, packing, raw, &[], &packed),
-            None => self.frame(kind, Packing::None, raw, head, body),
-        }
+    /// When the connection breaks, or the frame is too long (head 255 bytes, body [`LONGEST`]).
+    pub fn send(&mut self, kind: u8, head: &[u8], body: &[u8]) -> Result<()> {
+        self.frame(kind, head, Body::Kept(body))
     }
 
     /// The same, of a body that may be sealed where it stands: it is worth nothing any more then.
@@ -233,21 +230,44 @@ impl Stream {
     /// # Errors
     /// As for [`Stream::send`].
     pub fn send_in_place(&mut self, kind: u8, head: &[u8], body: &mut [u8]) -> Result<()> {
-        let raw = head.len() + body.len();
-        if body.len() < APART || raw > LONGEST || head.is_empty() || head.len() > u8::MAX.into() {
-            return self.send_behind(kind, head, body);
-        }
-        if let Some((packing, packed)) = self.packer.pack(head, body, &self.tcp) {
-            return self.frame(kind, packing, raw, &[], &packed);
-        }
+        self.frame(kind, head, Body::Spent(body))
+    }
+
+    fn frame(&mut self, kind: u8, head: &[u8], body: Body) -> Result<()> {
+        let raw = body.len();
+        let (Ok(front), true) = (u8::try_from(head.len()), raw <= LONGEST) else {
+            bail!("a frame of {} and {raw} bytes is too long", head.len());
+        };
+        let mut packed = self.packer.pack(&body, &self.tcp);
+        let (packing, body) = match &mut packed {
+            Some((packing, packed)) => (*packing, Body::Spent(packed)),
+            None => (Packing::None, body),
+        };
+        let packed = body.len();
         let header = Header {
             kind,
-            packing: Packing::None,
-            front: head.len(),
-            packed: raw,
+            packing,
+            front,
+            packed,
             raw,
         };
-        self.seal([&header.bytes(), head])?;
+        if packed < APART {
+            self.seal([&header.bytes(), head, &body])?;
+        } else {
+            self.seal([&header.bytes(), head])?;
+            match body {
+                Body::Kept(body) => body.chunks(CUT).try_for_each(|text| self.seal([text]))?,
+                Body::Spent(body) => body
+                    .chunks_mut(AT_HAND)
+                    .try_for_each(|texts| self.seal_in_place(texts))?,
+            }
+        }
+        self.totals.raw += (head.len() + raw) as u64;
+        Ok(())
+    }
+
+    /// Seals messages where they stand, and writes them behind all that waits.
+    fn seal_in_place(&mut self, body: &mut [u8]) -> Result<()> {
         // In front of each message the tag of the one before, and its own length.
         let (mut seams, mut seam) = (Vec::with_capacity(body.len() / CUT + 1), Vec::new());
         for text in body.chunks_mut(CUT) {
@@ -265,32 +285,6 @@ impl Stream {
         write_all(&mut self.tcp, &mut parts)
             .with_context(|| format!("cannot write to {}", self.peer))?;
         self.wrote(bytes);
-        self.totals.raw += raw as u64;
-        Ok(())
-    }
-
-    fn frame(
-        &mut self,
-        kind: u8,
-        packing: Packing,
-        raw: usize,
-        head: &[u8],
-        body: &[u8],
-    ) -> Result<()> {
-        let header = Header {
-            kind,
-            packing,
-            front: 0,
-            packed: head.len() + body.len(),
-            raw,
-        };
-        let room = PLAIN - HEADER - head.len();
-        let (with_it, behind) = body.split_at(body.len().min(room));
-        self.seal([&header.bytes(), head, with_it])?;
-        for part in behind.chunks(PLAIN) {
-            self.seal([part])?;
-        }
-        self.totals.raw += raw as u64;
         Ok(())
     }
 
@@ -334,54 +328,43 @@ impl Stream {
     /// # Errors
     /// When the connection breaks, or what arrives was not sealed by the other end in this order.
     pub fn recv(&mut self) -> Result<Option<Frame>> {
-        self.recv_into(Vec::new())
+        self.recv_into(Buffer::default())
     }
 
     /// The same, into a buffer that has been used before: memory that is new has to be cleared by the kernel first.
     ///
     /// # Errors
     /// As for [`Stream::recv`].
-    pub fn recv_into(&mut self, mut body: Vec<u8>) -> Result<Option<Frame>> {
+    pub fn recv_into(&mut self, mut body: Buffer) -> Result<Option<Frame>> {
         let Some(first) = self.open()? else {
             return Ok(None);
         };
         let header = Header::read(first)?;
-        let data = first.get(HEADER..).unwrap_or_default();
-        // What a used buffer holds is written over.
-        body.resize(header.packed, 0);
-        let Some((front, mut rest)) = body.split_at_mut_checked(data.len()) else {
-            bail!("a frame is longer than it says");
+        let behind = first.get(HEADER..).unwrap_or_default();
+        let Some((head, with_it)) = behind.split_at_checked(header.front.into()) else {
+            bail!("a frame's head is shorter than it says");
         };
-        front.copy_from_slice(data);
-        if header.front > 0 {
-            if front.len() != header.front {
-                bail!("the front of a frame is longer or shorter than it says");
-            }
+        let head = head.to_vec();
+        let apart = header.packed >= APART;
+        if with_it.len() != if apart { 0 } else { header.packed } {
+            bail!("a frame is longer or shorter than it says");
+        }
+        body.resize(header.packed);
+        if apart {
             self.input.read_ahead(BEGINNING);
-            self.rest(rest)?;
+            body.chunks_mut(AT_HAND)
+                .try_for_each(|texts| self.open_apart(texts))?;
         } else {
+            body.copy_from_slice(with_it);
             self.input.read_ahead(AT_ONCE);
-            while !rest.is_empty() {
-                let Some(part) = self.open()? else {
-                    bail!("{} closed the stream in the middle of a frame", self.peer);
-                };
-                let Some((place, behind)) = rest.split_at_mut_checked(part.len()) else {
-                    bail!("a frame is longer than it says");
-                };
-                place.copy_from_slice(part);
-                rest = behind;
-            }
         }
         let body = header.packing.unpack(body, header.raw)?;
-        Ok(Some(Frame {
-            kind: header.kind,
-            body,
-        }))
+        let kind = header.kind;
+        Ok(Some(Frame { kind, head, body }))
     }
 
-    /// What stands behind the front of a frame, read and opened in its place. On an error what stands there is worth
-    /// nothing.
-    fn rest(&mut self, body: &mut [u8]) -> Result<()> {
+    /// A body that stands apart, read and opened in its place. On an error what stands there is worth nothing.
+    fn open_apart(&mut self, body: &mut [u8]) -> Result<()> {
         // Between two messages the tag of one and the length of the next.
         let mut seams = vec![[0; TAG + LENGTH]; body.len().div_ceil(CUT) + 1];
         let last = seams.len() - 1;
@@ -459,6 +442,17 @@ impl Stream {
     }
 }
 
+impl Deref for Body<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Body::Kept(body) => body,
+            Body::Spent(body) => body,
+        }
+    }
+}
+
 fn broken(peer: &str, e: std::io::Error) -> anyhow::Error {
     match e.kind() {
         ErrorKind::UnexpectedEof => anyhow!(e).context(format!("{peer} broke off")),
@@ -496,6 +490,8 @@ fn handshake(key: &Key, id: &str, first: bool) -> Result<HandshakeState> {
     };
     state.context("Noise")
 }
+
+const _: () = assert!(HEADER + u8::MAX as usize + APART + TAG <= SEALED && CUT + TAG <= SEALED);
 
 #[cfg(test)]
 mod tests;

@@ -7,12 +7,12 @@
 //! AES-256-GCM: none can be changed, left out, repeated or put elsewhere. In them stand frames:
 //!
 //! ```text
-//! kind (1 byte), packing (1), bytes in front (1), 1 unused, bytes that follow (4), bytes they unpack to (4), big-endian;
-//! then those
+//! kind (1 byte), packing (1), bytes of the head (1), 1 unused, bytes of the body (4), bytes it unpacks to (4), big-endian;
+//! head; body
 //! ```
-//! A frame begins with a message, so that its length is known when its first message has been opened. Where there are
-//! bytes in front, that message holds no more than them, and each of those behind it, but the last, as many as agreed:
-//! what comes in them can be read from the socket, and opened, in the place it is for.
+//! A frame begins with a message, so that its length is known when that has been opened. A short body is in it, too. A long
+//! one comes in messages of its own, each but the last of as many bytes as agreed: it can be read from the socket, and
+//! opened, in the place it is for.
 
 mod cipher;
 mod content;

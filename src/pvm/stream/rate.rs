@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
+use crate::kernel::buffer::Buffer;
 use crate::kernel::sockopt::{self, Queue};
 
 /// How a frame is packed.
@@ -31,17 +32,26 @@ impl Packing {
     }
 
     /// Unpacks to exactly `raw` bytes, which the caller has bounded.
-    pub fn unpack(self, packed: Vec<u8>, raw: usize) -> Result<Vec<u8>> {
-        let body = match self {
-            Packing::None => packed,
-            Packing::Lz4 => lz4_flex::block::decompress(&packed, raw)
-                .context("a frame cannot be unpacked (lz4)")?,
+    pub fn unpack(self, packed: Buffer, raw: usize) -> Result<Buffer> {
+        let mut body = Buffer::default();
+        let len = match self {
+            Packing::None => {
+                body = packed;
+                body.len()
+            }
+            Packing::Lz4 => {
+                body.resize(raw);
+                lz4_flex::block::decompress_into(&packed, &mut body)
+                    .context("a frame cannot be unpacked (lz4)")?
+            }
             Packing::Zstd => {
-                zstd::bulk::decompress(&packed, raw).context("a frame cannot be unpacked (zstd)")?
+                body.resize(raw);
+                zstd::bulk::decompress_to_buffer(&packed[..], &mut body[..])
+                    .context("a frame cannot be unpacked (zstd)")?
             }
         };
-        if body.len() != raw {
-            bail!("a frame unpacks to {} bytes, not {raw}", body.len());
+        if len != raw {
+            bail!("a frame unpacks to {len} bytes, not {raw}");
         }
         Ok(body)
     }
@@ -105,13 +115,8 @@ impl Packer {
         }
     }
 
-    /// What goes over the wire for a frame that is `head` and `body`, if it is to be packed, and how.
-    pub fn pack(
-        &mut self,
-        head: &[u8],
-        body: &[u8],
-        tcp: &TcpStream,
-    ) -> Option<(Packing, Vec<u8>)> {
+    /// What goes over the wire for `body`, if it is to be packed, and how.
+    pub fn pack(&mut self, body: &[u8], tcp: &TcpStream) -> Option<(Packing, Vec<u8>)> {
         self.look_at_link(tcp);
         if body.len() < SHORT || self.link == 0.0 {
             return None;
@@ -123,7 +128,7 @@ impl Packer {
         }
         let way = self.best();
         let at = WAYS.iter().position(|w| *w == way)?;
-        let (packed, record) = measured(way, &[head, body].concat());
+        let (packed, record) = measured(way, body);
         if let Some(slot) = self.records.get_mut(at) {
             *slot = Some(record);
         }

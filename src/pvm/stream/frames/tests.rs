@@ -79,7 +79,7 @@ fn who_is_sent_away_for_being_slow_knocks_again() {
         told.send(receiver(first)).unwrap();
     });
     let mut stream = sender(address).unwrap();
-    stream.send(9, b"late").unwrap();
+    stream.send(9, &[], b"late").unwrap();
     stream.flush().unwrap();
     let got = got.recv_timeout(LIMIT).unwrap();
     let frame = arrived(&got);
@@ -94,21 +94,24 @@ fn frames_arrive_as_they_were_sent() {
     let sizes = [
         0,
         1,
-        PLAIN - HEADER,
-        PLAIN - HEADER + 1,
+        APART - 1,
+        APART,
+        CUT,
+        CUT + 1,
         65536,
         1 << 20,
         LONGEST,
     ];
     for (kind, size) in sizes.into_iter().enumerate() {
         let body = text(size);
-        stream.send(kind as u8, &body).unwrap();
+        stream.send(kind as u8, &[], &body).unwrap();
         stream.flush().unwrap();
         let frame = arrived(&got);
         assert_eq!(frame.kind, kind as u8);
-        assert!(frame.body == body, "{size}");
+        assert!(frame.body[..] == body, "{size}");
     }
-    assert!(stream.send(1, &vec![0; LONGEST + 1]).is_err());
+    assert!(stream.send(1, &[], &vec![0; LONGEST + 1]).is_err());
+    assert!(stream.send(1, &[0; 256], &[]).is_err());
     drop(stream);
     assert!(got.recv_timeout(LIMIT).unwrap().unwrap().is_none());
 }
@@ -140,7 +143,7 @@ fn whoever_knows_another_key_or_move_gets_nothing_and_the_right_one_still_comes_
         let _ = tcp.write_all(bytes);
     }
     let mut stream = sender(address).unwrap();
-    stream.send(9, b"right").unwrap();
+    stream.send(9, &[], b"right").unwrap();
     stream.flush().unwrap();
     let frame = arrived(&got);
     assert_eq!((frame.kind, &frame.body[..]), (9, &b"right"[..]));
@@ -156,7 +159,7 @@ fn what_was_recorded_opens_nothing() {
         message
     });
     let mut stream = sender(middle).unwrap();
-    stream.send(1, b"secret").unwrap();
+    stream.send(1, &[], b"secret").unwrap();
     stream.flush().unwrap();
     got.recv_timeout(LIMIT).unwrap().unwrap().unwrap();
     drop(stream);
@@ -168,7 +171,7 @@ fn what_was_recorded_opens_nothing() {
     tcp.write_all(&recorded).unwrap();
     drop(tcp);
     let mut stream = sender(address).unwrap();
-    stream.send(2, b"fresh").unwrap();
+    stream.send(2, &[], b"fresh").unwrap();
     stream.flush().unwrap();
     let frame = got.recv_timeout(LIMIT).unwrap().unwrap().unwrap();
     assert_eq!(frame.kind, 2);
@@ -201,14 +204,11 @@ fn through(
     all
 }
 
-// Message 0 is the handshake, 1 its proof; each frame of these has two, or three where the body stands apart.
+// Message 0 is the handshake, 1 its proof; each frame of these has three.
 #[test]
 fn what_is_changed_repeated_left_out_or_cut_off_is_an_error() {
-    damaged(|stream, kind| stream.send(kind, &[kind; 100_000]), 0);
-    damaged(
-        |stream, kind| stream.send_in_place(kind, &[1; 12], &mut [kind; 100_000]),
-        2,
-    );
+    damaged(|stream, kind| stream.send(kind, &[], &[kind; 100_000]));
+    damaged(|stream, kind| stream.send_in_place(kind, &[1; 12], &mut [kind; 100_000]));
 }
 
 #[test]
@@ -219,14 +219,16 @@ fn what_is_sent_in_place_arrives_whole() {
         let mut stream = Stream::accept(&listener, &key(1), "m", Instant::now() + LIMIT).unwrap();
         for (kind, size) in sizes.into_iter().enumerate() {
             // Into a buffer that holds something else.
-            let frame = stream.recv_into(vec![1; 2 * CUT]).unwrap().unwrap();
-            let (front, body) = frame.body.split_at(5);
-            assert_eq!((frame.kind, front), (kind as u8, &b"front"[..]));
-            assert!(body == text(size), "{size}");
-            // One that has no front comes between, and one that is too short for it.
-            for short in [&b"short"[..], b"frontshort"] {
+            let mut used = Buffer::new(2 * CUT);
+            used.fill(1);
+            let frame = stream.recv_into(used).unwrap().unwrap();
+            assert_eq!((frame.kind, &frame.head[..]), (kind as u8, &b"head"[..]));
+            assert!(frame.body[..] == text(size), "{size}");
+            // One that has no head comes between, and one that is too short for it.
+            for head in [&b""[..], b"head"] {
                 let frame = stream.recv().unwrap().unwrap();
-                assert_eq!((frame.kind, &frame.body[..]), (9, short));
+                assert_eq!((frame.kind, &frame.head[..]), (9, head));
+                assert_eq!(&frame.body[..], b"short");
             }
         }
         assert!(stream.recv().unwrap().is_none());
@@ -235,17 +237,17 @@ fn what_is_sent_in_place_arrives_whole() {
     for (kind, size) in sizes.into_iter().enumerate() {
         let mut body = text(size);
         stream
-            .send_in_place(kind as u8, b"front", &mut body)
+            .send_in_place(kind as u8, b"head", &mut body)
             .unwrap();
         assert!(body != text(size));
-        stream.send(9, b"short").unwrap();
+        stream.send(9, &[], b"short").unwrap();
         stream
-            .send_in_place(9, b"front", &mut b"short".to_vec())
+            .send_in_place(9, b"head", &mut b"short".to_vec())
             .unwrap();
     }
     assert_eq!(
         stream.totals().raw as usize,
-        sizes.iter().map(|s| s + 20).sum::<usize>()
+        sizes.iter().map(|s| s + 18).sum::<usize>()
     );
     stream.flush().unwrap();
     drop(stream);
@@ -256,45 +258,42 @@ fn text(size: usize) -> Vec<u8> {
     (0..size).map(|at| (at / 3) as u8).collect()
 }
 
-/// What becomes of frames of which something is done to the message number 4, or that many behind it.
-fn damaged(send: Sends, more: usize) {
+/// What becomes of frames when something is done to messages of the second.
+fn damaged(send: Sends) {
     let fine = through(send, |_, message| message);
     let kinds: Vec<_> = fine.into_iter().map(Result::unwrap).collect();
     assert_eq!(kinds, [Some(1), Some(2), Some(3), None]);
     type Change = fn(usize, Vec<u8>) -> Vec<u8>;
     let ways: [(&str, Change); 5] = [
         ("changed", |n, mut message| {
-            if n == 4 {
+            if n == 6 {
                 message[50] ^= 1;
             }
             message
         }),
         ("repeated", |n, message| match n {
-            3 => message.repeat(2),
+            5 => message.repeat(2),
             _ => message,
         }),
         ("left out", |n, message| match n {
-            4 => vec![0, 0],
+            6 => vec![0, 0],
             _ => message,
         }),
         (
             "cut between the messages of a frame",
             |n, message| match n {
-                5 => Vec::new(),
+                7 => Vec::new(),
                 _ => message,
             },
         ),
         ("cut within a message", |n, message| match n {
-            4 => message[..30].to_vec(),
-            5 => Vec::new(),
+            6 => message[..30].to_vec(),
+            7 => Vec::new(),
             _ => message,
         }),
     ];
     for (way, change) in ways {
-        // The second frame, whatever it is cut into.
-        let got = through(send, move |n, message| {
-            change(n.saturating_sub(more), message)
-        });
+        let got = through(send, change);
         let kinds: Vec<_> = got.iter().filter_map(|g| g.as_ref().ok()).collect();
         assert_eq!(kinds, [&Some(1)], "{way}");
         assert!(got.last().unwrap().is_err(), "{way}");
