@@ -5,7 +5,7 @@ mod common;
 mod testhosts;
 
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ExitCode, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -27,13 +27,14 @@ struct Stage {
 type Test = fn(&Stage) -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 14] = [
+    let tests: [(&str, Test); 15] = [
         (
             "there_and_back_a_task_keeps_its_virtual_tid",
             there_and_back,
         ),
         ("what_cannot_move_is_refused_and_runs_on", refusals),
         ("advice_of_the_last_moment_moves_along", last_advice),
+        ("memory_that_changes_its_shape_moves", shapes),
         ("heat_moves", |s| {
             same_result(s, |n| format!("heat -n 400 -s {} -w 4", 1500 * n), 4)
         }),
@@ -287,15 +288,24 @@ fn there_and_back(stage: &Stage) -> Result<()> {
     Ok(())
 }
 
-fn last_advice(stage: &Stage) -> Result<()> {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/testhosts/advice.c");
+/// Begins a program of tests/testhosts, which ends when that file is there, and waits for its task.
+fn until_told<'s>(stage: &'s Stage, name: &str) -> Result<(Running<'s>, Row, PathBuf)> {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/testhosts/{name}.c"));
     let built = common::build_c(&source, &["-lpvm3".to_owned()])?;
-    std::fs::copy(built, stage.examples.path().join("advice"))?;
-    let end = stage.examples.path().join("advised");
-    let mut advice = stage.begin(&format!("advice {}", end.display()))?;
+    std::fs::copy(built, stage.examples.path().join(name))?;
+    let end = stage.examples.path().join(format!("{name}.end"));
+    let mut running = stage.begin(&format!("{name} {}", end.display()))?;
     let task = wait_for("the task", LIMIT, || {
-        Ok(advice.workers()?.into_iter().next())
+        if running.has_ended()? {
+            bail!("{}", running.end()?);
+        }
+        Ok(running.workers()?.into_iter().next())
     })?;
+    Ok((running, task, end))
+}
+
+fn last_advice(stage: &Stage) -> Result<()> {
+    let (mut advice, task, end) = until_told(stage, "advice")?;
     let mut at = task.host.as_str();
     for _ in 0..5 {
         at = if at == "h0" { "h1" } else { "h0" };
@@ -312,6 +322,22 @@ fn last_advice(stage: &Stage) -> Result<()> {
     std::fs::write(end, "")?;
     let said = advice.end()?;
     ensure!(said.starts_with("advice: as asked"), "{said}");
+    Ok(())
+}
+
+fn shapes(stage: &Stage) -> Result<()> {
+    let (mut shapes, task, end) = until_told(stage, "shapes")?;
+    let mut at = task.host.as_str();
+    for _ in 0..8 {
+        at = if at == "h0" { "h1" } else { "h0" };
+        let moved = stage.json("h0", &format!("migrate --json {} {at}", task.v))?;
+        if moved["virtual_tid"] != task.v.as_str() {
+            bail!("{moved}: {}", shapes.end()?);
+        }
+    }
+    std::fs::write(end, "")?;
+    let said = shapes.end()?;
+    ensure!(said.starts_with("shapes: all there"), "{said}");
     Ok(())
 }
 

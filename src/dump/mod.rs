@@ -28,7 +28,7 @@ pub use hold::HeldProcess;
 pub use process::{ending_or, is_ending};
 pub use run::{finish, run};
 pub use session::Session;
-pub use survey::{child, refusals};
+pub use survey::{Survey, child, survey};
 pub use tracker::{Round, Run, Take, Tracker};
 
 use std::fs::File;

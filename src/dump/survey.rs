@@ -10,19 +10,27 @@ use super::files::{FileDumper, Order};
 use super::tables::Tables;
 use super::{maps, process, threads};
 use crate::error::Failure;
+use crate::image::Vma;
 use crate::kernel::guardian::Guardian;
 use crate::kernel::{pidfd, proc_file};
 use crate::net::{self, SocketDumper};
 
-/// Why process `pid` cannot be carried as it is now: all reasons that can be seen from outside, each with a way out,
-/// but not its children. `pvmd`: inode of its connection to its pvmd. What comes about later is found under the stop, and
-/// what is in flight behind other descriptors in flight.
+/// What can be seen of a process from outside.
+pub struct Survey {
+    /// Why it cannot be carried as it is now: all reasons, each with a way out, but not its children. What comes about
+    /// later is found under the stop, and what is in flight behind other descriptors in flight.
+    pub refusals: Vec<String>,
+    /// Its mappings, with their flags.
+    pub vmas: Vec<Vma>,
+}
+
+/// Looks at process `pid`; `pvmd`: inode of its connection to its pvmd.
 ///
 /// # Errors
 /// When it cannot be looked at; when it has ended.
-pub fn refusals(pid: i32, pvmd: Option<u64>) -> Result<Vec<String>> {
+pub fn survey(pid: i32, pvmd: Option<u64>) -> Result<Survey> {
     // What is refused here cannot be looked at either.
-    process::check(pid, &[pid], true)?;
+    let flags = process::check(pid, &[pid], true)?;
     let via = process::living_thread(pid);
     let mut found = Vec::new();
     let tasks = Proc::new(pid).and_then(|p| p.tasks());
@@ -31,7 +39,19 @@ pub fn refusals(pid: i32, pvmd: Option<u64>) -> Result<Vec<String>> {
             found.extend(threads::unfiltered(pid, thread.tid, &status).err());
         }
     }
-    found.extend(maps::read(via, &mut Tables::new(1)).err());
+    let mut vmas = Vec::new();
+    match maps::read(via, &mut Tables::new(1)) {
+        Ok(found) => vmas = found,
+        Err(e) => found.push(e),
+    }
+    // Those that are new since may have any.
+    vmas.retain_mut(|v| match flags.of(v) {
+        Some(flags) => {
+            v.flags = flags.to_vec();
+            true
+        }
+        None => false,
+    });
     let options = net::Options {
         pvmd,
         ..net::Options::default()
@@ -46,7 +66,10 @@ pub fn refusals(pid: i32, pvmd: Option<u64>) -> Result<Vec<String>> {
     }
     found.extend(sockets.refusals());
     found.retain(|e| Failure::of(e) == Failure::Refused);
-    Ok(found.iter().map(|e| format!("{e:#}")).collect())
+    Ok(Survey {
+        refusals: found.iter().map(|e| format!("{e:#}")).collect(),
+        vmas,
+    })
 }
 
 /// A process that `pid` traces.

@@ -4,8 +4,9 @@
 //! round first protects the pages that were written, then reads them: what is written from then on is in the next
 //! round. In between the process stands still for a moment: a call that had its pages before (O_DIRECT, some files of
 //! FUSE, process_vm_writev) writes to them past the protection, and has ended then. A mapping that is not registered
-//! (new, grown, moved) is registered and read whole. Dropped, it leaves nothing behind: the last copy of the
-//! userfaultfd unregisters everything.
+//! (new, grown, moved) is registered and read whole. It is registered while the process stands still, with all that lies
+//! beside it at once: half of a mapping registered is a mapping of its own, and mremap(2) of the whole would fail.
+//! Dropped, it leaves nothing behind: the last copy of the userfaultfd unregisters everything.
 
 use anyhow::{Context, Result};
 
@@ -16,7 +17,7 @@ use crate::image::Vma;
 use crate::image::memory::Backing;
 use crate::kernel::arch::{PAGE, TASK_SIZE};
 use crate::kernel::buffer::Buffer;
-use crate::kernel::maps::{self, Name};
+use crate::kernel::maps::{self, Map, Name};
 use crate::kernel::mem::Mem;
 use crate::kernel::pagemap::{Behind, Pagemap, Tracked};
 use crate::kernel::uffd::{self, Uffd};
@@ -69,12 +70,13 @@ impl Tracker {
             libc::SYS_userfaultfd,
             &[uffd::UNPRIVILEGED],
         );
-        held.release()?;
         let uffd = made.and_then(|fd| {
             let uffd = Uffd(fd);
             uffd.api(uffd::TRACKING)?;
+            register(&uffd, via)?;
             Ok(uffd)
         });
+        held.release()?;
         let (uffd, why_not) = match uffd {
             Ok(uffd) => (Some(uffd), None),
             Err(e) => (
@@ -112,27 +114,19 @@ impl Tracker {
         if self.uffd.is_none() {
             return Ok(round);
         }
-        let pagemap = Pagemap::open(self.via)?;
-        let maps = maps::read(self.via).map_err(|_| self.gone())?;
-        let owed = union(&std::mem::take(&mut self.owed), &[]);
         let mut found = Vec::new();
-        for m in &maps {
-            let (start, end) = (m.start, m.end);
-            let special =
-                matches!(m.name(), Name::Special(n) if n == "vdso" || n.starts_with("vvar"));
-            if special || start >= TASK_SIZE || m.shared {
-                continue;
+        let mut unknown = self.protect_all(&mut found, &mut round)?;
+        if !unknown.is_empty() {
+            // Owed should a thread stay in its call.
+            self.owed.append(&mut found);
+            self.owed.append(&mut unknown);
+            let held = HeldProcess::stop(self.pid)?;
+            if let Some(uffd) = &self.uffd {
+                register(uffd, self.via)?;
             }
-            // Of a mapping that is gone nothing is owed.
-            let owed = intersection(&[(start, end)], &owed);
-            if m.prot & libc::PROT_READ == 0 {
-                // Only who traces it may read it: in the last round.
-                self.owed.extend(owed);
-                continue;
-            }
-            round.looked_through += end - start;
-            let behind = behind(m.inode != 0);
-            self.protect(&pagemap, ((start, end), behind), &owed, &mut found)?;
+            held.release()?;
+            unknown = self.protect_all(&mut found, &mut round)?;
+            self.owed.append(&mut unknown);
         }
         let found = union(&found, &[]);
         if !found.is_empty() {
@@ -158,49 +152,30 @@ impl Tracker {
         ))
     }
 
-    /// Protects what has changed in one mapping, and all of it where that is owed; adds it to `found`.
-    fn protect(
-        &mut self,
-        pagemap: &Pagemap,
-        ((start, end), behind): (Run, Behind),
-        owed: &[Run],
-        found: &mut Vec<Run>,
-    ) -> Result<()> {
-        let mut note = |from, to| {
-            match found.last_mut() {
-                Some(last) if last.1 == from => last.1 = to,
-                _ => found.push((from, to)),
+    /// Protects what has changed, and what is owed, and adds it to `found`. Mappings that are not registered, all of which is
+    /// owed: of a part of one it may not be known what was protected.
+    fn protect_all(&mut self, found: &mut Vec<Run>, round: &mut Round) -> Result<Vec<Run>> {
+        let pagemap = Pagemap::open(self.via)?;
+        let maps = maps::read(self.via).map_err(|_| self.gone())?;
+        let owed = union(&std::mem::take(&mut self.owed), &[]);
+        let mut unknown = Vec::new();
+        round.looked_through = 0;
+        for m in maps.iter().filter(|m| is_followed(m)) {
+            let (start, end) = (m.start, m.end);
+            // Of a mapping that is gone nothing is owed.
+            let owed = intersection(&[(start, end)], &owed);
+            if m.prot & libc::PROT_READ == 0 {
+                // Only who traces it may read it: in the last round.
+                self.owed.extend(owed);
+                continue;
             }
-            Ok(())
-        };
-        let all = Tracked {
-            only_written: false,
-            protect: true,
-            behind,
-        };
-        let written = Tracked {
-            only_written: true,
-            ..all
-        };
-        let parts = owed.iter().map(|(from, to)| (*from, *to, all));
-        let mut known = true;
-        for (from, to, how) in parts.chain([(start, end, written)]) {
-            known &= pagemap.tracked(from, to, how, &mut note)?;
+            round.looked_through += end - start;
+            let behind = behind(m.inode != 0);
+            if !protect(&pagemap, ((start, end), behind), &owed, found)? {
+                unknown.push((start, end));
+            }
         }
-        if known {
-            return Ok(());
-        }
-        // A part of it may have been protected and not told of: all of it, once it is registered.
-        let registered = match &self.uffd {
-            Some(uffd) => uffd.register_tracked(start, end - start).is_ok(),
-            None => false,
-        };
-        // It may be gone, or another one, by now.
-        let known = registered && pagemap.tracked(start, end, all, &mut note)?;
-        if !known {
-            self.owed.push((start, end));
-        }
-        Ok(())
+        Ok(unknown)
     }
 
     /// Reads pages that have been protected. What cannot be read now is owed.
@@ -289,6 +264,64 @@ impl Tracker {
         }
         Ok((populated, round))
     }
+}
+
+/// Whether what is written to a mapping can be followed: it is the process's own.
+fn is_followed(m: &Map) -> bool {
+    let special = matches!(m.name(), Name::Special(n) if n == "vdso" || n.starts_with("vvar"));
+    !special && m.start < TASK_SIZE && !m.shared
+}
+
+/// Registers all mappings of a process that stands still; what cannot be is left out.
+fn register(uffd: &Uffd, via: i32) -> Result<()> {
+    let maps = maps::read(via).context("reading mappings")?;
+    let beside = |a: &Map, b: &Map| a.end == b.start && is_followed(a) && is_followed(b);
+    for maps in maps.chunk_by(beside) {
+        let (Some(first), Some(last)) = (maps.first(), maps.last()) else {
+            continue;
+        };
+        let len = last.end - first.start;
+        if !is_followed(first) || uffd.register_tracked(first.start, len).is_ok() {
+            continue;
+        }
+        for m in maps {
+            // It is found unregistered, and read whole in the last round.
+            let _ = uffd.register_tracked(m.start, m.end - m.start);
+        }
+    }
+    Ok(())
+}
+
+/// Protects what has changed in one mapping, and all of it where that is owed; adds it to `found`. False: it is not
+/// registered, or gone.
+fn protect(
+    pagemap: &Pagemap,
+    ((start, end), behind): (Run, Behind),
+    owed: &[Run],
+    found: &mut Vec<Run>,
+) -> Result<bool> {
+    let mut note = |from, to| {
+        match found.last_mut() {
+            Some(last) if last.1 == from => last.1 = to,
+            _ => found.push((from, to)),
+        }
+        Ok(())
+    };
+    let all = Tracked {
+        only_written: false,
+        protect: true,
+        behind,
+    };
+    let written = Tracked {
+        only_written: true,
+        ..all
+    };
+    let parts = owed.iter().map(|(from, to)| (*from, *to, all));
+    let mut known = true;
+    for (from, to, how) in parts.chain([(start, end, written)]) {
+        known &= pagemap.tracked(from, to, how, &mut note)?;
+    }
+    Ok(known)
 }
 
 /// What a mapping shows where the process has nothing of its own.

@@ -20,9 +20,13 @@ use super::pages::{Finished, is_zero, nameless};
 use super::store::fs::create_file;
 use super::store::{Partial, UNSOUND, Written, seal};
 use super::{Manifest, verify};
+use crate::kernel::buffer::Buffer;
 
 /// Runs of pages by space: from, to (addresses), sorted and without overlaps.
 pub type Populated = BTreeMap<SpaceId, Vec<(u64, u64)>>;
+
+/// Takes a page: its address, its content if that is not zeros.
+pub type TakeOut<'a> = dyn FnMut(u64, Option<&[u8]>) -> Result<()> + 'a;
 
 /// Writes such an image. Dropped without [`RoundsWriter::finish`], it removes what it wrote. Threads share it.
 pub struct RoundsWriter {
@@ -130,6 +134,45 @@ impl RoundsWriter {
         self.file
             .write_all_at(bytes, offset)
             .with_context(|| format!("write: {}", self.partial.path.join("pages").display()))
+    }
+
+    /// Takes out again the pages of `start..end` that have come, and gives them to `take`: address and content, none of
+    /// zeros.
+    ///
+    /// # Errors
+    /// When the file cannot be read, and those of `take`.
+    pub fn take_out(&self, space: SpaceId, start: u64, end: u64, take: &mut TakeOut) -> Result<()> {
+        let mut places = lock(&self.places);
+        let mut page = Buffer::new(PAGE);
+        for block in start / BLOCK as u64..end.div_ceil(BLOCK as u64) {
+            let Some(index) = places.index.get(&(space, block)).copied() else {
+                continue;
+            };
+            let Some(place) = places.all.get_mut(index as usize) else {
+                continue;
+            };
+            let present = place.present;
+            for i in (0..BLOCK / PAGE).filter(|i| present >> i & 1 != 0) {
+                let addr = block * BLOCK as u64 + (i * PAGE) as u64;
+                if !(start..end).contains(&addr) {
+                    continue;
+                }
+                let bit = 1u16 << i;
+                if place.zero & bit != 0 {
+                    take(addr, None)?;
+                } else {
+                    let at = u64::from(index) * BLOCK as u64 + (i * PAGE) as u64;
+                    self.file.read_exact_at(&mut page, at).with_context(|| {
+                        format!("read: {}", self.partial.path.join("pages").display())
+                    })?;
+                    take(addr, Some(&page))?;
+                    place.sums = None;
+                }
+                place.present &= !bit;
+                place.zero &= !bit;
+            }
+        }
+        Ok(())
     }
 
     /// Takes an object's content, as [`super::ImageWriter::add_object`] does.

@@ -114,6 +114,18 @@ pub fn unmap_fixed(start: u64, len: u64) {
     unsafe { libc::munmap(start as *mut _, len as usize) };
 }
 
+/// madvise(2) of memory that [`map_fixed`] mapped.
+///
+/// # Errors
+/// Those of madvise(2).
+pub fn advise_fixed(start: u64, len: u64, advice: i32) -> io::Result<()> {
+    // SAFETY: nothing of Rust's lies in memory that was mapped by its number.
+    match unsafe { libc::madvise(start as *mut _, len as usize, advice) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// One huge page of ours, if the machine gives us one, that can be moved away and is then made anew.
 pub struct Stage {
     map: *mut u8,

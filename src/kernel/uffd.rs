@@ -63,9 +63,9 @@ pub enum Copied {
 }
 
 impl Uffd {
-    /// One of our own memory.
+    /// One of our own memory, for pages that nobody waits for.
     pub fn ours() -> io::Result<Self> {
-        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+        let flags = UNPRIVILEGED;
         // SAFETY: a call without pointers, whose result is a new descriptor or -1.
         let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
         if fd < 0 {

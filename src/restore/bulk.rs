@@ -3,7 +3,8 @@
 //! Giving pages to another process costs one copy more, and gives it small pages only. So the body, as long as
 //! it still is a fork of us, maps what it will need at its place and fills it: each huge page is read and checked
 //! in a stage and moved to its place (UFFDIO_MOVE), which leaves no mark on the mapping as MADV_HUGEPAGE would.
-//! What cannot be done this way is left to the usual one ([`super::memory::fill`]), errors too.
+//! What cannot be done this way is left to the usual one ([`super::memory::fill`]), errors too. What has been placed
+//! before there was a tracer ([`Placed`]) is there already.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -12,7 +13,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, ensure};
 
-use super::memory::{by_uffd, put, share, windows};
+use super::memory::{by_uffd, joins, put, share, windows};
+use super::placed::Placed;
 use crate::image::memory::Vma;
 use crate::image::process::Process;
 use crate::image::store::Image;
@@ -30,6 +32,7 @@ const PIECE: usize = 256 << 10;
 pub struct Bulk {
     image: Arc<Image>,
     wanted: bool,
+    placed: Placed,
     filled: Vec<(u64, u64)>,
     bytes: u64,
 }
@@ -41,10 +44,12 @@ pub struct Pipe {
 }
 
 impl Bulk {
-    pub fn new(image: Arc<Image>, wanted: bool) -> Self {
+    /// `placed`: this is in the first body already, and no more is wanted.
+    pub fn new(image: Arc<Image>, wanted: bool, placed: Placed) -> Self {
         Self {
             image,
-            wanted,
+            wanted: wanted && placed.mappings.is_empty(),
+            placed,
             filled: Vec::new(),
             bytes: 0,
         }
@@ -55,7 +60,7 @@ impl Bulk {
         self.bytes
     }
 
-    /// Ranges of `p` that its body has mapped and filled.
+    /// Ranges of `p` that its body has mapped, readable and writable, and filled.
     pub fn filled(&self, p: &Process) -> impl Iterator<Item = (u64, u64)> + '_ {
         let first = self.is_first(p);
         self.filled.iter().copied().filter(move |_| first)
@@ -73,7 +78,7 @@ impl Bulk {
 
     /// None when there is nothing to fill.
     pub fn pipe(&self) -> Result<Pipe> {
-        if self.candidates().next().is_none() {
+        if self.candidates().next().is_none() && self.placed.mappings.is_empty() {
             return Ok(Pipe {
                 read: None,
                 write: None,
@@ -87,18 +92,26 @@ impl Bulk {
         })
     }
 
-    /// Mappings to fill: children of the first body would begin as copies of it, so it has to be the only one.
-    fn candidates(&self) -> impl Iterator<Item = &Vma> {
+    /// Mappings to fill, those together that join: children of the first body would begin as copies of it, so it has to be
+    /// the only one.
+    fn candidates(&self) -> impl Iterator<Item = &[Vma]> {
         let processes = &self.image.manifest.processes;
         let only = processes
             .first()
             .filter(|p| self.wanted && processes.len() == 1 && !p.thp_disable);
         const RW: i32 = libc::PROT_READ | libc::PROT_WRITE;
+        let fits = |v: &Vma| by_uffd(v) && !["gd", "nh", "wf"].iter().any(|code| v.has(code));
+        let mut left = MOST;
         only.into_iter()
-            .flat_map(|p| &p.vmas)
-            .filter(|v| by_uffd(v) && v.prot == RW && v.len() >= LARGE)
-            .filter(|v| !v.has("gd") && !v.has("nh") && !v.has("wf"))
-            .take(MOST)
+            .flat_map(|p| p.vmas.chunk_by(joins))
+            .filter(move |vmas| vmas.iter().all(fits))
+            .filter(|vmas| vmas.len() > 1 || vmas.iter().all(|v| v.prot == RW))
+            .filter(|vmas| vmas.iter().map(Vma::len).sum::<u64>() >= LARGE)
+            .take_while(move |vmas| {
+                let fit = vmas.len() <= left;
+                left = left.saturating_sub(vmas.len());
+                fit
+            })
     }
 
     /// In the body: fills, and tells what.
@@ -107,28 +120,41 @@ impl Bulk {
         let Some(mut write) = pipe.write.take() else {
             return;
         };
+        if !self.placed.mappings.is_empty() {
+            // Who hears nothing gives up.
+            if self.placed.share().is_ok() {
+                tell(&mut write, self.placed.bytes, &self.placed.mappings);
+            }
+            return;
+        }
         let space = self.image.manifest.processes.first().map_or(0, |p| p.space);
-        let mapped: Vec<(u64, u64)> = self
-            .candidates()
-            .filter(|v| {
-                let flags = if v.has("nr") { libc::MAP_NORESERVE } else { 0 };
-                // Where we are ourselves it cannot be.
-                map_fixed(v.start, v.len(), v.prot, flags).is_ok()
-            })
-            .map(|v| (v.start, v.end))
-            .collect();
-        let told: Vec<u64> = match fill(&self.image, space, &mapped) {
-            Ok(bytes) => std::iter::once(bytes)
-                .chain(mapped.iter().flat_map(|(s, e)| [*s, *e]))
-                .collect(),
+        let mut mapped = Vec::new();
+        let mut filled = Vec::new();
+        for vmas in self.candidates() {
+            let Some((first, last)) = vmas.first().zip(vmas.last()) else {
+                continue;
+            };
+            let (start, end) = (first.start, last.end);
+            let flags = if first.has("nr") {
+                libc::MAP_NORESERVE
+            } else {
+                0
+            };
+            let rw = libc::PROT_READ | libc::PROT_WRITE;
+            // Where we are ourselves it cannot be.
+            if map_fixed(start, end - start, rw, flags).is_ok() {
+                mapped.push((start, end));
+                filled.extend(vmas.iter().map(|v| (v.start, v.end)));
+            }
+        }
+        match fill(&self.image, space, &mapped) {
+            Ok(bytes) => tell(&mut write, bytes, &filled),
             Err(_) => {
                 // Done again the usual way, which finds the error and tells it.
                 mapped.iter().for_each(|(s, e)| unmap_fixed(*s, e - s));
-                vec![0]
+                tell(&mut write, 0, &[]);
             }
-        };
-        let bytes: Vec<u8> = told.iter().flat_map(|w| w.to_le_bytes()).collect();
-        let _ = write.write_all(&bytes);
+        }
     }
 
     /// In us: waits until the body has filled.
@@ -155,6 +181,15 @@ impl Bulk {
         self.filled.sort_unstable();
         Ok(())
     }
+}
+
+/// To us, from the body.
+fn tell(write: &mut File, bytes: u64, filled: &[(u64, u64)]) {
+    let ranges = filled.iter().flat_map(|(start, end)| [*start, *end]);
+    let words = std::iter::once(bytes).chain(ranges);
+    let bytes: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
+    // Whoever is gone needs no answer.
+    let _ = write.write_all(&bytes);
 }
 
 /// Fills ranges of our own memory. Bytes filled.

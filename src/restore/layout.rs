@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use super::Opened;
 use super::aio;
 use super::bulk::Bulk;
-use super::memory::is_droppable;
+use super::memory::{self, is_droppable};
 use super::shared::SharedObjects;
 use crate::image::memory::{Backing, ChangedFlags, SpaceId, Vma};
 use crate::image::pages::PagesReader;
@@ -299,94 +299,146 @@ pub fn map(
     bulk: &Bulk,
     redirected: bool,
 ) -> Result<()> {
-    for v in &p.vmas {
-        const MAP_DROPPABLE: i32 = 0x08;
-        let mut flags = libc::MAP_FIXED_NOREPLACE;
-        flags |= if v.shared {
-            libc::MAP_SHARED
-        } else if is_droppable(v) {
-            MAP_DROPPABLE
-        } else {
-            libc::MAP_PRIVATE
-        };
-        if v.has("nr") {
-            flags |= libc::MAP_NORESERVE;
+    let apart = |v: &Vma| bulk.has(p, v);
+    let joins = |a: &Vma, b: &Vma| memory::joins(a, b) && !apart(a) && !apart(b);
+    for vmas in p.vmas.chunk_by(joins) {
+        let mapped = vmas.len() > 1 || vmas.iter().any(apart);
+        if vmas.len() > 1 {
+            map_as_one(body, vmas)?;
         }
-        if v.has("gd") {
-            flags |= libc::MAP_GROWSDOWN;
-        }
-        if v.has("ht") && v.backing == Backing::Anonymous {
-            flags |= libc::MAP_HUGETLB;
-        }
-        let fd = match &v.backing {
-            Backing::Kernel { which } if which == "vdso" && redirected => None,
-            Backing::Kernel { .. } | Backing::Aio { .. } => continue,
-            Backing::Anonymous => None,
-            Backing::File { file } => Some(opened.file(*file, v.may_be_written())?),
-            Backing::Shared { memory } => {
-                match (shared.fds.get(memory), shared.segments.get(memory)) {
-                    (Some(fd), _) => Some(fd.as_raw_fd()),
-                    (None, Some(segment)) => {
-                        attach_segment(body, v, segment.id)?;
-                        continue;
-                    }
-                    (None, None) => bail!("shared memory object {memory} was not made"),
-                }
+        for v in vmas {
+            const MAP_DROPPABLE: i32 = 0x08;
+            let mut flags = libc::MAP_FIXED_NOREPLACE;
+            flags |= if v.shared {
+                libc::MAP_SHARED
+            } else if is_droppable(v) {
+                MAP_DROPPABLE
+            } else {
+                libc::MAP_PRIVATE
+            };
+            if v.has("nr") {
+                flags |= libc::MAP_NORESERVE;
             }
-        };
-        if fd.is_none() {
-            flags |= libc::MAP_ANONYMOUS;
-        }
-        if !bulk.has(p, v) {
-            body.must(
-                format!("mapping {:#x}-{:#x}", v.start, v.end),
-                libc::SYS_mmap,
-                &[
-                    v.start.into(),
-                    v.len().into(),
-                    v.prot.into(),
-                    flags.into(),
-                    fd.unwrap_or(-1).into(),
-                    if fd.is_some() {
-                        v.offset.into()
-                    } else {
-                        0u64.into()
-                    },
-                ],
-            )?;
-        }
-        if let Some(policy) = &v.policy {
-            body.may(
-                format!("nodes for the memory at {:#x} (mbind)", v.start),
-                libc::SYS_mbind,
-                &[
-                    v.start.into(),
-                    v.len().into(),
-                    u64::from(policy.mode).into(),
-                    Arg::In(&policy.mask()),
-                    policy.bits().into(),
-                    0u64.into(),
-                ],
-            )?;
-        }
-        if let Some(name) = &v.name {
-            const PR_SET_VMA: u64 = 0x5356_4d41;
-            let text = format!("{name}\0");
-            body.may(
-                format!("naming the mapping at {:#x}", v.start),
-                libc::SYS_prctl,
-                &[
-                    PR_SET_VMA.into(),
-                    0u64.into(),
-                    v.start.into(),
-                    v.len().into(),
-                    Arg::In(text.as_bytes()),
-                ],
-            )?;
+            if v.has("gd") {
+                flags |= libc::MAP_GROWSDOWN;
+            }
+            if v.has("ht") && v.backing == Backing::Anonymous {
+                flags |= libc::MAP_HUGETLB;
+            }
+            let fd = match &v.backing {
+                Backing::Kernel { which } if which == "vdso" && redirected => None,
+                Backing::Kernel { .. } | Backing::Aio { .. } => continue,
+                Backing::Anonymous => None,
+                Backing::File { file } => Some(opened.file(*file, v.may_be_written())?),
+                Backing::Shared { memory } => {
+                    match (shared.fds.get(memory), shared.segments.get(memory)) {
+                        (Some(fd), _) => Some(fd.as_raw_fd()),
+                        (None, Some(segment)) => {
+                            attach_segment(body, v, segment.id)?;
+                            continue;
+                        }
+                        (None, None) => bail!("shared memory object {memory} was not made"),
+                    }
+                }
+            };
+            if fd.is_none() {
+                flags |= libc::MAP_ANONYMOUS;
+            }
+            if mapped {
+                if v.prot != libc::PROT_READ | libc::PROT_WRITE {
+                    body.must(
+                        format!("protecting {:#x}-{:#x}", v.start, v.end),
+                        libc::SYS_mprotect,
+                        &[v.start.into(), v.len().into(), v.prot.into()],
+                    )?;
+                }
+            } else {
+                body.must(
+                    format!("mapping {:#x}-{:#x}", v.start, v.end),
+                    libc::SYS_mmap,
+                    &[
+                        v.start.into(),
+                        v.len().into(),
+                        v.prot.into(),
+                        flags.into(),
+                        fd.unwrap_or(-1).into(),
+                        if fd.is_some() {
+                            v.offset.into()
+                        } else {
+                            0u64.into()
+                        },
+                    ],
+                )?;
+            }
+            if let Some(policy) = &v.policy {
+                body.may(
+                    format!("nodes for the memory at {:#x} (mbind)", v.start),
+                    libc::SYS_mbind,
+                    &[
+                        v.start.into(),
+                        v.len().into(),
+                        u64::from(policy.mode).into(),
+                        Arg::In(&policy.mask()),
+                        policy.bits().into(),
+                        0u64.into(),
+                    ],
+                )?;
+            }
+            if let Some(name) = &v.name {
+                const PR_SET_VMA: u64 = 0x5356_4d41;
+                let text = format!("{name}\0");
+                body.may(
+                    format!("naming the mapping at {:#x}", v.start),
+                    libc::SYS_prctl,
+                    &[
+                        PR_SET_VMA.into(),
+                        0u64.into(),
+                        v.start.into(),
+                        v.len().into(),
+                        Arg::In(text.as_bytes()),
+                    ],
+                )?;
+            }
         }
     }
     body.flush()?;
     aio::setup(body, p)
+}
+
+/// Maps private memory that joins ([`memory::joins`]), readable and writable, and has the kernel note that it is one.
+fn map_as_one(body: &mut Remote, vmas: &[Vma]) -> Result<()> {
+    const MADV_POPULATE_WRITE: u64 = 23;
+    let (Some(first), Some(last)) = (vmas.first(), vmas.last()) else {
+        return Ok(());
+    };
+    let mut flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+    if first.has("nr") {
+        flags |= libc::MAP_NORESERVE;
+    }
+    body.must(
+        format!("mapping {:#x}-{:#x}", first.start, last.end),
+        libc::SYS_mmap,
+        &[
+            first.start.into(),
+            (last.end - first.start).into(),
+            (libc::PROT_READ | libc::PROT_WRITE).into(),
+            flags.into(),
+            (-1).into(),
+            0u64.into(),
+        ],
+    )?;
+    // With its first page it does; that, which may be a huge one, goes again. Before Linux 5.14 they are as many as they are.
+    let len = last.end - first.start;
+    for (len, advice) in [
+        (PAGE, MADV_POPULATE_WRITE),
+        (len, libc::MADV_DONTNEED as u64),
+    ] {
+        body.attempt(
+            libc::SYS_madvise,
+            &[first.start.into(), len.into(), advice.into()],
+        )?;
+    }
+    Ok(())
 }
 
 /// A System V segment is mapped whole; what the program has unmapped of it is unmapped again.

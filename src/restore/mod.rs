@@ -13,6 +13,7 @@ mod memory;
 mod numbers;
 mod open;
 mod park;
+mod placed;
 mod process;
 mod resume;
 mod run;
@@ -25,6 +26,7 @@ mod understudy;
 pub use guest::{Guest, Replaced};
 pub use lazy::Filling;
 use open::Opened;
+pub use placed::{Announced, Placed, Placing};
 pub use run::{here, run};
 
 use std::path::PathBuf;

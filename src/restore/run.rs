@@ -17,8 +17,8 @@ use super::shared::SharedObjects;
 use super::tree::{Bodies, Root};
 use super::understudy::Understudy;
 use super::{
-    Guest, Options, Outcome, Replaced, Report, creds, group_stop, layout, memory, park, process,
-    resume, signals, threads,
+    Guest, Options, Outcome, Placed, Replaced, Report, creds, group_stop, layout, memory, park,
+    process, resume, signals, threads,
 };
 use crate::image::memory::ChangedFlags;
 use crate::image::process::{Creds, Process, State};
@@ -72,11 +72,11 @@ impl Ready<'_> {
 /// Classified (see [`crate::error`]); nothing half-restored is left.
 pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
     let image = Arc::new(Image::open(&opts.image)?);
-    restore(opts, image, None, started)
+    restore(opts, image, None, Placed::default(), started)
 }
 
-/// Restores an image, opened from `opts.image`, into this very process, which keeps its pid, its parent, its session and group. What
-/// returns is its tracer, another process: it has to live on until memory is filled ([`Outcome::filling`]), and
+/// Restores an image, opened from `opts.image`, into this very process, which keeps its pid, its parent, its session and group, and
+/// the memory that is `placed`: the rest of it is filled before it runs then. What returns is its tracer, another process: it has to live on until memory is filled ([`Outcome::filling`]), and
 /// then to end.
 ///
 /// # Errors
@@ -84,25 +84,28 @@ pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
 pub fn here(
     opts: &Options,
     image: Arc<Image>,
+    placed: Placed,
     guest: &mut dyn Guest,
     started: Instant,
 ) -> Result<Outcome> {
-    restore(opts, image, Some(guest), started)
+    restore(opts, image, Some(guest), placed, started)
 }
 
 fn restore(
     opts: &Options,
     image: Arc<Image>,
     mut guest: Option<&mut dyn Guest>,
+    placed: Placed,
     started: Instant,
 ) -> Result<Outcome> {
     let manifest = &image.manifest;
     let processes = &manifest.processes;
+    let lazy = opts.lazy && placed.mappings.is_empty();
     let ours = creds::ours()?;
     let caller = caps::caller()?;
     caller.may_restore(manifest, image.owner()?)?;
     let mut report = Report {
-        mode: if opts.lazy { "lazy" } else { "eager" },
+        mode: if lazy { "lazy" } else { "eager" },
         processes: processes.len(),
         ..Report::default()
     };
@@ -145,7 +148,7 @@ fn restore(
     ids.choose_first(chosen);
     let opened = Opened::new(&image, std::mem::take(&mut replaced.files), floor)?;
     let area = layout::area(processes)?;
-    let mut bulk = Bulk::new(Arc::clone(&image), !opts.lazy);
+    let mut bulk = Bulk::new(Arc::clone(&image), !lazy, placed);
     let mut undertaker = None;
     let root = match guest {
         Some(_) => Root::Here,
@@ -166,7 +169,7 @@ fn restore(
     let mut standing_by = None;
     if let Some(guest) = &mut guest {
         guest.stepped_aside()?;
-        if opts.lazy {
+        if lazy {
             match Understudy::start(&image, &undertaker) {
                 Ok(it) => standing_by = Some(it),
                 Err(e) => report.warnings.push(format!(
@@ -179,8 +182,7 @@ fn restore(
     report.bytes_memory += bulk.bytes();
     bodies.bury(processes)?;
     // Threads only from here on: what is forked has one.
-    let filler = opts
-        .lazy
+    let filler = lazy
         .then(|| Filler::start(Arc::clone(&image), journal))
         .transpose()?;
     report.bytes_memory += shared.bytes;

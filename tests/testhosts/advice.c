@@ -12,7 +12,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { RESULT = 1, LENGTH = 128 << 10, PAGE = 4096 };
+enum { RESULT = 1, LENGTH = 2 << 20, PAGE = 4096 };
 
 static char *area;
 

@@ -14,6 +14,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::Agent;
 use super::protocol::Source;
 use crate::pvm::stream::{self, KNOCK, Key, Stream};
+use crate::restore::Placed;
 
 /// How long a mover may take until it connects: files are compared meanwhile.
 const PATIENCE: Duration = Duration::from_secs(360);
@@ -77,7 +78,8 @@ impl Door {
         Ok(Self { listener, port })
     }
 
-    /// Waits for the image; `id` names the move. What is still to come is read from the stream.
+    /// Waits for the image; `id` names the move. With the memory that is not in it; what is still to come is read from the
+    /// stream.
     ///
     /// # Errors
     /// When nobody comes, or what comes is none; nothing of it is left.
@@ -86,9 +88,11 @@ impl Door {
         source: &Source,
         id: &str,
         agent: &mut Agent,
-    ) -> Result<(Arrived, Option<Stream>)> {
+    ) -> Result<(Arrived, Placed, Option<Stream>)> {
         let key = match source {
-            Source::Image { path } => return Ok((Arrived::There(path.clone()), None)),
+            Source::Image { path } => {
+                return Ok((Arrived::There(path.clone()), Placed::default(), None));
+            }
             Source::Stream { key } => Key::from_hex(key)?,
         };
         let until = Instant::now() + PATIENCE;
@@ -101,8 +105,8 @@ impl Door {
             }
         };
         let dir = Folder::make()?;
-        stream::receive(&mut stream, &image_in(&dir.0))?;
-        Ok((Arrived::Received(dir), Some(stream)))
+        let placed = stream::receive(&mut stream, &image_in(&dir.0))?;
+        Ok((Arrived::Received(dir), placed, Some(stream)))
     }
 }
 

@@ -30,7 +30,7 @@ use crate::pvm::client::{self, Client, Pvmd};
 use crate::pvm::mailbox::{self, Entry};
 use crate::pvm::table::{self, TidTable};
 use crate::pvm::tid::Tid;
-use crate::restore::{self, Options, Outcome};
+use crate::restore::{self, Options, Outcome, Placed};
 use arrival::{Arrived, Door};
 use guest::{Incarnated, Task};
 use protocol::{Commit, Order, ToAgent, ToLander, hear, say};
@@ -93,8 +93,11 @@ fn land(orders: &Orders, agent: &mut Option<Agent>, started: Instant) -> Result<
     let pvmd = Pvmd::find()?.context("no pvmd runs here (PVMSOCK, PVM_TMP, PVM_VMID)")?;
     let mut client = Client::enrol(&pvmd, client::own_cookie())?;
     let far = FarEnd::find()?;
-    let ((arrived, rest), lazy, order) = match (orders, &mut *agent) {
-        (Orders::Image { path, lazy }, _) => ((Arrived::There(path.clone()), None), *lazy, None),
+    let ((arrived, placed, rest), lazy, order) = match (orders, &mut *agent) {
+        (Orders::Image { path, lazy }, _) => {
+            let there = Arrived::There(path.clone());
+            ((there, Placed::default(), None), *lazy, None)
+        }
         (Orders::Agent { .. }, None) => anyhow::bail!("there is no agent"),
         (Orders::Agent { id, .. }, Some(agent)) => {
             let door = Door::open()?;
@@ -149,7 +152,7 @@ fn land(orders: &Orders, agent: &mut Option<Agent>, started: Instant) -> Result<
         before_release: None,
         progress: false,
     };
-    restore::here(&options, image, &mut guest, started)
+    restore::here(&options, image, placed, &mut guest, started)
 }
 
 /// Whom the image holds.

@@ -17,8 +17,8 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use crate::dump::{After, Carried, Options, Session, Tracker};
 use crate::error::Failure;
-use crate::image::Compress;
 use crate::image::pvm::MailboxEntry;
+use crate::image::{Compress, Vma};
 use crate::kernel::batch::Snapshot;
 use crate::kernel::proc_file;
 use crate::pvm::agent;
@@ -31,11 +31,12 @@ use crate::pvm::mailbox::Entry;
 use crate::pvm::quiet;
 use crate::pvm::shimabi::block::flag;
 use crate::pvm::shimabi::{CTX_TC, CTX_TM, NOOP_MARKER, WAIT_ID_LATE};
-use crate::pvm::stream::{ImageSender, Key, Stream};
+use crate::pvm::stream::{ImageSender, Key, SPACE, Stream};
 use crate::pvm::table;
 use crate::pvm::tid::Tid;
 use crate::pvm::virtual_machine::Host;
 use crate::pvm::wire::{Assembler, tc};
+use crate::restore::Announced;
 use link::Link;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -49,8 +50,6 @@ const BESIDE: Duration = Duration::from_millis(20);
 const GATE_LEASE: u64 = 90_000;
 /// How long a lander waits for the end of the old incarnation before it asks, ms.
 const LANDER_LEASE: u64 = 60_000;
-/// Address space of the task in its image: it is the only process.
-const SPACE: u32 = 0;
 /// Rounds while the task runs.
 const MOST_ROUNDS: u32 = 10;
 /// Bytes that are sent sooner than another round would be made.
@@ -174,13 +173,14 @@ impl<'j> Mover<'j> {
     /// All of it.
     fn bring(&mut self, link: &mut Link) -> Result<()> {
         // This waits until it is whole, if it has come here, or was restored, lately.
-        self.may_go()?;
+        let vmas = self.may_go()?;
         let landing = self.land(link)?;
         // The lander starts meanwhile.
         let ready = self.get_ready(link);
         let landed = self.landed(link, landing);
         let (carried, mut tracker) = ready?;
         let sender = self.connect(link, landed?)?;
+        sender.announce(&Announced::of(&vmas))?;
         let brought = self.hand_over(link, carried, &mut tracker, &sender);
         let (session, stopped, _raised) = match brought {
             Err(e) if sender.has_ended() => return Err(self.lander_met(link).unwrap_or(e)),
@@ -234,10 +234,11 @@ impl<'j> Mover<'j> {
         link.ask(&self.job.to, self.parked(), PATIENCE).err()
     }
 
-    /// Refuses what would be refused under the stop, with the list, before anything is touched.
-    fn may_go(&self) -> Result<()> {
+    /// Refuses what would be refused under the stop, with the list, before anything is touched. The task's mappings.
+    fn may_go(&self) -> Result<Vec<Vma>> {
         let (v, pid, to) = (Tid(self.job.v), self.job.pid, &self.job.to.name);
-        let mut why = crate::dump::refusals(pid, Some(self.task.connection.ino))?;
+        let seen = crate::dump::survey(pid, Some(self.task.connection.ino))?;
+        let mut why = seen.refusals;
         if let Some(child) = crate::dump::child(pid) {
             why.push(format!(
                 "process {pid} has children (process {child}), which do not move with it; wait until they have ended, \
@@ -246,7 +247,7 @@ impl<'j> Mover<'j> {
             ));
         }
         match why.is_empty() {
-            true => Ok(()),
+            true => Ok(seen.vmas),
             false => Err(Failure::Refused.because(why.join("; also: "))),
         }
     }

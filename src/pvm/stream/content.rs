@@ -18,6 +18,7 @@ use crate::image::rounds::Populated;
 use crate::image::{ChangedFlags, Manifest, RoundsWriter, SpaceId};
 use crate::kernel::arch;
 use crate::kernel::buffer::Buffer;
+use crate::restore::{Announced, Placed, Placing};
 
 /// Kinds of frames.
 mod kind {
@@ -35,12 +36,16 @@ mod kind {
     pub const ZEROS: u8 = 6;
     /// A round is over.
     pub const ROUND: u8 = 7;
+    /// Mappings whose pages are to come: start, end, 1 where MAP_NORESERVE (8 bytes each).
+    pub const MAPPINGS: u8 = 10;
     /// Behind the stream's end: a piece of what of the manifest is otherwise, and its end again.
     pub const CHANGED_FLAGS: u8 = 9;
     /// Runs of pages that hold something: from, to (8 each); head: space.
     pub const POPULATED: u8 = 8;
 }
 
+/// Address space of a task in its image: it is the only process.
+pub const SPACE: SpaceId = 0;
 const PAGE: usize = arch::PAGE as usize;
 /// Space and address in front of pages.
 const PLACE: usize = 12;
@@ -150,6 +155,20 @@ impl ImageSender {
         })
     }
 
+    /// Says which large mappings the task has, before any of their pages.
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub fn announce(&self, mappings: &[Announced]) -> Result<()> {
+        let words = |m: &Announced| [m.start, m.end, m.no_reserve.into()];
+        let body: Vec<u8> = mappings
+            .iter()
+            .flat_map(words)
+            .flat_map(u64::to_be_bytes)
+            .collect();
+        self.stream().send(kind::MAPPINGS, &[], &body)
+    }
+
     /// Says that a round is over, and waits until all of it has arrived; the receiver does what can be done now.
     ///
     /// # Errors
@@ -253,20 +272,22 @@ impl Sink for ImageSender {
     }
 }
 
-/// Receives an image into the directory `path`, which must not exist; it is complete when this returns. What has
-/// been opened is stored by another thread while the next is.
+/// Receives an image into the directory `path`, which must not exist; it is complete when this returns, but for memory
+/// that has been placed in this process. What has been opened is stored by another thread while the next is.
 ///
 /// # Errors
 /// When the connection breaks or ends before the image does, or what arrives makes no sense. What was received
 /// so far is gone then.
-pub fn receive(stream: &mut Stream, path: &Path) -> Result<()> {
+pub fn receive(stream: &mut Stream, path: &Path) -> Result<Placed> {
     let writer = RoundsWriter::create(path)?;
-    let (manifest, populated) = std::thread::scope(|scope| {
+    let placing = Placing::new(SPACE);
+    let (manifest, mut populated, placing) = std::thread::scope(|scope| {
         let (opened, to_store) = sync_channel::<Frame>(AHEAD);
         let (settled, is_settled) = sync_channel::<()>(1);
         let (empty, stored) = sync_channel::<Buffer>(AHEAD + 1);
         let writer = &writer;
-        let store = scope.spawn(move || Store::new(writer).run(to_store, &empty, &settled));
+        let store =
+            scope.spawn(move || Store::new(writer, placing).run(to_store, &empty, &settled));
         // Its end ends the storing thread.
         let received = (|| -> Result<()> {
             loop {
@@ -296,9 +317,13 @@ pub fn receive(stream: &mut Stream, path: &Path) -> Result<()> {
     })?;
     let manifest: Manifest =
         serde_json::from_slice(&manifest).context("the manifest that arrived is none")?;
+    let placed = match manifest.processes.first() {
+        Some(first) => placing.settle(first, &mut populated, &writer)?,
+        None => Placed::default(),
+    };
     // It is needed for this move only.
     writer.finish(&manifest, &populated, false)?;
-    Ok(())
+    Ok(placed)
 }
 
 /// Receives what [`ImageSender::changed_flags`] sends.
@@ -330,15 +355,17 @@ pub fn receive_changed_flags(stream: &mut Stream) -> Result<ChangedFlags> {
 /// What arrives, on its way into an image.
 struct Store<'a> {
     writer: &'a RoundsWriter,
+    placing: Placing,
     populated: Populated,
     manifest: Vec<u8>,
     object: Option<File>,
 }
 
 impl<'a> Store<'a> {
-    fn new(writer: &'a RoundsWriter) -> Store<'a> {
+    fn new(writer: &'a RoundsWriter, placing: Placing) -> Store<'a> {
         Store {
             writer,
+            placing,
             populated: Populated::new(),
             manifest: Vec::new(),
             object: None,
@@ -351,7 +378,7 @@ impl<'a> Store<'a> {
         frames: Receiver<Frame>,
         empty: &SyncSender<Buffer>,
         settled: &SyncSender<()>,
-    ) -> Result<(Vec<u8>, Populated)> {
+    ) -> Result<(Vec<u8>, Populated, Placing)> {
         for Frame { kind, head, body } in frames {
             match kind {
                 kind::END => break,
@@ -364,16 +391,25 @@ impl<'a> Store<'a> {
             // Of the buffers as many go round as are needed.
             let _ = empty.try_send(body);
         }
-        Ok((self.manifest, self.populated))
+        Ok((self.manifest, self.populated, self.placing))
     }
 
     fn take(&mut self, kind: u8, head: &[u8], body: &[u8]) -> Result<()> {
         match kind {
             kind::PAGES => {
                 let (space, addr) = place(head)?;
-                self.writer.put(space, addr, body)?;
+                self.placing.put(self.writer, space, addr, body)?;
             }
-            kind::ZEROS => zeros(self.writer, head, body)?,
+            kind::ZEROS => {
+                let (space, addr) = place(head)?;
+                let len = zeros(body)?;
+                self.placing.put_zeros(self.writer, space, addr, len)?;
+            }
+            kind::MAPPINGS => {
+                for mapping in mappings(body)? {
+                    self.placing.announce(&mapping)?;
+                }
+            }
             kind::POPULATED => {
                 let (space, runs) = runs(head, body)?;
                 self.populated.entry(space).or_default().extend(runs);
@@ -441,23 +477,38 @@ fn place(head: &[u8]) -> Result<(SpaceId, u64)> {
     Ok((space, u64::from_be_bytes([e, f, g, h, i, j, k, l])))
 }
 
-fn zeros(writer: &RoundsWriter, head: &[u8], body: &[u8]) -> Result<()> {
-    let (space, addr) = place(head)?;
+/// How many bytes are zero.
+fn zeros(body: &[u8]) -> Result<u64> {
     let len = u64::from_be_bytes(body.try_into().context("a frame of zeros is no number")?);
-    if len > PIECE as u64 {
+    if len > PIECE as u64 || !len.is_multiple_of(PAGE as u64) {
         bail!("a frame tells of {len} zeros at once");
     }
-    writer.put(space, addr, &vec![0; len as usize])
+    Ok(len)
+}
+
+fn mappings(body: &[u8]) -> Result<Vec<Announced>> {
+    let mapping = |words: &[u8]| {
+        let [start, end, no_reserve] = [0, 8, 16].map(|at| word(words, at));
+        Some(Announced {
+            start: start?,
+            end: end?,
+            no_reserve: no_reserve? != 0,
+        })
+    };
+    let all = body.chunks(24).map(mapping).collect::<Option<_>>();
+    all.context("a frame of mappings ends in the middle of one")
+}
+
+/// Eight bytes of these.
+fn word(bytes: &[u8], at: usize) -> Option<u64> {
+    let word = bytes.get(at..at + 8)?.try_into().ok()?;
+    Some(u64::from_be_bytes(word))
 }
 
 fn runs(head: &[u8], body: &[u8]) -> Result<(SpaceId, Vec<(u64, u64)>)> {
     let space = head
         .try_into()
         .context("a frame of runs does not say of which space")?;
-    let word = |bytes: &[u8], at: usize| {
-        let word = bytes.get(at..at + 8)?.try_into().ok()?;
-        Some(u64::from_be_bytes(word))
-    };
     let runs = body.chunks(16).map(|run| word(run, 0).zip(word(run, 8)));
     let runs: Vec<(u64, u64)> = runs
         .collect::<Option<_>>()

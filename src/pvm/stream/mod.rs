@@ -22,7 +22,7 @@ mod input;
 mod key;
 mod rate;
 
-pub use content::{ImageSender, receive, receive_changed_flags};
+pub use content::{ImageSender, SPACE, receive, receive_changed_flags};
 pub use frames::{Frame, KNOCK, Stream, Totals};
 pub use header::LONGEST;
 pub use key::Key;
