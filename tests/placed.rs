@@ -307,4 +307,16 @@ fn what_is_no_mapping_is_refused() {
         .announce(&announced(own, (0, 1)))
         .expect("not placed");
     assert!(is_mapped(own));
+    // Of more than that would be noted what has come of it.
+    let far = 0x1000_0000_0000;
+    let most = (64 << 30) / PAGE;
+    placing
+        .announce(&announced(far, (0, most + 1)))
+        .expect_err("too much");
+    for i in 0..3 {
+        let mut announced = announced(far, (i * most, (i + 1) * most));
+        announced.no_reserve = true;
+        placing.announce(&announced).expect("placed or not");
+        assert_eq!(is_mapped(far + i * most * PAGE), i == 0);
+    }
 }

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 
 use super::aio;
+use super::process;
 use super::tables::{Tables, other_name};
 use crate::error::Failure;
 use crate::image::aio::IoRing;
@@ -294,6 +295,25 @@ impl Flags {
     /// Those of a mapping; none when it is not known.
     pub fn of(&self, v: &Vma) -> Option<&[String]> {
         self.at(v.start, v.end)
+    }
+
+    /// The mappings that process `pid` has now, with the flags of what began there when they were read; those that are new
+    /// since are left out.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn of_mappings(&self, pid: i32) -> Result<Vec<Vma>> {
+        let began = self.all.iter().map(|((start, _), flags)| (start, flags));
+        let began: HashMap<_, _> = began.collect();
+        let mut vmas = read(process::living_thread(pid), &mut Tables::new(1))?;
+        vmas.retain_mut(|v| match began.get(&v.start) {
+            Some(flags) => {
+                v.flags = (*flags).clone();
+                true
+            }
+            None => false,
+        });
+        Ok(vmas)
     }
 
     /// Those of the mapping that begins and ends there.

@@ -7,10 +7,10 @@ use anyhow::{Context, Result};
 use procfs::process::Process as Proc;
 
 use super::files::{FileDumper, Order};
+use super::maps::Flags;
 use super::tables::Tables;
 use super::{maps, process, threads};
 use crate::error::Failure;
-use crate::image::Vma;
 use crate::kernel::guardian::Guardian;
 use crate::kernel::{pidfd, proc_file};
 use crate::net::{self, SocketDumper};
@@ -20,8 +20,8 @@ pub struct Survey {
     /// Why it cannot be carried as it is now: all reasons, each with a way out, but not its children. What comes about
     /// later is found under the stop, and what is in flight behind other descriptors in flight.
     pub refusals: Vec<String>,
-    /// Its mappings, with their flags.
-    pub vmas: Vec<Vma>,
+    /// Those of its mappings.
+    pub flags: Flags,
 }
 
 /// Looks at process `pid`; `pvmd`: inode of its connection to its pvmd.
@@ -39,19 +39,7 @@ pub fn survey(pid: i32, pvmd: Option<u64>) -> Result<Survey> {
             found.extend(threads::unfiltered(pid, thread.tid, &status).err());
         }
     }
-    let mut vmas = Vec::new();
-    match maps::read(via, &mut Tables::new(1)) {
-        Ok(found) => vmas = found,
-        Err(e) => found.push(e),
-    }
-    // Those that are new since may have any.
-    vmas.retain_mut(|v| match flags.of(v) {
-        Some(flags) => {
-            v.flags = flags.to_vec();
-            true
-        }
-        None => false,
-    });
+    found.extend(maps::read(via, &mut Tables::new(1)).err());
     let options = net::Options {
         pvmd,
         ..net::Options::default()
@@ -68,7 +56,7 @@ pub fn survey(pid: i32, pvmd: Option<u64>) -> Result<Survey> {
     found.retain(|e| Failure::of(e) == Failure::Refused);
     Ok(Survey {
         refusals: found.iter().map(|e| format!("{e:#}")).collect(),
-        vmas,
+        flags,
     })
 }
 

@@ -39,6 +39,8 @@ pub struct Tracker {
     why_not: Option<String>,
     /// Where something may have been protected and not been read then.
     owed: Vec<Run>,
+    /// Mappings that could not be registered.
+    unfit: Vec<Run>,
     buffer: Buffer,
 }
 
@@ -94,6 +96,7 @@ impl Tracker {
             uffd,
             why_not,
             owed: Vec::new(),
+            unfit: Vec::new(),
             buffer: Buffer::default(),
         })
     }
@@ -116,7 +119,8 @@ impl Tracker {
         }
         let mut found = Vec::new();
         let mut unknown = self.protect_all(&mut found, &mut round)?;
-        if !unknown.is_empty() {
+        // Some cannot be registered at all (MAP_DROPPABLE).
+        if unknown.iter().any(|run| !self.unfit.contains(run)) {
             // Owed should a thread stay in its call.
             self.owed.append(&mut found);
             self.owed.append(&mut unknown);
@@ -126,8 +130,9 @@ impl Tracker {
             }
             held.release()?;
             unknown = self.protect_all(&mut found, &mut round)?;
-            self.owed.append(&mut unknown);
+            self.unfit.clone_from(&unknown);
         }
+        self.owed.append(&mut unknown);
         let found = union(&found, &[]);
         if !found.is_empty() {
             // Owed should a thread stay in its call.
@@ -274,7 +279,7 @@ fn is_followed(m: &Map) -> bool {
 
 /// Registers all mappings of a process that stands still; what cannot be is left out.
 fn register(uffd: &Uffd, via: i32) -> Result<()> {
-    let maps = maps::read(via).context("reading mappings")?;
+    let maps = maps::read(via).with_context(|| format!("reading mappings of thread {via}"))?;
     let beside = |a: &Map, b: &Map| a.end == b.start && is_followed(a) && is_followed(b);
     for maps in maps.chunk_by(beside) {
         let (Some(first), Some(last)) = (maps.first(), maps.last()) else {

@@ -25,8 +25,8 @@ use crate::kernel::buffer::Buffer;
 /// Runs of pages by space: from, to (addresses), sorted and without overlaps.
 pub type Populated = BTreeMap<SpaceId, Vec<(u64, u64)>>;
 
-/// Takes a page: its address, its content if that is not zeros.
-pub type TakeOut<'a> = dyn FnMut(u64, Option<&[u8]>) -> Result<()> + 'a;
+/// Takes pages: their address, their content, and whether that is zeros.
+pub type TakeOut<'a> = dyn FnMut(u64, &[u8], bool) -> Result<()> + 'a;
 
 /// Writes such an image. Dropped without [`RoundsWriter::finish`], it removes what it wrote. Threads share it.
 pub struct RoundsWriter {
@@ -136,14 +136,13 @@ impl RoundsWriter {
             .with_context(|| format!("write: {}", self.partial.path.join("pages").display()))
     }
 
-    /// Takes out again the pages of `start..end` that have come, and gives them to `take`: address and content, none of
-    /// zeros.
+    /// Takes out again the pages of `start..end` that have come, and gives them to `take`.
     ///
     /// # Errors
     /// When the file cannot be read, and those of `take`.
     pub fn take_out(&self, space: SpaceId, start: u64, end: u64, take: &mut TakeOut) -> Result<()> {
         let mut places = lock(&self.places);
-        let mut page = Buffer::new(PAGE);
+        let mut buffer = Buffer::new(BLOCK);
         for block in start / BLOCK as u64..end.div_ceil(BLOCK as u64) {
             let Some(index) = places.index.get(&(space, block)).copied() else {
                 continue;
@@ -151,26 +150,27 @@ impl RoundsWriter {
             let Some(place) = places.all.get_mut(index as usize) else {
                 continue;
             };
-            let present = place.present;
-            for i in (0..BLOCK / PAGE).filter(|i| present >> i & 1 != 0) {
-                let addr = block * BLOCK as u64 + (i * PAGE) as u64;
-                if !(start..end).contains(&addr) {
-                    continue;
+            let base = block * BLOCK as u64;
+            let wanted =
+                (0..BLOCK / PAGE).filter(|i| (start..end).contains(&(base + (i * PAGE) as u64)));
+            let wanted = place.present & wanted.fold(0, |mask, i| mask | 1u16 << i);
+            for (mask, zero) in [(wanted & place.zero, true), (wanted & !place.zero, false)] {
+                for (from, to) in runs(mask) {
+                    let bytes = buffer.get_mut(..(to - from) * PAGE).unwrap_or_default();
+                    if zero {
+                        bytes.fill(0);
+                    } else {
+                        let at = u64::from(index) * BLOCK as u64 + (from * PAGE) as u64;
+                        self.file.read_exact_at(bytes, at).with_context(|| {
+                            format!("read: {}", self.partial.path.join("pages").display())
+                        })?;
+                        place.sums = None;
+                    }
+                    take(base + (from * PAGE) as u64, bytes, zero)?;
                 }
-                let bit = 1u16 << i;
-                if place.zero & bit != 0 {
-                    take(addr, None)?;
-                } else {
-                    let at = u64::from(index) * BLOCK as u64 + (i * PAGE) as u64;
-                    self.file.read_exact_at(&mut page, at).with_context(|| {
-                        format!("read: {}", self.partial.path.join("pages").display())
-                    })?;
-                    take(addr, Some(&page))?;
-                    place.sums = None;
-                }
-                place.present &= !bit;
-                place.zero &= !bit;
             }
+            place.present &= !wanted;
+            place.zero &= !wanted;
         }
         Ok(())
     }
@@ -219,6 +219,14 @@ impl RoundsWriter {
             sums.push((from as u8, (to - from) as u8, XxHash3_64::oneshot(bytes)));
         }
         Ok(sums)
+    }
+
+    /// Whether [`RoundsWriter::finish`] would take this manifest.
+    ///
+    /// # Errors
+    /// It is not sound.
+    pub fn check(manifest: &Manifest) -> Result<()> {
+        verify::check(manifest).map(drop).context(UNSOUND)
     }
 
     /// Makes it an image. Of the spaces in `populated` only the pages named there stay, and all of them must have

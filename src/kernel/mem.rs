@@ -110,15 +110,15 @@ pub fn map_fixed(start: u64, len: u64, prot: i32, flags: i32) -> io::Result<()> 
 
 /// Unmaps what [`map_fixed`] mapped.
 pub fn unmap_fixed(start: u64, len: u64) {
-    // SAFETY: nothing of Rust's lies in memory that was mapped by its number and is only filled by ioctls.
+    // SAFETY: nothing of Rust's lies in memory that was mapped by its number.
     unsafe { libc::munmap(start as *mut _, len as usize) };
 }
 
-/// madvise(2) of memory that [`map_fixed`] mapped.
+/// madvise(2) of memory that [`map_fixed`] mapped, and of no other.
 ///
 /// # Errors
 /// Those of madvise(2).
-pub fn advise_fixed(start: u64, len: u64, advice: i32) -> io::Result<()> {
+pub(crate) fn advise_fixed(start: u64, len: u64, advice: i32) -> io::Result<()> {
     // SAFETY: nothing of Rust's lies in memory that was mapped by its number.
     match unsafe { libc::madvise(start as *mut _, len as usize, advice) } {
         0 => Ok(()),

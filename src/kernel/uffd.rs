@@ -63,18 +63,19 @@ pub enum Copied {
 }
 
 impl Uffd {
-    /// One of our own memory, for pages that nobody waits for.
+    /// One of our own memory; without privilege, for faults that are not the kernel's.
     pub fn ours() -> io::Result<Self> {
-        let flags = UNPRIVILEGED;
-        // SAFETY: a call without pointers, whose result is a new descriptor or -1.
-        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
+        let make = |flags: u64| {
+            // SAFETY: a call without pointers, whose result is a new descriptor or -1.
+            match unsafe { libc::syscall(libc::SYS_userfaultfd, flags) } {
+                fd if fd < 0 => Err(io::Error::last_os_error()),
+                fd => Ok(fd as i32),
+            }
+        };
+        let fd =
+            make((libc::O_CLOEXEC | libc::O_NONBLOCK) as u64).or_else(|_| make(UNPRIVILEGED))?;
         // SAFETY: the kernel has just given us this descriptor.
-        Ok(Self(unsafe {
-            std::os::fd::FromRawFd::from_raw_fd(fd as i32)
-        }))
+        Ok(Self(unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) }))
     }
 
     /// Moves the page of a stage to the missing huge page at `dst`, without a copy (Linux 6.8). The userfaultfd
@@ -165,8 +166,8 @@ impl Uffd {
                 mode: 0,
                 copied: 0,
             };
-            // SAFETY: `c` is a live uffdio_copy whose source is `rest`; the destination is another
-            // process's, or the kernel refuses it.
+            // SAFETY: `c` is a live uffdio_copy whose source is `rest`; the kernel gives pages only where none are, in
+            // memory that was registered by its numbers.
             let r = unsafe { uffdio_copy(self.0.as_raw_fd(), &mut c) };
             if c.copied > 0 {
                 done += c.copied as u64;

@@ -103,7 +103,10 @@ impl Bulk {
         let fits = |v: &Vma| by_uffd(v) && !["gd", "nh", "wf"].iter().any(|code| v.has(code));
         let mut left = MOST;
         only.into_iter()
-            .flat_map(|p| p.vmas.chunk_by(joins))
+            .flat_map(move |p| {
+                p.vmas
+                    .chunk_by(move |a, b| joins(a, b) && fits(a) == fits(b))
+            })
             .filter(move |vmas| vmas.iter().all(fits))
             .filter(|vmas| vmas.len() > 1 || vmas.iter().all(|v| v.prot == RW))
             .filter(|vmas| vmas.iter().map(Vma::len).sum::<u64>() >= LARGE)

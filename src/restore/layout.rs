@@ -308,6 +308,7 @@ pub fn map(
         }
         for v in vmas {
             const MAP_DROPPABLE: i32 = 0x08;
+            const MPOL_MF_MOVE: u64 = 2;
             let mut flags = libc::MAP_FIXED_NOREPLACE;
             flags |= if v.shared {
                 libc::MAP_SHARED
@@ -380,7 +381,7 @@ pub fn map(
                         u64::from(policy.mode).into(),
                         Arg::In(&policy.mask()),
                         policy.bits().into(),
-                        0u64.into(),
+                        if mapped { MPOL_MF_MOVE } else { 0 }.into(),
                     ],
                 )?;
             }
@@ -427,7 +428,8 @@ fn map_as_one(body: &mut Remote, vmas: &[Vma]) -> Result<()> {
             0u64.into(),
         ],
     )?;
-    // With its first page it does; that, which may be a huge one, goes again. Before Linux 5.14 they are as many as they are.
+    // It notes that with the first page of it, which may be a huge one and is taken away again. Before Linux 5.14 they
+    // stay several.
     let len = last.end - first.start;
     for (len, advice) in [
         (PAGE, MADV_POPULATE_WRITE),

@@ -18,6 +18,7 @@ use nix::sys::eventfd::EventFd;
 
 use self::server::{Server, Word};
 use self::space::Space;
+use super::bulk::Bulk;
 use super::memory::lazily;
 use super::understudy::Understudy;
 use crate::image::memory::SpaceId;
@@ -26,6 +27,7 @@ use crate::image::process::Process;
 use crate::image::store::Image;
 use crate::kernel::arch::PAGE;
 use crate::kernel::journal::{Journal, Record};
+use crate::kernel::mem::Mem;
 use crate::kernel::uffd::{EVENTS, Uffd};
 use crate::kernel::undertaker::{Line, Undertaker};
 
@@ -84,17 +86,24 @@ impl Filler {
         })
     }
 
-    /// Takes charge of the anonymous memory of a process. `uffd` is its userfaultfd.
-    pub fn serve(&self, uffd: Uffd, p: &Process) -> Result<()> {
+    /// Takes charge of the anonymous memory of a process, but of what is in `bulk` already. `uffd` is its userfaultfd.
+    pub fn serve(&self, uffd: Uffd, p: &Process, bulk: &Bulk, mem: &Mem) -> Result<()> {
         uffd.api(EVENTS)?;
-        for v in p.vmas.iter().filter(|v| lazily(v)) {
+        // Of what is there the image has no pages, and none is ever given.
+        for v in p.vmas.iter().filter(|v| lazily(v) && !bulk.has(p, v)) {
             uffd.register_missing(v.start, v.len())?;
         }
         let space = Space::of(uffd, p);
         let (done, filled) = mpsc::channel();
         self.say(Word::Serve(
             Box::new(space),
-            urgent(p, self.image.pages())?,
+            urgent(
+                p,
+                &|addr| match bulk.filled(p).any(|(a, b)| (a..b).contains(&addr)) {
+                    true => mem.read_u64(addr),
+                    false => word(p.space, addr, self.image.pages()),
+                },
+            )?,
             done,
         ))?;
         filled
@@ -134,7 +143,7 @@ impl Filler {
 /// page through userfaultfd (fs/userfaultfd.c, handle_userfault), so its clear_child_tid and the robust
 /// futexes that it holds have to be there. Nor does a reader of /proc/PID/cmdline or environ (access_remote_vm in
 /// mm/memory.c), who would find them empty.
-fn urgent(p: &Process, pages: &PagesReader) -> Result<BTreeSet<u64>> {
+fn urgent(p: &Process, word: &dyn Fn(u64) -> Result<u64>) -> Result<BTreeSet<u64>> {
     /// ROBUST_LIST_LIMIT of kernel/futex/core.c.
     const LOCKS_MAX: usize = 2048;
     /// Three quarters of _STK_LIM: what execve(2) takes at most.
@@ -164,8 +173,8 @@ fn urgent(p: &Process, pages: &PagesReader) -> Result<BTreeSet<u64>> {
         if !add(head) || !add(head.wrapping_add(16)) {
             continue;
         }
-        let offset = word(p.space, head.wrapping_add(8), pages)?;
-        let mut entry = word(p.space, head, pages)?;
+        let offset = word(head.wrapping_add(8))?;
+        let mut entry = word(head)?;
         for _ in 0..LOCKS_MAX {
             // Bit 0 tells a priority-inheriting futex.
             let at = entry & !1;
@@ -173,9 +182,9 @@ fn urgent(p: &Process, pages: &PagesReader) -> Result<BTreeSet<u64>> {
                 break;
             }
             add(at.wrapping_add(offset));
-            entry = word(p.space, at, pages)?;
+            entry = word(at)?;
         }
-        add(word(p.space, head.wrapping_add(16), pages)?.wrapping_add(offset));
+        add(word(head.wrapping_add(16))?.wrapping_add(offset));
     }
     Ok(all)
 }

@@ -59,13 +59,19 @@ pub fn by_uffd(v: &Vma) -> bool {
     v.backing == Backing::Anonymous && !v.shared && !v.has("ht") && !is_droppable(v)
 }
 
+/// True for mappings that may be made of one that can be written to: they have been such, or do not count as memory, as
+/// what is only reserved would then.
+pub fn was_writable(v: &Vma) -> bool {
+    let is_used = v.has("ac") || v.has("nr") && v.prot != libc::PROT_NONE;
+    by_uffd(v) && !v.has("gd") && is_used
+}
+
 /// Whether the kernel made these, which lie side by side, of what was one mapping, as far as can be seen: it shares what it
 /// has of their pages (struct anon_vma), and makes them one again when the program makes them alike, by which mremap(2)
-/// goes. What has only been reserved is left out: made of a mapping that is writable, it would count as memory.
+/// goes.
 pub fn joins(a: &Vma, b: &Vma) -> bool {
-    let one = |v: &Vma| by_uffd(v) && !v.has("gd") && (v.prot != libc::PROT_NONE || v.has("ac"));
     let kind = |v: &Vma| ["nr", "ac"].map(|code| v.has(code));
-    a.end == b.start && one(a) && one(b) && kind(a) == kind(b)
+    a.end == b.start && was_writable(a) && was_writable(b) && kind(a) == kind(b)
 }
 
 /// Those of them that may be filled when the program runs. A child that it forks meanwhile gets what is missing in

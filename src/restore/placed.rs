@@ -8,8 +8,9 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 
-use super::memory::{by_uffd, joins, put};
+use super::memory::{joins, put, was_writable};
 use crate::image::RoundsWriter;
 use crate::image::memory::{SpaceId, Vma};
 use crate::image::process::Process;
@@ -21,14 +22,14 @@ use crate::kernel::uffd::Uffd;
 
 /// Memory smaller than this is not worth the trouble.
 const LARGE: u64 = 1 << 20;
-/// Memory larger than this is not noted page by page.
+/// Nor is more than this placed, all in all: a byte is noted for each page.
 const LARGEST: u64 = 64 << 30;
-/// Most mappings that are placed: what is told of them stays within a pipe's size.
+/// Most parts of it that are placed.
 const MOST: usize = 1024;
 const PAGE: u64 = arch::PAGE;
 /// Bytes that go from memory to an image at once.
 const PIECE: u64 = 1 << 20;
-const NOT_OPEN: &str = "a range without our own memory";
+const NOT_OPEN: &str = "our own memory was not opened";
 const RW: i32 = libc::PROT_READ | libc::PROT_WRITE;
 
 /// Mappings that join ([`joins`]), whose pages are to come: mapped as one.
@@ -51,7 +52,7 @@ impl Announced {
     /// Of mappings that join.
     fn one(vmas: &[Vma]) -> Option<Self> {
         let (first, last) = (vmas.first()?, vmas.last()?);
-        fits(first).then(|| Self {
+        was_writable(first).then(|| Self {
             start: first.start,
             end: last.end,
             no_reserve: first.has("nr"),
@@ -64,11 +65,6 @@ impl Announced {
         let fits = len.is_some_and(|len| (1..=LARGEST).contains(&len));
         aligned && fits && self.end <= arch::TASK_SIZE
     }
-}
-
-/// What can be placed: nothing of it grows by itself, and it has been writable, or counts as no memory.
-fn fits(v: &Vma) -> bool {
-    by_uffd(v) && !v.has("gd") && (v.has("ac") || v.has("nr"))
 }
 
 /// What has come of a page.
@@ -108,7 +104,7 @@ impl Range {
     }
 }
 
-/// Pages that come for one address space.
+/// What comes for pages.
 enum Content<'a> {
     Bytes(&'a [u8]),
     Zeros,
@@ -125,6 +121,11 @@ impl Own {
         let uffd = Uffd::ours().context("userfaultfd")?;
         uffd.api(0)?;
         let mem = Mem::open(std::process::id() as i32)?;
+        // Until it is the task's alone, this process needs memory of its own beside it.
+        for limit in [Resource::RLIMIT_AS, Resource::RLIMIT_DATA] {
+            let (soft, _) = getrlimit(limit).context("getrlimit")?;
+            ensure!(soft == RLIM_INFINITY, "memory is limited");
+        }
         Ok(Self { uffd, mem })
     }
 }
@@ -159,7 +160,8 @@ impl Placing {
             announced.is_sound(),
             "a mapping {start:#x}-{end:#x} was announced, which is none"
         );
-        let Some(own) = self.own.as_ref().filter(|_| self.ranges.len() < MOST) else {
+        let room = self.ranges.len() < MOST && self.len() + (end - start) <= LARGEST;
+        let Some(own) = self.own.as_ref().filter(|_| room) else {
             return Ok(());
         };
         if let Ok(range) = Range::map(announced) {
@@ -169,6 +171,14 @@ impl Placing {
             }
         }
         Ok(())
+    }
+
+    /// Bytes of all ranges.
+    fn len(&self) -> u64 {
+        self.ranges
+            .iter()
+            .map(|(start, range)| range.end - start)
+            .sum()
     }
 
     /// Takes whole pages; those that were there are replaced.
@@ -326,6 +336,7 @@ impl Placing {
             self.unmap(at, start);
             at = end;
         }
+        placed.left = rest.iter().map(|(start, end)| end - start).sum();
         populated.insert(self.space, rest);
         Ok(placed)
     }
@@ -337,7 +348,8 @@ impl Placing {
         let [of] = &ours[..] else {
             return Ok(false);
         };
-        if of.no_reserve != all.no_reserve {
+        let more = (all.end - all.start) - (of.end - of.start);
+        if of.no_reserve != all.no_reserve || self.len() + more > LARGEST {
             return Ok(false);
         }
         let gaps = [(all.start, of.start), (of.end, all.end)];
@@ -351,16 +363,16 @@ impl Placing {
                 return Ok(false);
             };
             let range = self.ranges.entry(start).or_insert(range);
-            writer.take_out(self.space, start, end, &mut |addr, page| {
-                let came = range.pages.get_mut(((addr - start) / PAGE) as usize);
-                let came = came.context("a page beyond its range")?;
-                *came = match page {
-                    Some(bytes) => {
-                        mem.write(addr, bytes)?;
-                        Came::There
-                    }
-                    None => Came::Zero,
-                };
+            writer.take_out(self.space, start, end, &mut |addr, bytes, zero| {
+                if !zero {
+                    mem.write(addr, bytes)?;
+                }
+                let first = ((addr - start) / PAGE) as usize;
+                let pages = range
+                    .pages
+                    .get_mut(first..first + bytes.len() / PAGE as usize);
+                let pages = pages.context("pages beyond their range")?;
+                pages.fill(if zero { Came::Zero } else { Came::There });
                 Ok(())
             })?;
         }
@@ -459,8 +471,10 @@ impl Placing {
 pub struct Placed {
     /// From, to; sorted. Each is one of the program's, but readable and writable.
     pub mappings: Vec<(u64, u64)>,
-    /// Of pages that hold something.
+    /// Of pages in them that hold something.
     pub bytes: u64,
+    /// Bytes of pages that are in the image.
+    pub left: u64,
 }
 
 impl Placed {

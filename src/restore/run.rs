@@ -75,8 +75,8 @@ pub fn run(opts: &Options, started: Instant) -> Result<Outcome> {
     restore(opts, image, None, Placed::default(), started)
 }
 
-/// Restores an image, opened from `opts.image`, into this very process, which keeps its pid, its parent, its session and group, and
-/// the memory that is `placed`: the rest of it is filled before it runs then. What returns is its tracer, another process: it has to live on until memory is filled ([`Outcome::filling`]), and
+/// Restores an image, opened from `opts.image`, into this very process, which keeps its pid, its parent, its session and
+/// group, and the memory that is `placed`. What returns is its tracer, another process: it has to live on until memory is filled ([`Outcome::filling`]), and
 /// then to end.
 ///
 /// # Errors
@@ -100,7 +100,7 @@ fn restore(
 ) -> Result<Outcome> {
     let manifest = &image.manifest;
     let processes = &manifest.processes;
-    let lazy = opts.lazy && placed.mappings.is_empty();
+    let lazy = opts.lazy;
     let ours = creds::ours()?;
     let caller = caps::caller()?;
     caller.may_restore(manifest, image.owner()?)?;
@@ -341,7 +341,7 @@ impl Site<'_> {
         };
         let bytes = memory::write_copies(body.mem(), p, pages, memory::lazily)?;
         undertaker.keep_open(&uffd.0)?;
-        filler.serve(uffd, p)?;
+        filler.serve(uffd, p, self.bulk, body.mem())?;
         Ok(bytes)
     }
 

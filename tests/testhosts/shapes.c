@@ -12,7 +12,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { RESULT = 1, PAGE = 4096, WORDS = PAGE / 8, AREAS = 5, MOST = 3072 };
+enum { RESULT = 1, PAGE = 4096, WORDS = PAGE / 8, AREAS = 5, MOST = 3072, SPARSE = 18000 };
 
 static struct area {
     uint64_t *at;
@@ -20,6 +20,9 @@ static struct area {
     /* What each word of a page is; 0: nothing was ever written. */
     uint64_t wanted[MOST];
 } areas[AREAS];
+
+/* Much, in a mapping that is too large to be noted page by page. */
+static uint64_t *sparse;
 
 static uint64_t x = 88172645463325252u;
 
@@ -75,6 +78,18 @@ static int resize(struct area *a, int pages)
     return 0;
 }
 
+/* Of what does not change only some pages. */
+static int sparse_wrong(int pages)
+{
+    while (pages--) {
+        size_t first = chance(SPARSE) * (size_t)WORDS;
+        for (size_t i = first; i < first + WORDS; i++)
+            if (sparse[i] != (i | 1))
+                return 1;
+    }
+    return 0;
+}
+
 static const char *change(void)
 {
     struct area *a = areas + chance(AREAS);
@@ -115,6 +130,10 @@ static void shift(const char *end, char *said, size_t size)
 {
     unsigned long count = 0;
 
+    sparse = mmap(0, 65ul << 30, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    sparse += 3ul << 30 >> 3;
+    for (size_t i = 0; i < SPARSE * WORDS; i++)
+        sparse[i] = i | 1;
     /* It begins at a page. */
     sbrk(PAGE - (uintptr_t)sbrk(0) % PAGE);
     areas[0].at = sbrk(0);
@@ -132,13 +151,18 @@ static void shift(const char *end, char *said, size_t size)
         for (int i = 0; !failed && i < AREAS; i++)
             if ((count % 16 == 0 || i == (int)(count % AREAS)) && wrong(areas + i))
                 failed = "memory is not what it was";
+        if (!failed && sparse_wrong(8))
+            failed = "sparse memory is not what it was";
         if (failed) {
             snprintf(said, size, "%s, at change %lu", failed, count);
             return;
         }
         count++;
     }
-    snprintf(said, size, "all there after %lu changes", count);
+    if (sparse_wrong(4 * SPARSE))
+        snprintf(said, size, "sparse memory is not what it was");
+    else
+        snprintf(said, size, "all there after %lu changes", count);
 }
 
 int main(int argc, char **argv)

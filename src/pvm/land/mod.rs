@@ -36,6 +36,9 @@ use guest::{Incarnated, Task};
 use protocol::{Commit, Order, ToAgent, ToLander, hear, say};
 use unread::FarEnd;
 
+/// Memory, besides what is in place, from which on the task runs before it is filled, bytes.
+const LAZY: u64 = 64 << 20;
+
 /// Who gives the orders.
 #[derive(Debug, Clone)]
 pub enum Orders {
@@ -147,7 +150,7 @@ fn land(orders: &Orders, agent: &mut Option<Agent>, started: Instant) -> Result<
         image: path,
         detach: false,
         same_pid: false,
-        lazy,
+        lazy: lazy && (placed.mappings.is_empty() || placed.left > LAZY),
         stopped: false,
         before_release: None,
         progress: false,

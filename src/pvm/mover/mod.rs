@@ -15,10 +15,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use crate::dump::{After, Carried, Options, Session, Tracker};
+use crate::dump::{After, Carried, Flags, Options, Session, Tracker};
 use crate::error::Failure;
+use crate::image::Compress;
 use crate::image::pvm::MailboxEntry;
-use crate::image::{Compress, Vma};
 use crate::kernel::batch::Snapshot;
 use crate::kernel::proc_file;
 use crate::pvm::agent;
@@ -54,7 +54,7 @@ const LANDER_LEASE: u64 = 60_000;
 const MOST_ROUNDS: u32 = 10;
 /// Bytes that are sent sooner than another round would be made.
 const LITTLE: u64 = 1 << 20;
-/// Memory from which on the task runs before all of it is in place, bytes.
+/// Memory from which on the task may run before all of it is in place, bytes.
 const LAZY: u64 = 64 << 20;
 /// Later than this after the stop nothing is decided any more: well inside the lander's lease.
 const DECIDE: Duration = Duration::from_secs(30);
@@ -173,15 +173,15 @@ impl<'j> Mover<'j> {
     /// All of it.
     fn bring(&mut self, link: &mut Link) -> Result<()> {
         // This waits until it is whole, if it has come here, or was restored, lately.
-        let vmas = self.may_go()?;
+        let flags = self.may_go()?;
         let landing = self.land(link)?;
         // The lander starts meanwhile.
         let ready = self.get_ready(link);
         let landed = self.landed(link, landing);
         let (carried, mut tracker) = ready?;
         let sender = self.connect(link, landed?)?;
-        sender.announce(&Announced::of(&vmas))?;
-        let brought = self.hand_over(link, carried, &mut tracker, &sender);
+        let announced = sender.announce(&Announced::of(&flags.of_mappings(self.job.pid)?));
+        let brought = announced.and_then(|()| self.hand_over(link, carried, &mut tracker, &sender));
         let (session, stopped, _raised) = match brought {
             Err(e) if sender.has_ended() => return Err(self.lander_met(link).unwrap_or(e)),
             other => other?,
@@ -234,8 +234,9 @@ impl<'j> Mover<'j> {
         link.ask(&self.job.to, self.parked(), PATIENCE).err()
     }
 
-    /// Refuses what would be refused under the stop, with the list, before anything is touched. The task's mappings.
-    fn may_go(&self) -> Result<Vec<Vma>> {
+    /// Refuses what would be refused under the stop, with the list, before anything is touched. The flags of the task's
+    /// mappings.
+    fn may_go(&self) -> Result<Flags> {
         let (v, pid, to) = (Tid(self.job.v), self.job.pid, &self.job.to.name);
         let seen = crate::dump::survey(pid, Some(self.task.connection.ino))?;
         let mut why = seen.refusals;
@@ -247,7 +248,7 @@ impl<'j> Mover<'j> {
             ));
         }
         match why.is_empty() {
-            true => Ok(seen.vmas),
+            true => Ok(seen.flags),
             false => Err(Failure::Refused.because(why.join("; also: "))),
         }
     }

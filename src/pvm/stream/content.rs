@@ -317,6 +317,7 @@ pub fn receive(stream: &mut Stream, path: &Path) -> Result<Placed> {
     })?;
     let manifest: Manifest =
         serde_json::from_slice(&manifest).context("the manifest that arrived is none")?;
+    RoundsWriter::check(&manifest)?;
     let placed = match manifest.processes.first() {
         Some(first) => placing.settle(first, &mut populated, &writer)?,
         None => Placed::default(),
@@ -412,7 +413,12 @@ impl<'a> Store<'a> {
             }
             kind::POPULATED => {
                 let (space, runs) = runs(head, body)?;
-                self.populated.entry(space).or_default().extend(runs);
+                let all = self.populated.entry(space).or_default();
+                let (last, next) = (all.last(), runs.first());
+                if last.zip(next).is_some_and(|(last, next)| next.0 < last.1) {
+                    bail!("frames of runs are out of order");
+                }
+                all.extend(runs);
             }
             kind::OBJECT => {
                 let mut file = self.object()?;
