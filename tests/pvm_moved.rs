@@ -269,6 +269,8 @@ fn mailbox(scene: &Scene) -> Result<()> {
     ensure!(worker.ask("put several third 2") == "2");
     // PvmNoReset is such an entry, which says whom the console's reset is to spare.
     ensure!(worker.ask("setopt 25 1") == "0");
+    ensure!(worker.ask("setopt 25 0") == "1");
+    ensure!(worker.ask("setopt 25 1") == "0");
     scene.migrate(v, "h1")?;
     let spared = boss.ask("noresets");
     ensure!(spared.contains(&format!("{v:x}")), "{spared}");

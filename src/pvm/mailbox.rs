@@ -171,12 +171,15 @@ impl Client {
         names(&mut answer.reader())
     }
 
-    /// Makes `tid` survive a reset by PVM's console, as PvmNoReset does.
+    /// Makes `tid` survive a reset by PVM's console, as PvmNoReset does. Not as entry 0: that is a program's, for libpvm takes
+    /// that one away (lpvm.c, pvm_setopt), whoever's it is.
     ///
     /// # Errors
     /// When the pvmd refuses.
     pub fn spare_from_reset(&mut self, tid: Tid) -> Result<()> {
-        self.mailbox_put(tid, NO_RESET, 0, MULTI_INSTANCE, &spared(tid))
+        const FAR: i32 = 1 << 10;
+        let index = FAR + tid.host_index() as i32;
+        self.mailbox_put(tid, NO_RESET, index, MULTI_INSTANCE, &spared(tid))
             .map(drop)
     }
 
