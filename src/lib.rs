@@ -4,6 +4,7 @@
 //! (`dump/files.rs`), how it is rebuilt (`restore/files.rs`). See docs/architecture.md.
 
 pub mod dump;
+mod elf;
 pub mod error;
 pub mod image;
 pub mod kernel;

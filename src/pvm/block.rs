@@ -1,7 +1,7 @@
 //! Reads, and writes to, the block that a task under the shim publishes.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::mem::offset_of;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail};
-use goblin::elf::Elf;
 use pvm_abi::BLOCK_SYMBOL;
 use pvm_abi::block::{self, Block, Globals};
 
+use crate::elf::{self, Place};
 use crate::kernel::maps::{self, Map};
 
 /// What libpvm's `struct Pvmtracer` begins with: three ints of traces, three of output.
@@ -20,9 +20,6 @@ const TRACER: usize = 24;
 
 /// What the kernel puts behind the name of a file that is not there any more.
 const DELETED: &[u8] = b" (deleted)";
-
-/// Bytes no shim has.
-const LARGEST: usize = 64 << 20;
 
 /// Where something of a task's goes: tid, context, tag.
 pub type Goes = (u32, u32, i32);
@@ -363,23 +360,23 @@ fn published(pid: i32, maps: &[Map]) -> Result<Option<(u64, &Path)>> {
         };
         if library.file_name().is_some_and(|n| n == "libmistshim.so") {
             let seen = PathBuf::from(format!("/proc/{pid}/root{}", library.display()));
-            let offset = offset_in(&seen).with_context(|| {
+            let place = place_in(&seen).with_context(|| {
                 format!("cannot read the shim of pid {pid}, {}", library.display())
             })?;
-            let offset = offset.with_context(|| {
+            let place = place.with_context(|| {
                 format!(
                     "{} (loaded by pid {pid}) has no symbol {BLOCK_SYMBOL}",
                     library.display()
                 )
             })?;
-            return Ok(Some((map.start + offset, library)));
+            return Ok(Some((place.in_file_at(map.start), library)));
         }
         // Another was installed in its place, or the task came with its own: then it has any name.
         if map.offset == 0
             && library.as_os_str().as_bytes().ends_with(DELETED)
-            && let Some(offset) = unlinked(pid, map)
+            && let Some(place) = unlinked(pid, map)
         {
-            return Ok(Some((map.start + offset, library)));
+            return Ok(Some((place.in_file_at(map.start), library)));
         }
     }
     Ok(None)
@@ -389,50 +386,29 @@ fn published(pid: i32, maps: &[Map]) -> Result<Option<(u64, &Path)>> {
 type Version = (u64, u64, u64, i64, i64);
 
 /// Where the block is in libraries that have been read. Hundreds of tasks of a host have the same one.
-static READ: Mutex<Vec<(Version, Option<u64>)>> = Mutex::new(Vec::new());
+static READ: Mutex<Vec<(Version, Option<Place>)>> = Mutex::new(Vec::new());
 
-/// Where in the library at `path` the block is.
-fn offset_in(path: &Path) -> io::Result<Option<u64>> {
-    let mut file = File::open(path)?;
+/// Where in the library at `path` the shim says where its block is.
+fn place_in(path: &Path) -> Result<Option<Place>> {
+    let file = File::open(path)?;
     let version = |file: &File| -> io::Result<Version> {
         let of = file.metadata()?;
         Ok((of.dev(), of.ino(), of.len(), of.ctime(), of.ctime_nsec()))
     };
     let before = version(&file)?;
     let mut read = READ.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((_, offset)) = read.iter().find(|(known, _)| *known == before) {
-        return Ok(*offset);
+    if let Some((_, place)) = read.iter().find(|(known, _)| *known == before) {
+        return Ok(*place);
     }
-    let mut bytes = Vec::new();
-    file.read_to_end(&mut bytes)?;
-    let offset = symbol(&bytes);
+    let place = elf::symbol(&file, &[BLOCK_SYMBOL])?;
     if version(&file)? == before {
-        read.push((before, offset));
+        read.push((before, place));
     }
-    Ok(offset)
+    Ok(place)
 }
 
-/// Where in a mapped file that has no name any more the shim says where its block is, if it is one.
-fn unlinked(pid: i32, map: &Map) -> Option<u64> {
+/// The same in a mapped file that has no name any more, if it is a shim.
+fn unlinked(pid: i32, map: &Map) -> Option<Place> {
     let path = format!("/proc/{pid}/map_files/{:x}-{:x}", map.start, map.end);
-    let file = File::open(path).ok()?;
-    let mut magic = [0; 4];
-    file.read_exact_at(&mut magic, 0).ok()?;
-    if magic != *goblin::elf::header::ELFMAG {
-        return None;
-    }
-    let len = file.metadata().ok()?.len();
-    let mut bytes = vec![0; usize::try_from(len).ok().filter(|len| *len <= LARGEST)?];
-    file.read_exact_at(&mut bytes, 0).ok()?;
-    symbol(&bytes)
-}
-
-/// Where in the loaded library the address of the block is.
-fn symbol(library: &[u8]) -> Option<u64> {
-    let elf = Elf::parse(library).ok()?;
-    let found = elf
-        .dynsyms
-        .iter()
-        .find(|symbol| elf.dynstrtab.get_at(symbol.st_name) == Some(BLOCK_SYMBOL))?;
-    Some(found.st_value)
+    elf::symbol(&File::open(path).ok()?, &[BLOCK_SYMBOL]).ok()?
 }

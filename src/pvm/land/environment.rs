@@ -4,13 +4,12 @@
 //! own and `environ` points there.
 
 use std::ffi::{OsStr, OsString};
-use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 
 use anyhow::{Context, Result, bail};
-use goblin::elf::Elf;
 
 use super::reach::Reach;
+use crate::elf;
 use crate::image::memory::{Backing, FileRef};
 use crate::image::process::Process;
 use crate::image::store::Image;
@@ -207,50 +206,19 @@ fn symbol(image: &Image, p: &Process) -> Result<Option<u64>> {
         if file != p.exe && !libc {
             continue;
         }
-        if let Some(offset) = environ_in(image, f)? {
-            let at = match offset {
-                Place::Absolute(at) => at,
-                Place::Relative(at) => v.start.wrapping_add(at),
-            };
-            return Ok(Some(at));
+        if let Some(place) = environ_in(image, f)? {
+            return Ok(Some(place.in_file_at(v.start)));
         }
     }
     Ok(None)
 }
 
-enum Place {
-    Absolute(u64),
-    Relative(u64),
-}
-
-fn environ_in(image: &Image, f: &FileRef) -> Result<Option<Place>> {
-    let mut file = match &f.object {
+/// Where a program or library has `environ`; none when it has none.
+fn environ_in(image: &Image, f: &FileRef) -> Result<Option<elf::Place>> {
+    let file = match &f.object {
         Some(object) => image.object(object)?,
         None => std::fs::File::open(&f.path).with_context(|| f.path.clone())?,
     };
-    let mut bytes = Vec::new();
-    file.read_to_end(&mut bytes)
-        .with_context(|| format!("reading {}", f.path))?;
-    let Ok(elf) = Elf::parse(&bytes) else {
-        return Ok(None);
-    };
-    let found = elf.dynsyms.iter().find(|symbol| {
-        symbol.st_shndx != 0
-            && matches!(
-                elf.dynstrtab.get_at(symbol.st_name),
-                Some("environ" | "__environ" | "_environ")
-            )
-    });
-    let Some(found) = found else {
-        return Ok(None);
-    };
-    if elf.header.e_type == goblin::elf::header::ET_EXEC {
-        return Ok(Some(Place::Absolute(found.st_value)));
-    }
-    let first = elf
-        .program_headers
-        .iter()
-        .find(|h| h.p_type == goblin::elf::program_header::PT_LOAD)
-        .map_or(0, |h| h.p_vaddr.wrapping_sub(h.p_offset));
-    Ok(Some(Place::Relative(found.st_value.wrapping_sub(first))))
+    elf::symbol(&file, &["environ", "__environ", "_environ"])
+        .with_context(|| format!("looking for `environ` in {}", f.path))
 }
