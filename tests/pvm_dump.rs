@@ -19,6 +19,7 @@ use mistctl::pvm::block::Freezable;
 use mistctl::pvm::capture::{Fragment, Task, fragments};
 use mistctl::pvm::client::{Client, Pvmd};
 use mistctl::pvm::flush::{self, Drain};
+use mistctl::pvm::local;
 use mistctl::pvm::quiet;
 use mistctl::pvm::shimabi::block::wait;
 use mistctl::pvm::tid::Tid;
@@ -422,6 +423,11 @@ fn drained_of_the_dead(kit: &Path) {
 }
 
 /// Its pvmd has not read yet what a partner has sent, which lives or does not.
+fn drain_of(v: u32, agent: Tid, number: u32) -> Drain {
+    let tasks = local::tasks().unwrap().collect();
+    Drain::begin(tasks, Tid(v), Tid(v), agent, number).unwrap()
+}
+
 fn held_by_pvmd(kit: &Path, dead: bool) {
     let vm = Vm::start(kit);
     let (mut task, mut sender) = (vm.actor(), vm.actor());
@@ -436,7 +442,7 @@ fn held_by_pvmd(kit: &Path, dead: bool) {
         sender.crash();
     }
     vm.table().close_gate(v, 0, 0).unwrap();
-    let mut drain = Drain::begin(Tid(v), Tid(v), client.tid(), 1).unwrap();
+    let mut drain = drain_of(v, client.tid(), 1);
     assert!(!drain.look().unwrap(), "its pvmd sleeps");
     let who = if dead { "have ended" } else { "has written" };
     assert!(drain.waits_for().contains(who));
@@ -459,7 +465,7 @@ fn streaming(kit: &Path) {
     client.recv_from(None, 8, LIMIT).unwrap().unwrap();
     kill(pvmd, Signal::SIGSTOP).unwrap();
     vm.table().close_gate(v, 0, 0).unwrap();
-    let mut drain = Drain::begin(Tid(v), Tid(v), own, 5).unwrap();
+    let mut drain = drain_of(v, own, 5);
     let block = sender.block();
     until("the task to be asked for its own marker", || {
         assert!(!drain.look().unwrap(), "its pvmd sleeps");
@@ -490,7 +496,7 @@ fn inside_send(kit: &Path) {
     sender.tell(&format!("big {v:x} 7 1000000"));
     stage::until_waits(&sender.block(), wait::SEND);
     vm.table().close_gate(v, 0, 0).unwrap();
-    let mut drain = Drain::begin(Tid(v), Tid(v), client.tid(), 6).unwrap();
+    let mut drain = drain_of(v, client.tid(), 6);
     assert!(!drain.look().unwrap());
     assert!(
         drain.waits_for().contains("inside a send"),
@@ -503,7 +509,7 @@ fn inside_send(kit: &Path) {
     assert_eq!(sender.answer(), "0");
     sender.tell(&format!("send {v:x} 9 late"));
     stage::until_waits(&sender.block(), wait::GATE);
-    let mut drain = Drain::begin(Tid(v), Tid(v), client.tid(), 7).unwrap();
+    let mut drain = drain_of(v, client.tid(), 7);
     until("the drain to end", || drain.look().unwrap());
     let tags = flushed(&vm, &mut task, &mut client, 4713);
     assert_eq!((tags.first(), tags.last()), (Some(&Some(7)), Some(&None)));

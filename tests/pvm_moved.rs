@@ -31,7 +31,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 type Test = fn(&Scene) -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 21] = [
+    let tests: [(&str, Test); 22] = [
         ("its_last_words_and_its_status_arrive", last_words),
         ("its_environment_says_where_it_is", environment),
         ("who_looks_for_it_elsewhere_is_told_where_it_is", elsewhere),
@@ -43,6 +43,7 @@ fn main() -> ExitCode {
             "what_cannot_go_is_listed_and_nothing_stopped",
             ends::refused,
         ),
+        ("files_it_has_open_are_to_be_the_same_there", ends::files),
         ("one_that_is_ending_has_ended", ends::ending),
         ("a_child_of_the_last_moment_is_told_of", ends::late_fork),
         ("its_contexts_are_its_own", contexts),

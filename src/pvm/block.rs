@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::mem::offset_of;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -14,6 +14,7 @@ use pvm_abi::block::{self, Block, Globals};
 
 use crate::elf::{self, Place};
 use crate::kernel::maps::{self, Map};
+use crate::pvm::version::Version;
 
 /// What libpvm's `struct Pvmtracer` begins with: three ints of traces, three of output.
 const TRACER: usize = 24;
@@ -382,26 +383,20 @@ fn published(pid: i32, maps: &[Map]) -> Result<Option<(u64, &Path)>> {
     Ok(None)
 }
 
-/// A file as it was when it was read: device, inode, length, and when it was last changed.
-type Version = (u64, u64, u64, i64, i64);
-
 /// Where the block is in libraries that have been read. Hundreds of tasks of a host have the same one.
 static READ: Mutex<Vec<(Version, Option<Place>)>> = Mutex::new(Vec::new());
 
 /// Where in the library at `path` the shim says where its block is.
 fn place_in(path: &Path) -> Result<Option<Place>> {
     let file = File::open(path)?;
-    let version = |file: &File| -> io::Result<Version> {
-        let of = file.metadata()?;
-        Ok((of.dev(), of.ino(), of.len(), of.ctime(), of.ctime_nsec()))
-    };
-    let before = version(&file)?;
+    let version = || file.metadata().map(|now| Version::of(&now));
+    let before = version()?;
     let mut read = READ.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some((_, place)) = read.iter().find(|(known, _)| *known == before) {
         return Ok(*place);
     }
     let place = elf::symbol(&file, &[BLOCK_SYMBOL])?;
-    if version(&file)? == before {
+    if version()? == before {
         read.push((before, place));
     }
     Ok(place)

@@ -18,7 +18,6 @@ use crate::kernel::sockopt::{self, Queue};
 use crate::pvm::block::TaskBlock;
 use crate::pvm::capture::{Task, fragments_of};
 use crate::pvm::connection::{Connection, Daemons, Raised};
-use crate::pvm::local;
 use crate::pvm::tid::Tid;
 use crate::pvm::wire::{Message, Reader};
 
@@ -51,15 +50,22 @@ struct Sender {
 }
 
 impl Drain {
-    /// Looks who there is besides the task `v` itself, whose incarnation is `r`. To be called when its gate is
-    /// closed. Markers that are needed go to `agent`, with this number, which must be new to it.
+    /// Begins with these `tasks` of this host, but the task `v` itself, whose incarnation is `r`. To be called when its
+    /// gate is closed, with those that there are then. Markers that are needed go to `agent`, with this number, which
+    /// must be new to it.
     ///
     /// # Errors
-    /// When the tasks of this host cannot be looked at.
-    pub fn begin(v: Tid, r: Tid, agent: Tid, number: u32) -> Result<Drain> {
+    /// When their connections cannot be looked at.
+    pub fn begin(
+        tasks: Vec<(i32, TaskBlock)>,
+        v: Tid,
+        r: Tid,
+        agent: Tid,
+        number: u32,
+    ) -> Result<Drain> {
         let daemons = Daemons::look()?;
         let mut senders = Vec::new();
-        for (pid, block) in local::tasks()? {
+        for (pid, block) in tasks {
             // One that has ended since is among those at the end.
             let (Ok(tid), Ok(Some(connection))) = (block.r(), daemons.connection(pid)) else {
                 continue;

@@ -220,14 +220,19 @@ pub fn tasks() -> Result<impl Iterator<Item = (i32, TaskBlock)>> {
     let entries = fs::read_dir("/proc").context("reading /proc")?.flatten();
     Ok(entries.filter_map(|entry| {
         let pid = entry.file_name().to_str()?.parse().ok()?;
-        // Another user's processes, and those that just end, are none of ours.
-        let block = TaskBlock::find(pid).ok()??;
-        let enrolled = matches!(
-            (block.state(), block.enrolled_pid()),
-            (Ok(state::ENROLLED), Ok(own)) if own == pid
-        );
-        enrolled.then_some((pid, block))
+        Some((pid, enrolled(pid)?))
     }))
+}
+
+/// The block of a process that is a PVM task with the shim. Another user's processes, and those that just end, are none.
+#[must_use]
+pub fn enrolled(pid: i32) -> Option<TaskBlock> {
+    let block = TaskBlock::find(pid).ok()??;
+    let enrolled = matches!(
+        (block.state(), block.enrolled_pid()),
+        (Ok(state::ENROLLED), Ok(own)) if own == pid
+    );
+    enrolled.then_some(block)
 }
 
 /// The process on this host that is the task `tid`, its virtual tid or, where nobody has that, its real one.

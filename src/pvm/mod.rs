@@ -23,5 +23,6 @@ pub mod stream;
 pub mod table;
 pub mod tid;
 pub mod tids;
+mod version;
 pub mod virtual_machine;
 pub mod wire;

@@ -66,6 +66,53 @@ pub fn refused(scene: &Scene) -> Result<()> {
     Ok(())
 }
 
+/// Of those that are missing there, or different, it is told; what was compared once is read again when it has changed.
+pub fn files(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    let (own, others) = ("/tmp/own", "/tmp/others");
+    for host in ["h0", "h1"] {
+        let write = format!("echo text >{others}; touch -d 2001-02-03 {others}");
+        scene.hosts.root(host, &write)?;
+    }
+    scene.hosts.exec("h1", &format!("echo text >{own}"))?;
+    for hold in [format!("hold {own}"), format!("hold {others} read")] {
+        let fd = worker.ask(&hold);
+        ensure!(fd.parse::<u32>().is_ok(), "{hold}: {fd}");
+    }
+    // What has just been written may be written once more in the same tick of the clock.
+    wait_for("the file to be old enough", LIMIT, || {
+        let old = format!("[ $(($(date +%s) - $(stat -c %Z {others}))) -gt 4 ]");
+        Ok(scene.hosts.exec("h1", &old).ok())
+    })?;
+    let refused = |what: &str, why: &str| -> Result<()> {
+        let said = scene.migrate(v, "h0").unwrap_err().to_string();
+        for part in [what, why, "runs on"] {
+            ensure!(said.contains(part), "no '{part}' in: {said}");
+        }
+        ensure!(scene.present(v)? == v, "{v:x} has moved");
+        Ok(())
+    };
+    refused(own, "No such file")?;
+    scene.hosts.exec("h0", &format!("echo TEXT >{own}"))?;
+    refused(own, "content is different")?;
+    scene.hosts.exec("h0", &format!("echo text >{own}"))?;
+    // In place, and as old as before.
+    let write = |text: &str| {
+        let write = format!("echo {text} >{others}; touch -d 2001-02-03 {others}");
+        scene.hosts.root("h0", &write)
+    };
+    write("TEXT")?;
+    refused(others, "content is different")?;
+    write("longer")?;
+    refused(others, "it has 7 bytes there, and 5 here")?;
+    write("text")?;
+    scene.migrate(v, "h0")?;
+    worker.leave();
+    boss.leave();
+    Ok(())
+}
+
 /// A process on its way out has no memory and no descriptors any more, and lives for whoever asks the kernel or pvmd:
 /// it is not taken for somebody else's.
 pub fn ending(scene: &Scene) -> Result<()> {

@@ -429,7 +429,7 @@ static int run(int argc, char **argv)
 			pause();
 		say("%d", n);
 	} else if (!strcmp(c, "hold"))
-		say("%d", open(ARG(1), O_RDWR));
+		say("%d", open(ARG(1), argc > 2 ? O_RDONLY : O_RDWR));
 	else if (!strcmp(c, "close")) {
 		for (i = 1; i < argc; i++)
 			close(NUM(i));

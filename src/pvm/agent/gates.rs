@@ -11,7 +11,6 @@ use super::{Agent, Asker, PATIENCE, Ticket};
 use crate::error::Failure;
 use crate::pvm::block::TaskBlock;
 use crate::pvm::flush::Drain;
-use crate::pvm::local;
 use crate::pvm::tid::Tid;
 use crate::pvm::virtual_machine::said_of_life;
 use crate::pvm::wire::Message;
@@ -88,7 +87,8 @@ impl Agent {
         }
         let r = Tid(self.table.r_of(v));
         self.last_drain += 1;
-        let drain = Drain::begin(Tid(v), r, self.own, self.last_drain)?;
+        let tasks = self.enrolled()?;
+        let drain = Drain::begin(tasks, Tid(v), r, self.own, self.last_drain)?;
         let collects = drain.tasks().any(|task| self.prints_to(task).contains(&v));
         let moving = (drain.tasks())
             .filter(|task| self.prints_to(task).contains(&v))
@@ -110,9 +110,9 @@ impl Agent {
 
     /// Of a task and who collects its output one moves after the other, in the order in which this host hears of it: what
     /// a task prints where it has come to goes to where its collector was when it left.
-    fn refuse_beside_collector(&self, v: u32) -> Result<()> {
+    fn refuse_beside_collector(&mut self, v: u32) -> Result<()> {
         let own = |task: &TaskBlock| task.v().is_ok_and(|own| own == v);
-        let task = local::tasks()?.into_iter().find(|(_, task)| own(task));
+        let task = self.enrolled()?.into_iter().find(|(_, task)| own(task));
         let collectors = task.map(|(_, task)| self.prints_to(&task));
         match (collectors.into_iter().flatten()).find(|collector| self.is_moving(*collector)) {
             Some(collector) => Err(Failure::Busy.because(format!(

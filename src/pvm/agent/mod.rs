@@ -16,7 +16,7 @@ mod restored;
 mod settle;
 
 pub use call::{Caller, Gone, Waits, all_answer, ask_everywhere, ask_last, ensure};
-pub use compare::look;
+pub use compare::Hashes;
 pub use settle::{conclude, hand_over_mailbox, has_gone, inquire, settle, until_known};
 
 use std::collections::{HashMap, HashSet};
@@ -36,6 +36,7 @@ use pvm_abi::table::{Entry, State};
 use pvm_abi::{AGENTS, CTX_TC, CTX_TM, NOOP_MARKER, place};
 
 use crate::error::Failure;
+use crate::pvm::block::TaskBlock;
 use crate::pvm::client::{self, Client, Pvmd};
 use crate::pvm::contexts;
 use crate::pvm::local::{self, Seen};
@@ -126,6 +127,8 @@ struct Agent {
     settling: HashMap<i32, Outcome>,
     /// Questions after the two incarnations of a task.
     looks: Vec<Look>,
+    /// What files hold that moves have compared.
+    hashes: Hashes,
     /// Questions of others, by our wait ids.
     asked: HashMap<u32, (Ticket, Tid)>,
     next: u64,
@@ -189,6 +192,7 @@ impl Agent {
             watched: HashSet::new(),
             settling: HashMap::new(),
             looks: Vec::new(),
+            hashes: Hashes::default(),
             asked: HashMap::new(),
             next: 1,
             dir,
@@ -462,7 +466,7 @@ impl Agent {
                 Ok(Some(Answer::Done))
             }
             Request::Compare { files } => Ok(Some(Answer::Compared {
-                different: compare::different(&files),
+                different: self.hashes.different(&files),
             })),
             Request::Land { order } => self.land(ticket, order).map(|()| None),
             Request::Parked { id } => self.landings.parked(ticket, &id),
@@ -541,6 +545,13 @@ impl Agent {
         let mut tasks = self.client.tasks(self.own.host())?;
         tasks.retain(|task| task.tid != self.own);
         Ok(tasks)
+    }
+
+    /// Those that run under the shim, and their processes: to look through all that the host has would take longer.
+    fn enrolled(&mut self) -> Result<Vec<(i32, TaskBlock)>> {
+        let tasks = self.tasks()?.into_iter();
+        let blocks = tasks.filter_map(|task| Some((task.pid, local::enrolled(task.pid)?)));
+        Ok(blocks.collect())
     }
 
     fn status(&mut self) -> Result<Vec<Seen>> {

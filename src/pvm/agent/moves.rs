@@ -128,6 +128,7 @@ impl Agent {
             pid,
             to,
             agents,
+            hashes: self.hashes.clone(),
         };
         let mover = self.start_mover(job, ticket)?;
         self.moves.moves.insert(number, mover);
@@ -201,6 +202,10 @@ impl Agent {
                     return self.request(ticket, request);
                 }
                 self.relay(ticket, Tid(to), request)
+            }
+            FromMover::Hashed { hashes } => {
+                self.hashes.learn(hashes);
+                Ok(())
             }
             FromMover::Commit { r2 } => {
                 if let Some(mover) = self.moves.moves.get_mut(&number) {

@@ -13,7 +13,6 @@ use crate::error::Failure;
 use crate::pvm::block::TaskBlock;
 use crate::pvm::capture::Task;
 use crate::pvm::connection::Daemons;
-use crate::pvm::local;
 use crate::pvm::quiet;
 use crate::pvm::tid::Tid;
 use crate::pvm::virtual_machine::Stream;
@@ -41,7 +40,7 @@ impl Agent {
     ) -> Result<(Vec<u32>, Vec<String>)> {
         let mut daemons = None;
         let (mut tids, mut left) = (Vec::new(), Vec::new());
-        for (pid, block) in local::tasks()? {
+        for (pid, block) in self.enrolled()? {
             let Some((output, trace)) = self.stale(&block, v, r) else {
                 continue;
             };

@@ -9,13 +9,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use super::link::Link;
-use super::protocol::Job;
+use super::protocol::{FromMover, Job};
 use crate::dump::Carried;
 use crate::dump::files::FdInfo;
 use crate::error::Failure;
 use crate::kernel::maps;
 use crate::pvm::agent::control::{Answer, Request};
-use crate::pvm::agent::look;
 
 /// Most time that comparing may take: files are read on both hosts.
 const LIMIT: Duration = Duration::from_secs(300);
@@ -33,10 +32,11 @@ pub fn compare(job: &Job, table: &Path, link: &mut Link) -> Result<Carried> {
     let written = |path: &PathBuf| open.get(path).copied().unwrap_or(false);
     let mut paths: BTreeSet<&PathBuf> = open.keys().chain(&mapped).collect();
     let mut different: Vec<(PathBuf, String)> = Vec::new();
+    let mut hashes = job.hashes.clone();
     for _ in 0..LOOKS {
         let mut files = Vec::new();
         for path in &paths {
-            files.push(look(path, written(path))?);
+            files.push(hashes.look(path, written(path))?);
         }
         let answer = link.ask(&job.to, Request::Compare { files }, LIMIT)?;
         let Answer::Compared { different: found } = answer else {
@@ -49,6 +49,9 @@ pub fn compare(job: &Job, table: &Path, link: &mut Link) -> Result<Carried> {
         if paths.is_empty() {
             break;
         }
+    }
+    if hashes != job.hashes {
+        link.say(&FromMover::Hashed { hashes })?;
     }
     let list: Vec<String> = different
         .iter()

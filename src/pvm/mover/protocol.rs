@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::pvm::agent::Hashes;
 use crate::pvm::agent::control::{Failed, Moved, Peer, Request, What};
 
 /// What is to be moved.
@@ -17,6 +18,8 @@ pub struct Job {
     pub to: Peer,
     /// The agents of all hosts, this one's too.
     pub agents: Vec<Peer>,
+    /// What files hold, as far as that is known.
+    pub hashes: Hashes,
 }
 
 /// What a mover says.
@@ -25,6 +28,8 @@ pub struct Job {
 pub enum FromMover {
     /// Ask an agent; `id` is the answer's.
     Ask { id: u64, to: u32, request: Request },
+    /// It has read files.
+    Hashed { hashes: Hashes },
     /// The lander is parked: from [`ToMover::GoOn`] on the task ends here, whatever becomes of the mover.
     Commit { r2: u32 },
     /// It is done.
