@@ -21,6 +21,8 @@ use crate::image::{Description, Origin, Socket, SpaceId};
 use crate::kernel::arch::{self, PAGE, TASK_SIZE};
 use crate::kernel::batch::{self, Batch, Cloned, Snapshot, Twin};
 use crate::kernel::guardian::Guardian;
+use crate::kernel::kmem::landlock::Rules;
+use crate::kernel::kmem::threads::Threads;
 use crate::kernel::proc_file;
 use crate::kernel::time_ns::Offsets;
 use crate::kernel::{code, numa, pidfd, vdso};
@@ -303,11 +305,13 @@ fn hole(vmas: &[crate::image::Vma], len: u64) -> Option<u64> {
     (at + len < TASK_SIZE).then_some(at)
 }
 
-/// What is asked of the machine once, and is not to be waited for while somebody stands.
+/// Asks the machine what is asked once and takes milliseconds: whoever stops a process soon, and has time before, does it
+/// then. A dump does, at the latest, right before anybody stands.
 pub fn prepare() {
     Offsets::ours();
     numa::mask_words();
     code::load();
+    let _ = (Threads::get(), Rules::get());
 }
 
 /// Where the dump is made; [`date`] adds when.

@@ -25,6 +25,7 @@ mod threads;
 mod tracker;
 
 pub use hold::HeldProcess;
+pub use look::prepare;
 pub use maps::Flags;
 pub use process::{ending_or, is_ending};
 pub use run::{finish, run};

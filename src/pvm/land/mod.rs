@@ -25,7 +25,7 @@ use anyhow::{Context, Result};
 use crate::error::Failure;
 use crate::image::pvm::PvmTask;
 use crate::image::store::Image;
-use crate::kernel::caps;
+use crate::kernel::{caps, code};
 use crate::pvm::client::{self, Client, Pvmd};
 use crate::pvm::mailbox::{self, Entry};
 use crate::pvm::table::{self, TidTable};
@@ -110,6 +110,8 @@ fn land(orders: &Orders, agent: &mut Option<Agent>, started: Instant) -> Result<
                 pid: std::process::id() as i32,
                 port: door.port,
             })?;
+            // The mover has other things to do first.
+            code::load();
             let order = match agent.hear()? {
                 Some(ToLander::Order(order)) => order,
                 Some(ToLander::Run) => anyhow::bail!("the agent says `run` before its order"),

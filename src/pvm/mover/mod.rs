@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use crate::dump::{After, Carried, Flags, Options, Session, Tracker};
+use crate::dump::{self, After, Carried, Flags, Options, Session, Tracker};
 use crate::error::Failure;
 use crate::image::Compress;
 use crate::image::pvm::MailboxEntry;
@@ -54,6 +54,8 @@ const LANDER_LEASE: u64 = 60_000;
 const MOST_ROUNDS: u32 = 10;
 /// Bytes that are sent sooner than another round would be made.
 const LITTLE: u64 = 1 << 20;
+/// A round that took no longer is the last one: whatever has changed meanwhile is sent in as long.
+const QUICK: Duration = Duration::from_millis(10);
 /// Memory from which on the task may run before all of it is in place, bytes.
 const LAZY: u64 = 64 << 20;
 /// Later than this after the stop nothing is decided any more: well inside the lander's lease.
@@ -65,7 +67,7 @@ const DECIDE: Duration = Duration::from_secs(30);
 /// When there is nobody to tell.
 pub fn run(stream: UnixStream) -> Result<()> {
     let (mut link, job) = Link::new(stream)?;
-    let mover = Mover::new(&job).map_err(|e| match crate::dump::is_ending(job.pid) {
+    let mover = Mover::new(&job).map_err(|e| match dump::is_ending(job.pid) {
         true => Failure::NoSuchProcess
             .with(e.context(format!("task {} has ended before it was moved", Tid(job.v)))),
         false => e,
@@ -109,7 +111,7 @@ impl<'j> Mover<'j> {
                 job.pid
             ))
         };
-        let task = Task::find(job.pid)?.ok_or_else(|| match crate::dump::is_ending(job.pid) {
+        let task = Task::find(job.pid)?.ok_or_else(|| match dump::is_ending(job.pid) {
             true => gone(),
             false => Failure::Busy.because(format!(
                 "task {v} (process {}) is not connected to its pvmd: it has not called PVM yet, or has left; try again",
@@ -151,7 +153,7 @@ impl<'j> Mover<'j> {
         let done = self.bring(link);
         if let Err(e) = done {
             let undone = self.undo(link);
-            if undone.is_ok() && crate::dump::is_ending(self.job.pid) {
+            if undone.is_ok() && dump::is_ending(self.job.pid) {
                 return Err(Failure::NoSuchProcess.with(e.context(format!(
                     "task {} has ended before it was moved",
                     Tid(self.job.v)
@@ -238,9 +240,9 @@ impl<'j> Mover<'j> {
     /// mappings.
     fn may_go(&self) -> Result<Flags> {
         let (v, pid, to) = (Tid(self.job.v), self.job.pid, &self.job.to.name);
-        let seen = crate::dump::survey(pid, Some(self.task.connection.ino))?;
+        let seen = dump::survey(pid, Some(self.task.connection.ino))?;
         let mut why = seen.refusals;
-        if let Some(child) = crate::dump::child(pid) {
+        if let Some(child) = dump::child(pid) {
             why.push(format!(
                 "process {pid} has children (process {child}), which do not move with it; wait until they have ended, \
                  or save it with them and restore it there: `mistctl dump --tree --kill --away {v} -o IMAGE`, then \
@@ -257,7 +259,9 @@ impl<'j> Mover<'j> {
     /// task's memory.
     fn get_ready(&mut self, link: &mut Link) -> Result<(Carried, Tracker)> {
         let carried = files::compare(self.job, &self.task.block.table_path()?, link)?;
-        Ok((carried, Tracker::start(self.job.pid)?))
+        let tracker = Tracker::start(self.job.pid)?;
+        dump::prepare();
+        Ok((carried, tracker))
     }
 
     /// Has the lander started: the question, to be followed by [`Mover::landed`] whatever happens.
@@ -369,10 +373,12 @@ impl<'j> Mover<'j> {
         }
         let mut before = u64::MAX;
         while self.moved.rounds < MOST_ROUNDS {
+            let began = Instant::now();
             let round = sender.feed(SPACE, |take| tracker.round(take))?;
             sender.round()?;
             self.moved.rounds += 1;
-            if round.bytes < LITTLE || round.bytes > before / 4 * 3 {
+            let little = round.bytes < LITTLE || began.elapsed() < QUICK;
+            if little || round.bytes > before / 4 * 3 {
                 break;
             }
             before = round.bytes;
