@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
@@ -308,10 +308,13 @@ fn hole(vmas: &[crate::image::Vma], len: u64) -> Option<u64> {
 /// Asks the machine what is asked once and takes milliseconds: whoever stops a process soon, and has time before, does it
 /// then. A dump does, at the latest, right before anybody stands.
 pub fn prepare() {
-    Offsets::ours();
-    numa::mask_words();
-    code::load();
-    let _ = (Threads::get(), Rules::get());
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        Offsets::ours();
+        numa::mask_words();
+        code::load();
+        let _ = (Threads::get(), Rules::get());
+    });
 }
 
 /// Where the dump is made; [`date`] adds when.

@@ -182,7 +182,8 @@ impl Guest for Task<'_> {
             table: &self.table,
         };
         identity::take_over(&mut mem, &self.task, &new)?;
-        environment::update(&mut mem, &self.image, p, &environment::own())
+        environment::update(&mut mem, &self.image, p, &environment::own())?;
+        mem.finish()
     }
 
     fn changed_flags(&mut self) -> Result<ChangedFlags> {

@@ -1,18 +1,19 @@
-//! Memory of the body, by way of its own system calls: pages that are filled lazily come when it touches them,
-//! which they would not for ptrace or /proc/PID/mem.
+//! Memory of the body, which does nothing by itself meanwhile. Pages that are filled lazily come when it touches them by
+//! its own system calls, which they would not for ptrace or /proc/PID/mem; what is written, it writes: where it could.
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::kernel::arch::PAGE;
+use crate::kernel::body;
 use crate::kernel::remote::Remote;
 
-/// What is copied by one call.
+/// What is looked at in one go, bytes.
 const MOST: usize = 1 << 16;
 
 /// A file of ours that the body has open too, under the same number.
@@ -26,12 +27,14 @@ impl Bridge {
     }
 }
 
-/// The memory of one body, which does nothing by itself meanwhile.
+/// The memory of one body. What is written is there behind [`Reach::finish`].
 pub struct Reach<'a> {
     bridge: &'a Bridge,
     body: &'a mut Remote,
-    /// Pages that have been read: every call takes the body some stops.
+    /// Pages that have been looked at, as they are to be: every call takes the body some stops.
     pages: HashMap<u64, Vec<u8>>,
+    /// What is to be written, in this order.
+    writes: Vec<(u64, Vec<u8>)>,
 }
 
 impl<'a> Reach<'a> {
@@ -40,6 +43,7 @@ impl<'a> Reach<'a> {
             bridge,
             body,
             pages: HashMap::new(),
+            writes: Vec::new(),
         }
     }
 
@@ -72,10 +76,10 @@ impl<'a> Reach<'a> {
     fn page(&mut self, base: u64) -> Result<&[u8]> {
         if !self.pages.contains_key(&base) {
             let mut page = vec![0; PAGE as usize];
-            let got = self.transfer(libc::SYS_pwrite64, base, page.len())?;
-            ensure!(got == page.len(), "half a page at {base:#x}");
-            let read = self.bridge.0.read_exact_at(&mut page, 0);
-            read.context("memfd: read")?;
+            // It fails where it would have to wait for the page.
+            if self.body.mem().read(base, &mut page).is_err() {
+                self.fetch(base, &mut page)?;
+            }
             self.pages.insert(base, page);
         }
         Ok(self.pages.get(&base).map_or(&[], Vec::as_slice))
@@ -101,40 +105,58 @@ impl<'a> Reach<'a> {
         Ok(u32::from_le_bytes(self.read(addr)?))
     }
 
-    /// Writes where the program could.
+    /// A page that the body gets at.
+    fn fetch(&mut self, base: u64, page: &mut [u8]) -> Result<()> {
+        let what = || format!("the page of the program's memory at {base:#x}");
+        let fd = self.bridge.0.as_raw_fd();
+        let args = [fd.into(), base.into(), PAGE.into(), 0u64.into()];
+        let got = self.body.call(libc::SYS_pwrite64, &args)?;
+        body::check("pwrite", got).with_context(what)?;
+        ensure!(got as u64 == PAGE, "half of {}", what());
+        let read = self.bridge.0.read_exact_at(page, 0);
+        read.context("memfd: read")
+    }
+
+    /// Has something written that is mapped.
     ///
     /// # Errors
-    /// When it could not.
+    /// When it is not.
     pub fn write(&mut self, addr: u64, bytes: &[u8]) -> Result<()> {
+        let mut rest = bytes;
         let mut at = addr;
-        for piece in bytes.chunks(MOST) {
-            self.bridge
-                .0
-                .write_all_at(piece, 0)
-                .context("memfd: write")?;
-            let got = self.transfer(libc::SYS_pread64, at, piece.len())?;
-            if got != piece.len() {
-                bail!("the program's memory ends after {got} bytes at {at:#x}");
+        while !rest.is_empty() {
+            let offset = (at % PAGE) as usize;
+            let (piece, behind) = rest.split_at(rest.len().min(PAGE as usize - offset));
+            let base = at - offset as u64;
+            self.page(base)?;
+            let page = self.pages.get_mut(&base);
+            if let Some(there) = page.and_then(|p| p.get_mut(offset..offset + piece.len())) {
+                there.copy_from_slice(piece);
             }
-            at += got as u64;
-        }
-        for (i, byte) in bytes.iter().enumerate() {
-            let at = addr + i as u64;
-            let page = self.pages.get_mut(&(at - at % PAGE));
-            if let Some(there) = page.and_then(|page| page.get_mut((at % PAGE) as usize)) {
-                *there = *byte;
-            }
+            self.writes.push((at, piece.to_vec()));
+            at += piece.len() as u64;
+            rest = behind;
         }
         Ok(())
     }
 
-    fn transfer(&mut self, nr: i64, addr: u64, len: usize) -> Result<usize> {
+    /// Writes what is to be written where the program could.
+    ///
+    /// # Errors
+    /// When it could not.
+    pub fn finish(self) -> Result<()> {
         let fd = self.bridge.0.as_raw_fd();
-        let args = [fd.into(), addr.into(), (len as u64).into(), 0u64.into()];
-        let got = self.body.call(nr, &args)?;
-        usize::try_from(got).map_err(|_| {
-            anyhow::Error::new(std::io::Error::from_raw_os_error(-got as i32))
-                .context(format!("{len} bytes of the program's memory at {addr:#x}"))
-        })
+        let mut offset = 0;
+        for (at, bytes) in &self.writes {
+            let len = bytes.len() as u64;
+            let stored = self.bridge.0.write_all_at(bytes, offset);
+            stored.context("memfd: write")?;
+            // Within a page: all of it, or nothing.
+            let what = format!("writing {len} bytes of its memory at {at:#x}");
+            let args = [fd.into(), (*at).into(), len.into(), offset.into()];
+            self.body.must(what, libc::SYS_pread64, &args)?;
+            offset += len;
+        }
+        self.body.flush()
     }
 }
