@@ -19,13 +19,15 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use common::wait_for;
 use mistctl::pvm::block::TaskBlock;
 use mistctl::pvm::land::protocol::{self, Commit, Order, Source, ToAgent, ToLander};
 use mistctl::pvm::shimabi::table::{Entry, Mapped, State, lease_clock};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use scene::{Scene, spawned};
 use serde_json::Value;
 use stage::{Actor, Stage};
@@ -643,23 +645,21 @@ fn killed_landers(scene: &Scene) -> Result<()> {
     let pid = worker.pid();
     let image = scene.dump(HOST, pid, "image", "--kill")?;
     let pvmd = scene.hosts.exec(HOST, "pgrep -x pvmd")?;
+    let parent = inside(scene, HOST, pvmd.trim().parse()?)? as u32;
     let (mut came, mut gone) = (0, 0);
-    for delay in (0..40).step_by(2) {
-        // Whoever has it in hand; or itself, as long as it is not the task.
-        let script = format!(
-            "until p=$(pgrep -P {pvmd}); do :; done; sleep 0.{delay:03};
-             t=$(sed -n 's/^TracerPid:[[:space:]]*//p' /proc/$p/status);
-             if [ ${{t:-0}} != 0 ]; then kill -9 $t; fi
-             case $(readlink /proc/$p/exe) in *mistctl) kill -9 $p; esac; true"
-        );
-        let mut killer = scene.hosts.command(HOST, &script).spawn()?;
-        scene.land(
-            &mut boss,
-            HOST,
-            &image,
-            if delay % 4 == 0 { "" } else { "--lazy" },
-        )?;
-        common::wait_child(&mut killer, "the killer", LIMIT)?;
+    // How long one takes that nobody kills.
+    let mut whole = None;
+    for n in 0..21 {
+        let delay = whole.map(|whole: Duration| whole * n / 18);
+        let there = common::processes();
+        std::thread::scope(|scope| -> Result<()> {
+            let killer = scope.spawn(|| kill_lander(parent, &there, delay));
+            let lazily = if n % 2 == 0 { "" } else { "--lazy" };
+            scene.land(&mut boss, HOST, &image, lazily)?;
+            let took = killer.join().unwrap_or_else(|_| bail!("the killer"))?;
+            whole = whole.or(Some(took));
+            Ok(())
+        })?;
         wait_for("the end of all mistctls", LIMIT, || {
             let left = "! ls -l /proc/[0-9]*/exe 2>/dev/null | grep mistctl";
             Ok(scene.hosts.root(HOST, left).ok())
@@ -678,10 +678,47 @@ fn killed_landers(scene: &Scene) -> Result<()> {
             Ok(scene.hosts.exec(HOST, &gone).ok())
         })?;
     }
-    // How many depends on how fast the host is.
     println!("{gone} ended, {came} came through");
+    ensure!(gone > 0, "all came through: nobody was killed in time");
     boss.leave();
     Ok(())
+}
+
+/// Waits until a process of `parent` is a lander, and kills with this delay whoever has it in hand, and itself, as long as
+/// it is not the task. Without a delay: how long it takes until it is.
+fn kill_lander(parent: u32, before: &[u32], delay: Option<Duration>) -> Result<Duration> {
+    let is_lander = |p: &u32| {
+        let exe = fs::read_link(format!("/proc/{p}/exe"));
+        exe.is_ok_and(|exe| exe.ends_with("mistctl"))
+    };
+    let parent = parent.to_string();
+    let came = Instant::now();
+    // It may be over in some milliseconds.
+    let lander = loop {
+        let new = common::processes()
+            .into_iter()
+            .filter(|p| !before.contains(p));
+        let its = |p: &u32| common::status_field(*p, "PPid").as_ref() == Some(&parent);
+        if let Some(lander) = new.filter(its).find(is_lander) {
+            break lander;
+        }
+        ensure!(came.elapsed() < LIMIT, "no lander came");
+    };
+    let began = Instant::now();
+    let Some(delay) = delay else {
+        let traced = || common::status_field(lander, "TracerPid").is_some_and(|t| t != "0");
+        while is_lander(&lander) || traced() {}
+        return Ok(began.elapsed());
+    };
+    while began.elapsed() < delay {}
+    let tracer = common::status_field(lander, "TracerPid");
+    if let Some(tracer) = tracer.and_then(|t| t.parse().ok()).filter(|t| *t != 0) {
+        let _ = kill(Pid::from_raw(tracer), Signal::SIGKILL);
+    }
+    if is_lander(&lander) {
+        let _ = kill(Pid::from_raw(lander as i32), Signal::SIGKILL);
+    }
+    Ok(began.elapsed())
 }
 
 /// The pid that this machine has for a host's.
