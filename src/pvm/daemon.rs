@@ -29,6 +29,8 @@ use crate::pvm::virtual_machine::Host;
 const ADDING: Duration = Duration::from_secs(180);
 /// The command by which a pvmd is started on another host, unless PVM_DPATH says otherwise: pvmd's own default.
 const PVMD: &str = "pvmd";
+/// How long a pvmd may take to end that could not be brought up, ms.
+const ENDING: u16 = 10_000;
 
 /// What to start.
 #[derive(Debug)]
@@ -77,11 +79,24 @@ pub fn start(what: &Start<'_>) -> Result<Started> {
     let pid = pvmd.id() as i32;
     let done = bring_up(pid, &file, hosts.as_ref());
     if done.is_err() {
-        // SIGTERM makes a pvmd take its files away, and its tasks and slaves down.
-        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGTERM);
-        let _ = pvmd.wait();
+        take_down(&mut pvmd);
     }
     done
+}
+
+/// SIGTERM makes a pvmd take its files away, and its tasks and slaves down. One that is writing to its log then waits for
+/// itself for ever (its handler calls localtime(3), too).
+fn take_down(pvmd: &mut Child) {
+    let pid = nix::unistd::Pid::from_raw(pvmd.id() as i32);
+    let process = pidfd::open(pid.as_raw());
+    let _ = nix::sys::signal::kill(pid, Signal::SIGTERM);
+    if let Ok(process) = process {
+        let mut ended = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+        let _ = poll(&mut ended, PollTimeout::from(ENDING));
+    }
+    // If it has ended, that does nothing.
+    let _ = pvmd.kill();
+    let _ = pvmd.wait();
 }
 
 /// Refuses to start beside a pvmd that lives; takes away what one has left that does not.
