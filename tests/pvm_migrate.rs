@@ -52,17 +52,15 @@ fn main() -> ExitCode {
         }),
         ("the_group_server_moves", group_server),
         ("two_at_once_and_partners_that_change_places", at_once),
-        ("soak_with_random_moves_finds_nothing", |s| {
-            soak(s, 12, None)
-        }),
+        ("soak_with_a_hundred_random_moves_finds_nothing", soaked),
         ("a_mover_that_is_killed_leaves_one_task", |s| {
-            soak(s, 12, Some("mover"))
+            killed(s, 12, "mover")
         }),
         ("an_agent_that_is_killed_leaves_one_task", |s| {
-            soak(s, 12, Some("agent"))
+            killed(s, 12, "agent")
         }),
         ("a_lander_that_is_killed_leaves_one_task", |s| {
-            soak(s, 12, Some("land"))
+            killed(s, 12, "land")
         }),
     ];
     testhosts::main(tests, set_up, on_stage)
@@ -441,17 +439,27 @@ fn random_move(stage: &Stage, running: &mut Running<'_>, dice: &mut Dice) -> Res
     }
     let task = &workers[dice.roll(workers.len())];
     let to = dice.other_host(&task.host);
-    let moved = stage.json("h0", &format!("migrate --json {} {to}", task.v))?;
+    move_to(stage, running, &task.v, to)
+}
+
+/// Moves a worker; false when it had ended before.
+fn move_to(stage: &Stage, running: &mut Running<'_>, v: &str, to: &str) -> Result<bool> {
+    let moved = stage.json("h0", &format!("migrate --json {v} {to}"))?;
+    is_made(running, v, to, &moved)
+}
+
+/// Whether a move was made; false when the worker had ended before.
+fn is_made(running: &mut Running<'_>, v: &str, to: &str, moved: &Value) -> Result<bool> {
     if moved["failure"].is_string() {
         // The end of the application comes between.
         let ended = || {
             running
                 .workers()
-                .map(|all| all.iter().all(|other| other.v != task.v))
+                .map(|all| all.iter().all(|other| other.v != v))
         };
         let gone = moved["failure"] == "no_such_process"
             || wait_for("its end", LIMIT, || Ok(ended()?.then_some(()))).is_ok();
-        ensure!(gone, "{task:?} to {to}: {moved}");
+        ensure!(gone, "{v} to {to}: {moved}");
         return Ok(false);
     }
     ensure!(moved["warnings"] == serde_json::json!([]), "{moved}");
@@ -505,13 +513,71 @@ fn at_once(stage: &Stage) -> Result<()> {
     Ok(())
 }
 
-/// Random moves while `soak` runs, again and again until there was time for some; `victim`: a process of ours that is
-/// killed in the middle of each.
-fn soak(stage: &Stage, seconds: u32, victim: Option<&str>) -> Result<()> {
+/// Random moves while `soak` runs: of one, of two at once, of two that change places, and back to where one came from.
+fn soaked(stage: &Stage) -> Result<()> {
+    const MOVES: usize = 100;
+    let mut dice = Dice(100);
+    let mut made = 0;
+    for seed in 0..10 {
+        let mut soak = stage.begin(&format!("soak -t 30 -s {seed} -x 1000000"))?;
+        while !soak.has_ended()? {
+            made += random_moves(stage, &mut soak, &mut dice)?;
+        }
+        let said = soak.end()?;
+        ensure!(said.starts_with("soak: OK"), "{said}, after {made} moves");
+        if made >= MOVES {
+            println!("{made} moves; at last {}", said.trim());
+            return Ok(());
+        }
+    }
+    bail!("there was time for {made} moves only")
+}
+
+/// How many it has made.
+fn random_moves(stage: &Stage, soak: &mut Running<'_>, dice: &mut Dice) -> Result<usize> {
+    let workers = soak.workers()?;
+    if workers.is_empty() {
+        return Ok(0);
+    }
+    let one = workers[dice.roll(workers.len())].clone();
+    let other = workers[dice.roll(workers.len())].clone();
+    let to = dice.other_host(&one.host);
+    let how = dice.roll(3);
+    if how == 0 {
+        let there = move_to(stage, soak, &one.v, to)?;
+        return Ok(
+            usize::from(there) + usize::from(there && move_to(stage, soak, &one.v, &one.host)?)
+        );
+    }
+    if how == 1 || one.v == other.v {
+        return move_to(stage, soak, &one.v, to).map(usize::from);
+    }
+    let changes = one.host != other.host;
+    let (to, to_too) = match changes {
+        true => (other.host.as_str(), one.host.as_str()),
+        false => (to, dice.other_host(&other.host)),
+    };
+    let both = [(&one.v, to), (&other.v, to_too)];
+    let moved = std::thread::scope(|scope| {
+        let both = both.map(|(v, to)| {
+            scope.spawn(move || stage.json("h0", &format!("migrate --json {v} {to}")))
+        });
+        both.map(|one| one.join().unwrap_or_else(|_| bail!("a panic")))
+    });
+    let mut made = 0;
+    for (moved, (v, to)) in moved.into_iter().zip(both) {
+        made += usize::from(is_made(soak, v, to, &moved?)?);
+    }
+    Ok(made)
+}
+
+/// Moves where a process of ours, `victim`, is killed in the middle of each, while `soak` runs, again and again until there
+/// was time for some.
+fn killed(stage: &Stage, seconds: u32, victim: &str) -> Result<()> {
     let mut dice = Dice(seconds.into());
     let mut tried = 0;
     for _ in 0..10 {
-        tried += soak_once(stage, seconds, &mut dice, victim)?;
+        tried += killed_once(stage, seconds, &mut dice, victim)?;
         if tried >= 3 {
             return Ok(());
         }
@@ -520,15 +586,11 @@ fn soak(stage: &Stage, seconds: u32, victim: Option<&str>) -> Result<()> {
 }
 
 /// How many moves were tried.
-fn soak_once(stage: &Stage, seconds: u32, dice: &mut Dice, victim: Option<&str>) -> Result<usize> {
+fn killed_once(stage: &Stage, seconds: u32, dice: &mut Dice, victim: &str) -> Result<usize> {
     let mut soak = stage.begin(&format!("soak -t {seconds} -x 200000"))?;
     let (mut moves, mut failed) = (0, 0);
     let mut whole = None;
     while !soak.has_ended()? {
-        let Some(victim) = victim else {
-            moves += usize::from(random_move(stage, &mut soak, dice)?);
-            continue;
-        };
         let workers = soak.workers()?;
         if workers.is_empty() {
             continue;
