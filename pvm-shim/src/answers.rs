@@ -448,7 +448,7 @@ pub unsafe extern "C" fn pvm_getmboxinfo(
     }
 }
 
-/// See pvm3.h.
+/// See pvm3.h. Without mist's agents.
 ///
 /// # Safety
 /// As libpvm's.
@@ -460,7 +460,9 @@ pub unsafe extern "C" fn pvm_getnoresets(tids: *mut *mut c_int, count: *mut c_in
     // SAFETY: the two places are valid, and libpvm sets them.
     unsafe {
         let result = pvm_getnoresets(&mut first, &mut n);
-        if inside.from_outside {
+        if inside.from_outside && result >= 0 && !first.is_null() && n > 0 {
+            // libpvm keeps the list, and its true length.
+            n = without_agents(std::slice::from_raw_parts_mut(first, n as usize)) as c_int;
             answers(first, n);
         }
         if let Some(tids) = tids.as_mut() {
@@ -471,6 +473,25 @@ pub unsafe extern "C" fn pvm_getnoresets(tids: *mut *mut c_int, count: *mut c_in
         }
         result
     }
+}
+
+/// Puts the tids that are not those of agents first; how many these are.
+fn without_agents(tids: &mut [c_int]) -> usize {
+    let Some(table) = moved() else {
+        return tids.len();
+    };
+    let is_agent = |tid: c_int| {
+        let entry = table.entry(tid as u32);
+        entry.is_some_and(|entry| entry.state == State::Hidden)
+    };
+    let mut shown = 0;
+    for at in 0..tids.len() {
+        if !tids.get(at).copied().is_some_and(is_agent) {
+            tids.swap(shown, at);
+            shown += 1;
+        }
+    }
+    shown
 }
 
 /// The console's reset; all it asks and does below is in R.

@@ -186,10 +186,10 @@ fn task_of(image: &Image, order: Option<&Order>) -> Result<PvmTask> {
 /// Puts the entries of the mailbox again that went with the old incarnation, or with its virtual machine. What cannot be
 /// put, for people.
 fn mailbox(client: &mut Client, pvmd: &Pvmd, task: &PvmTask) -> Vec<String> {
-    let (reclaimed, mut warnings) = match reclaim(client, pvmd, task) {
-        Ok(reclaimed) => (reclaimed, Vec::new()),
-        Err(e) => (Vec::new(), vec![format!("{e:#}")]),
-    };
+    let (mut reclaimed, mut warnings) = (Vec::new(), Vec::new());
+    if let Err(e) = reclaim(client, pvmd, task, &mut reclaimed) {
+        warnings.push(format!("{e:#}"));
+    }
     let own = client.tid();
     for e in &task.mailbox {
         let is_it = |entry: &Entry| (&entry.name, entry.index) == (&e.class, e.index);
@@ -202,10 +202,15 @@ fn mailbox(client: &mut Client, pvmd: &Pvmd, task: &PvmTask) -> Vec<String> {
     warnings
 }
 
-/// Persistent entries have stayed when the old incarnation ended, as nobody's: nobody could change them any more.
-fn reclaim(client: &mut Client, pvmd: &Pvmd, task: &PvmTask) -> Result<Vec<Entry>> {
+/// Persistent entries have stayed when the old incarnation ended, as nobody's: nobody could change them any more. Those that
+/// are its own again are `reclaimed`, also when another fails.
+fn reclaim(
+    client: &mut Client,
+    pvmd: &Pvmd,
+    task: &PvmTask,
+    reclaimed: &mut Vec<Entry>,
+) -> Result<()> {
     let (own, table) = (client.tid(), pvmd.table_path()?);
-    let mut reclaimed = Vec::new();
     for entry in client.mailbox_names("*")? {
         if entry.owner != Tid(0) || entry.vanishes() {
             continue;
@@ -219,7 +224,7 @@ fn reclaim(client: &mut Client, pvmd: &Pvmd, task: &PvmTask) -> Result<Vec<Entry
             reclaimed.push(entry);
         }
     }
-    Ok(reclaimed)
+    Ok(())
 }
 
 /// What agents do on every host, on this one.
