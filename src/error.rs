@@ -17,6 +17,8 @@
 
 use std::fmt;
 
+use nix::errno::Errno;
+
 /// Class of an error; its exit code is documented in `mistctl --help`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Failure {
@@ -136,6 +138,22 @@ impl std::error::Error for Classified {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         self.error.source()
     }
+}
+
+/// Whether mistctl has run out of descriptors.
+#[must_use]
+pub fn too_many_files(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        let procfs = match cause.downcast_ref() {
+            Some(procfs::ProcError::Io(e, _)) => e.raw_os_error(),
+            _ => None,
+        };
+        procfs == Some(Errno::EMFILE as i32)
+            || cause.downcast_ref() == Some(&Errno::EMFILE)
+            || cause
+                .downcast_ref::<std::io::Error>()
+                .is_some_and(|e| e.raw_os_error() == Some(Errno::EMFILE as i32))
+    })
 }
 
 #[cfg(test)]

@@ -422,12 +422,12 @@ fn drained_of_the_dead(kit: &Path) {
     held_by_pvmd(kit, true);
 }
 
-/// Its pvmd has not read yet what a partner has sent, which lives or does not.
 fn drain_of(v: u32, agent: Tid, number: u32) -> Drain {
-    let tasks = local::tasks().unwrap().collect();
-    Drain::begin(tasks, Tid(v), Tid(v), agent, number).unwrap()
+    let tasks: Vec<i32> = local::tasks().unwrap().map(|(pid, _)| pid).collect();
+    Drain::begin(&tasks, Tid(v), Tid(v), agent, number).unwrap()
 }
 
+/// Its pvmd has not read yet what a partner has sent, which lives or does not.
 fn held_by_pvmd(kit: &Path, dead: bool) {
     let vm = Vm::start(kit);
     let (mut task, mut sender) = (vm.actor(), vm.actor());

@@ -1,5 +1,7 @@
 //! What a task has that has moved: its place under its pvmd, what it asked of it, and its partners' messages in order.
 
+#[path = "common/clog.rs"]
+mod clog;
 mod common;
 #[path = "pvm_moved/ends.rs"]
 mod ends;
@@ -31,7 +33,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 type Test = fn(&Scene) -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 22] = [
+    let tests: [(&str, Test); 24] = [
         ("its_last_words_and_its_status_arrive", last_words),
         ("its_environment_says_where_it_is", environment),
         ("who_looks_for_it_elsewhere_is_told_where_it_is", elsewhere),
@@ -45,6 +47,11 @@ fn main() -> ExitCode {
         ),
         ("files_it_has_open_are_to_be_the_same_there", ends::files),
         ("one_that_is_ending_has_ended", ends::ending),
+        ("what_one_had_sent_that_is_ending_arrives", ends::dying),
+        (
+            "what_its_pvmd_does_not_read_any_more_is_not_waited_for",
+            ends::dying_child,
+        ),
         ("a_child_of_the_last_moment_is_told_of", ends::late_fork),
         ("its_contexts_are_its_own", contexts),
         ("what_it_asked_to_be_told_is_told", notices),

@@ -216,7 +216,7 @@ fn restore(scene: &Scene, host: &str, image: &Path, more: &str) -> Result<Value>
 
 /// Until a task of a host waits in pvm_recv.
 fn until_receives(scene: &Scene, host: &str, pid: i32) -> Result<()> {
-    let block = TaskBlock::find(inside(scene, host, pid)?)?.context("no block")?;
+    let block = TaskBlock::find(scene.pid_outside(host, pid)?)?.context("no block")?;
     stage::until_waits(&block, mistctl::pvm::shimabi::block::wait::RECEIVE);
     Ok(())
 }
@@ -226,7 +226,7 @@ fn waits_for_info(scene: &Scene) -> Result<()> {
     let mut boss = scene.actor("h0", "boss")?;
     let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
     let pid = worker.pid();
-    let block = TaskBlock::find(inside(scene, "h1", pid)?)?.context("no block")?;
+    let block = TaskBlock::find(scene.pid_outside("h1", pid)?)?.context("no block")?;
     // PvmMboxWaitForInfo
     worker.tell("get later 0 32");
     stage::until("the task to wait for its pvmd", || {
@@ -275,7 +275,7 @@ fn away(scene: &Scene) -> Result<()> {
     boss.ask(&format!("notify 1 66 {v:x}"));
     boss.ask(&format!("send {v:x} 7 before"));
     // One that cannot be saved now is there for its partners as before (PvmMboxWaitForInfo, PvmMboxReadAndDelete).
-    let block = TaskBlock::find(inside(scene, "h1", pid)?)?.context("no block")?;
+    let block = TaskBlock::find(scene.pid_outside("h1", pid)?)?.context("no block")?;
     worker.tell("get later 0 48");
     stage::until("the task to wait for its pvmd", || {
         block.asking().unwrap() == 1
@@ -292,7 +292,7 @@ fn away(scene: &Scene) -> Result<()> {
     for (actor, host) in [(&mut boss, "h0"), (&mut other, "h1")] {
         let pid = actor.pid();
         actor.tell(&format!("send {v:x} 7 {host}"));
-        let block = TaskBlock::find(inside(scene, host, pid)?)?.context("no block")?;
+        let block = TaskBlock::find(scene.pid_outside(host, pid)?)?.context("no block")?;
         stage::until_waits(&block, mistctl::pvm::shimabi::block::wait::GATE);
     }
     // Of two at once one makes a task of it.
@@ -364,7 +364,7 @@ fn away_without_agents(scene: &Scene) -> Result<()> {
     for (actor, host) in [(&mut boss, "h0"), (&mut other, "h1")] {
         let pid = actor.pid();
         actor.tell(&format!("send {v:x} 7 {host}"));
-        let block = TaskBlock::find(inside(scene, host, pid)?)?.context("no block")?;
+        let block = TaskBlock::find(scene.pid_outside(host, pid)?)?.context("no block")?;
         stage::until_waits(&block, mistctl::pvm::shimabi::block::wait::GATE);
     }
     restore(scene, "h0", &image, "--host h1")?;
@@ -455,7 +455,7 @@ fn in_a_handler(scene: &Scene) -> Result<()> {
     let me = boss.enrol();
     let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
     let pid = worker.pid();
-    let block = TaskBlock::find(inside(scene, "h1", pid)?)?.context("no block")?;
+    let block = TaskBlock::find(scene.pid_outside("h1", pid)?)?.context("no block")?;
     ensure!(worker.ask("works 4") == "1");
     worker.tell("recv -1 5");
     until_receives(scene, "h1", pid)?;
@@ -645,7 +645,7 @@ fn killed_landers(scene: &Scene) -> Result<()> {
     let pid = worker.pid();
     let image = scene.dump(HOST, pid, "image", "--kill")?;
     let pvmd = scene.hosts.exec(HOST, "pgrep -x pvmd")?;
-    let parent = inside(scene, HOST, pvmd.trim().parse()?)? as u32;
+    let parent = scene.pid_outside(HOST, pvmd.trim().parse()?)? as u32;
     let (mut came, mut gone) = (0, 0);
     // How long one takes that nobody kills.
     let mut whole = None;
@@ -719,18 +719,4 @@ fn kill_lander(parent: u32, before: &[u32], delay: Option<Duration>) -> Result<D
         let _ = kill(Pid::from_raw(lander as i32), Signal::SIGKILL);
     }
     Ok(began.elapsed())
-}
-
-/// The pid that this machine has for a host's.
-fn inside(scene: &Scene, host: &str, pid: i32) -> Result<i32> {
-    let root = scene.hosts.pid(host)?;
-    let ns = fs::read_link(format!("/proc/{root}/ns/pid"))?;
-    for p in common::processes() {
-        let same = fs::read_link(format!("/proc/{p}/ns/pid")).is_ok_and(|other| other == ns);
-        let nspid = common::status_field(p, "NSpid").unwrap_or_default();
-        if same && nspid.split_whitespace().next_back() == Some(&pid.to_string()) {
-            return Ok(p as i32);
-        }
-    }
-    bail!("{host} has no process {pid}")
 }

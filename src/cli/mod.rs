@@ -27,7 +27,6 @@ use std::time::Instant;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 use mistctl::error::Failure;
-use nix::errno::Errno;
 
 /// Command line of mistctl.
 #[derive(Debug, Parser)]
@@ -188,7 +187,7 @@ fn usage(e: &clap::Error) -> ExitCode {
 /// Tells why it failed, and gives the code that says of which kind the failure is.
 fn fail(error: &anyhow::Error, json: bool) -> ExitCode {
     let failure = Failure::of(error);
-    let hint = match too_many_files(error) {
+    let hint = match mistctl::error::too_many_files(error) {
         true => {
             "; mistctl needs as many descriptors as what it works on, and more: raise the limit (ulimit -Hn)"
         }
@@ -205,21 +204,6 @@ fn fail(error: &anyhow::Error, json: bool) -> ExitCode {
         out::note(&format!("mistctl: {error:#}{hint}"));
     }
     ExitCode::from(failure.code())
-}
-
-/// Whether mistctl has run out of descriptors.
-fn too_many_files(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| {
-        let procfs = match cause.downcast_ref() {
-            Some(procfs::ProcError::Io(e, _)) => e.raw_os_error(),
-            _ => None,
-        };
-        procfs == Some(Errno::EMFILE as i32)
-            || cause.downcast_ref() == Some(&Errno::EMFILE)
-            || cause
-                .downcast_ref::<std::io::Error>()
-                .is_some_and(|e| e.raw_os_error() == Some(Errno::EMFILE as i32))
-    })
 }
 
 #[cfg(test)]

@@ -27,7 +27,7 @@ mod tracker;
 pub use hold::HeldProcess;
 pub use look::prepare;
 pub use maps::Flags;
-pub use process::{ending_or, is_ending};
+pub use process::{ending_or, is_ending, is_over};
 pub use run::{finish, run};
 pub use session::Session;
 pub use survey::{Survey, child, survey};

@@ -191,6 +191,14 @@ pub fn is_ending(pid: i32) -> bool {
     (tasks.flatten()).all(|t| proc_file::stat(t.tid).map_or(true, |s| ends(&s)))
 }
 
+/// Whether a process has ended with all its threads: none of its descriptors is open any more.
+pub fn is_over(pid: i32) -> bool {
+    let Ok(tasks) = Proc::new(pid).and_then(|p| p.tasks()) else {
+        return true;
+    };
+    tasks.flatten().all(|t| has_ended(t.tid))
+}
+
 /// What an error in looking at a process is: where that is ending, it is that.
 pub fn ending_or(pid: i32, e: anyhow::Error) -> anyhow::Error {
     match is_ending(pid) {

@@ -19,6 +19,9 @@ use crate::net;
 /// What a socket buffer may hold while a task stands still, bytes.
 const ROOM: i32 = 256 << 20;
 
+/// What links in /proc to a socket begin with.
+const SOCKET: &str = "socket:[";
+
 /// The socket between a task and its pvmd: duplicates of both ends.
 pub struct Connection {
     /// The task's process, and its descriptor.
@@ -30,7 +33,7 @@ pub struct Connection {
     pub pvmd: i32,
     pub address: PathBuf,
     task_end: OwnedFd,
-    pvmd_end: OwnedFd,
+    pvmd_end: PvmdEnd,
 }
 
 /// Buffers of both ends that have been made larger; they get their size back when this is dropped, or mistctl ends.
@@ -65,7 +68,7 @@ impl Daemons {
         };
         for pvmd in daemons()? {
             // Another user's pvmd is none that a process of ours could be connected to.
-            for (ino, fd) in links(pvmd, "socket:[").unwrap_or_default() {
+            for (ino, fd) in links(pvmd, SOCKET).unwrap_or_default() {
                 found.sockets.entry(ino).or_insert((pvmd, fd));
             }
         }
@@ -95,7 +98,7 @@ impl Daemons {
         if self.sockets.is_empty() {
             return Ok(None);
         }
-        let ours = links(pid, "socket:[")
+        let ours = links(pid, SOCKET)
             .with_context(|| {
                 format!("cannot look at the descriptors of process {pid}; is it yours?")
             })
@@ -119,7 +122,7 @@ impl Daemons {
                 pvmd: *pvmd,
                 address: PathBuf::from(std::ffi::OsString::from_vec(path)),
                 task_end: duplicate(pid, fd)?,
-                pvmd_end: duplicate(*pvmd, *pvmd_fd)?,
+                pvmd_end: PvmdEnd::of(*pvmd, *pvmd_fd, *peer)?,
             }));
         }
         Ok(None)
@@ -130,7 +133,7 @@ impl Daemons {
     ///
     /// # Errors
     /// When sock_diag cannot be read.
-    pub fn left_behind(&self) -> Result<Vec<OwnedFd>> {
+    pub fn left_behind(&self) -> Result<Vec<PvmdEnd>> {
         if self.sockets.is_empty() {
             return Ok(Vec::new());
         }
@@ -144,7 +147,7 @@ impl Daemons {
             // One that pvmd has closed since has been read.
             if socket.peer == Some(0)
                 && socket.receive_queue != 0
-                && let Ok(end) = duplicate(*pvmd, *fd)
+                && let Ok(end) = PvmdEnd::of(*pvmd, *fd, socket.ino.into())
             {
                 left.push(end);
             }
@@ -153,10 +156,40 @@ impl Daemons {
     }
 }
 
+/// A pvmd's end of a connection, which it may close meanwhile.
+pub struct PvmdEnd {
+    end: OwnedFd,
+    pvmd: i32,
+    fd: i32,
+    ino: u64,
+}
+
+impl PvmdEnd {
+    fn of(pvmd: i32, fd: i32, ino: u64) -> Result<PvmdEnd> {
+        let end = duplicate(pvmd, fd)?;
+        Ok(PvmdEnd { end, pvmd, fd, ino })
+    }
+
+    fn is_held(&self) -> bool {
+        inode(self.pvmd, self.fd, SOCKET) == Some(self.ino)
+    }
+
+    /// Whether there is something in it that pvmd may still read.
+    pub fn is_unread(&self) -> bool {
+        sockopt::queued(&self.end, Queue::In).is_ok_and(|bytes| bytes != 0) && self.is_held()
+    }
+}
+
 impl Connection {
     /// The pvmd's end.
     pub fn into_pvmd_end(self) -> OwnedFd {
-        self.pvmd_end
+        self.pvmd_end.end
+    }
+
+    /// Whether its pvmd will read no more of it: a task that it has started it takes for dead as soon as the process is, and
+    /// what that had written and it has not read is lost.
+    pub fn is_given_up(&self) -> bool {
+        !self.pvmd_end.is_held()
     }
 
     /// A duplicate of the task's end.
@@ -205,7 +238,7 @@ impl Connection {
     /// # Errors
     /// errno of ioctl(SIOCINQ).
     pub fn unsent(&self) -> Result<usize> {
-        let n = sockopt::queued(&self.pvmd_end, Queue::In)
+        let n = sockopt::queued(&self.pvmd_end.end, Queue::In)
             .with_context(|| format!("pvmd {}: ioctl(SIOCINQ)", self.pvmd))?;
         Ok(n as usize)
     }
@@ -222,7 +255,7 @@ impl Connection {
         };
         // Of a unix socket the sender's buffer counts; of others both do.
         for (end, option, force) in [
-            (&self.pvmd_end, libc::SO_SNDBUF, libc::SO_SNDBUFFORCE),
+            (&self.pvmd_end.end, libc::SO_SNDBUF, libc::SO_SNDBUFFORCE),
             (&self.task_end, libc::SO_RCVBUF, libc::SO_RCVBUFFORCE),
         ] {
             let level = libc::SOL_SOCKET;

@@ -29,8 +29,9 @@ use crate::pvm::virtual_machine::Host;
 const ADDING: Duration = Duration::from_secs(180);
 /// The command by which a pvmd is started on another host, unless PVM_DPATH says otherwise: pvmd's own default.
 const PVMD: &str = "pvmd";
-/// How long a pvmd may take to end that could not be brought up, ms.
-const ENDING: u16 = 10_000;
+/// How long a pvmd may take to end that could not be brought up, and how often that is looked at.
+const ENDING: Duration = Duration::from_secs(5);
+const LOOK: Duration = Duration::from_millis(10);
 
 /// What to start.
 #[derive(Debug)]
@@ -78,25 +79,32 @@ pub fn start(what: &Start<'_>) -> Result<Started> {
     let mut pvmd = launch(what, hosts.as_ref(), &file)?;
     let pid = pvmd.id() as i32;
     let done = bring_up(pid, &file, hosts.as_ref());
-    if done.is_err() {
-        take_down(&mut pvmd);
+    if done.is_err() && !take_down(&mut pvmd) {
+        clear(&file)?;
     }
     done
 }
 
-/// SIGTERM makes a pvmd take its files away, and its tasks and slaves down. One that is writing to its log then waits for
-/// itself for ever (its handler calls localtime(3), too).
-fn take_down(pvmd: &mut Child) {
+/// Ends a pvmd. SIGTERM makes it take its files away, and its tasks and slaves down; one that comes right before it waits
+/// for other things it sees at the next one only, and one that comes while it writes to its log hangs it (its handler calls
+/// localtime(3), too). False: it was killed, so its files are still there; its tasks and slaves end when they miss it.
+fn take_down(pvmd: &mut Child) -> bool {
     let pid = nix::unistd::Pid::from_raw(pvmd.id() as i32);
-    let process = pidfd::open(pid.as_raw());
-    let _ = nix::sys::signal::kill(pid, Signal::SIGTERM);
-    if let Ok(process) = process {
-        let mut ended = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
-        let _ = poll(&mut ended, PollTimeout::from(ENDING));
+    let until = Instant::now() + ENDING;
+    let mut again = Instant::now();
+    while Instant::now() < until {
+        if matches!(pvmd.try_wait(), Ok(Some(_)) | Err(_)) {
+            return true;
+        }
+        if again <= Instant::now() {
+            let _ = nix::sys::signal::kill(pid, Signal::SIGTERM);
+            again = Instant::now() + Duration::from_secs(1);
+        }
+        std::thread::sleep(LOOK);
     }
-    // If it has ended, that does nothing.
     let _ = pvmd.kill();
     let _ = pvmd.wait();
+    false
 }
 
 /// Refuses to start beside a pvmd that lives; takes away what one has left that does not.

@@ -5,19 +5,19 @@
 //! anything, everything that the tasks of its host had written must have been read by their pvmd.
 
 use std::collections::HashSet;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use pvm_abi::NOOP_MARKER;
 
-use crate::error::Failure;
+use crate::dump::{is_ending, is_over};
+use crate::error::{Failure, too_many_files};
 use crate::kernel::guardian::Guardian;
-use crate::kernel::sockopt::{self, Queue};
 use crate::pvm::block::TaskBlock;
 use crate::pvm::capture::{Task, fragments_of};
-use crate::pvm::connection::{Connection, Daemons, Raised};
+use crate::pvm::connection::{Connection, Daemons, PvmdEnd, Raised};
+use crate::pvm::local;
 use crate::pvm::tid::Tid;
 use crate::pvm::wire::{Message, Reader};
 
@@ -34,8 +34,10 @@ pub struct Drain {
     agent: Tid,
     number: u32,
     senders: Vec<Sender>,
+    /// Tasks on their way out: without memory, and nobody can say whether their connection is closed yet.
+    ending: Vec<i32>,
     /// Of tasks that have ended: their pvmd's ends.
-    left_behind: Vec<OwnedFd>,
+    left_behind: Vec<PvmdEnd>,
 }
 
 /// A task of this host.
@@ -50,24 +52,26 @@ struct Sender {
 }
 
 impl Drain {
-    /// Begins with these `tasks` of this host, but the task `v` itself, whose incarnation is `r`. To be called when its
-    /// gate is closed, with those that there are then. Markers that are needed go to `agent`, with this number, which
-    /// must be new to it.
+    /// Begins with these `processes`, the tasks of this host, but without the task `v` itself, whose incarnation is `r`. To be
+    /// called when its gate is closed, with those that there are then. Markers that are needed go to `agent`, with this
+    /// number, which must be new to it.
     ///
     /// # Errors
     /// When their connections cannot be looked at.
-    pub fn begin(
-        tasks: Vec<(i32, TaskBlock)>,
-        v: Tid,
-        r: Tid,
-        agent: Tid,
-        number: u32,
-    ) -> Result<Drain> {
+    pub fn begin(processes: &[i32], v: Tid, r: Tid, agent: Tid, number: u32) -> Result<Drain> {
         let daemons = Daemons::look()?;
-        let mut senders = Vec::new();
-        for (pid, block) in tasks {
-            // One that has ended since is among those at the end.
-            let (Ok(tid), Ok(Some(connection))) = (block.r(), daemons.connection(pid)) else {
+        let (mut senders, mut ending) = (Vec::new(), Vec::new());
+        for &pid in processes {
+            let block = local::enrolled(pid)?;
+            let connection = match daemons.connection(pid) {
+                Err(e) if too_many_files(&e) => return Err(e),
+                found => found.ok().flatten(),
+            };
+            let tid = block.as_ref().map(TaskBlock::r);
+            let (Some(block), Some(connection), Some(Ok(tid))) = (block, connection, tid) else {
+                if is_ending(pid) {
+                    ending.push(pid);
+                }
                 continue;
             };
             let tid = Tid(tid);
@@ -87,6 +91,7 @@ impl Drain {
             agent,
             number,
             senders,
+            ending,
             left_behind: daemons.left_behind()?,
         })
     }
@@ -110,9 +115,14 @@ impl Drain {
             }
         }
         self.senders = left;
-        self.left_behind
-            .retain(|end| sockopt::queued(end, Queue::In).is_ok_and(|bytes| bytes != 0));
-        Ok(self.senders.is_empty() && self.left_behind.is_empty())
+        if !self.ending.is_empty() {
+            self.ending.retain(|pid| is_ending(*pid) && !is_over(*pid));
+            if self.ending.is_empty() {
+                self.left_behind = Daemons::look()?.left_behind()?;
+            }
+        }
+        self.left_behind.retain(PvmdEnd::is_unread);
+        Ok(self.senders.is_empty() && self.ending.is_empty() && self.left_behind.is_empty())
     }
 
     /// To be told of every TC_NOOP that the agent receives. True if it was for this drain: a task's own marker
@@ -142,6 +152,11 @@ impl Drain {
             )
         };
         let mut all: Vec<String> = self.senders.iter().map(one).collect();
+        all.extend(
+            self.ending
+                .iter()
+                .map(|pid| format!("process {pid} is just ending")),
+        );
         if !self.left_behind.is_empty() {
             all.push("tasks that have ended had written what their pvmd has not read".to_owned());
         }
@@ -166,7 +181,7 @@ impl Sender {
                 *self.written.insert(Instant::now())
             }
         };
-        if self.connection.unsent()? == 0 {
+        if self.connection.unsent()? == 0 || self.connection.is_given_up() {
             return Ok(true);
         }
         if !self.asked

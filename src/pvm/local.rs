@@ -9,7 +9,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pvm_abi::block::{flag, state, wait};
 use serde::{Deserialize, Serialize};
 
-use crate::error::Failure;
+use crate::error::{Failure, too_many_files};
 use crate::kernel::{maps, pidfd, proc_file};
 use crate::pvm::block::TaskBlock;
 use crate::pvm::client::{Client, Pvmd};
@@ -220,19 +220,24 @@ pub fn tasks() -> Result<impl Iterator<Item = (i32, TaskBlock)>> {
     let entries = fs::read_dir("/proc").context("reading /proc")?.flatten();
     Ok(entries.filter_map(|entry| {
         let pid = entry.file_name().to_str()?.parse().ok()?;
-        Some((pid, enrolled(pid)?))
+        Some((pid, enrolled(pid).ok()??))
     }))
 }
 
 /// The block of a process that is a PVM task with the shim. Another user's processes, and those that just end, are none.
-#[must_use]
-pub fn enrolled(pid: i32) -> Option<TaskBlock> {
-    let block = TaskBlock::find(pid).ok()??;
-    let enrolled = matches!(
-        (block.state(), block.enrolled_pid()),
-        (Ok(state::ENROLLED), Ok(own)) if own == pid
-    );
-    enrolled.then_some(block)
+///
+/// # Errors
+/// When it cannot be said for want of descriptors.
+pub fn enrolled(pid: i32) -> Result<Option<TaskBlock>> {
+    let block = match TaskBlock::find(pid) {
+        Err(e) if too_many_files(&e) => return Err(e),
+        found => found.ok().flatten(),
+    };
+    let is_its = |block: &TaskBlock| {
+        let says = (block.state(), block.enrolled_pid());
+        matches!(says, (Ok(state::ENROLLED), Ok(own)) if own == pid)
+    };
+    Ok(block.filter(is_its))
 }
 
 /// The process on this host that is the task `tid`, its virtual tid or, where nobody has that, its real one.

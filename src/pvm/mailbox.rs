@@ -171,15 +171,13 @@ impl Client {
         names(&mut answer.reader())
     }
 
-    /// Makes `tid` survive a reset by PVM's console, as PvmNoReset does. Not as entry 0: that is a program's, for libpvm takes
-    /// that one away (lpvm.c, pvm_setopt), whoever's it is.
+    /// Makes `tid` survive a reset by PVM's console, as PvmNoReset does. Its entry is the first free one behind 0: that is a
+    /// program's, for libpvm takes it away (lpvm.c, pvm_setopt), whoever's it is.
     ///
     /// # Errors
     /// When the pvmd refuses.
     pub fn spare_from_reset(&mut self, tid: Tid) -> Result<()> {
-        const FAR: i32 = 1 << 10;
-        let index = FAR + tid.host_index() as i32;
-        self.mailbox_put(tid, NO_RESET, index, MULTI_INSTANCE, &spared(tid))
+        self.mailbox_put(tid, NO_RESET, 1, MULTI_INSTANCE, &spared(tid))
             .map(drop)
     }
 

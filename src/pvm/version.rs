@@ -7,12 +7,12 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 
 /// Device, inode, length, and when it was last changed (s, ns): whatever is written to a file by write(2), or done to its
-/// times, changes the last one.
+/// times, changes the last one, on file systems that keep it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Version(u64, u64, u64, i64, i64);
 
 impl Version {
-    /// Of a file that is open: where it is another host's that one is asked.
+    /// Of a file that has just been opened: NFS asks the server then, and not for a path.
     #[must_use]
     pub fn of(file: &Metadata) -> Version {
         Version(

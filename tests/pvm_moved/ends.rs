@@ -1,12 +1,14 @@
 //! Moves that do not take place, and what ends in the middle of them.
 
-use std::io::Write;
-use std::path::Path;
-
-use memmap2::MmapMut;
-use mistctl::kernel::uffd::Uffd;
+use anyhow::bail;
+use mistctl::pvm::flush::Drain;
+use mistctl::pvm::tid::Tid;
+use nix::sched::{CloneFlags, setns};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use super::*;
+use crate::clog::Clog;
 use crate::stage::Stage;
 
 /// One that cannot go is told everything that is in its way, and never stood: whoever is stopped wakes for that.
@@ -147,6 +149,72 @@ pub fn ending(scene: &Scene) -> Result<()> {
     Ok(())
 }
 
+/// A task on its way out has no memory any more, and its connection is still open: what its pvmd has not read of it comes
+/// before any marker.
+pub fn dying(scene: &Scene) -> Result<()> {
+    dies(scene, |_| {
+        let mut sender = scene.actor("h1", "sender")?;
+        sender.enrol();
+        Ok(sender)
+    })
+}
+
+/// A pvmd takes what it has started for dead as soon as the process is: then it reads no more of it, and nobody waits for that.
+pub fn dying_child(scene: &Scene) -> Result<()> {
+    dies(scene, |boss| Ok(scene.worker(boss, "h1", "sender")?.0))
+}
+
+fn dies(scene: &Scene, sender: impl FnOnce(&mut Actor) -> Result<Actor>) -> Result<()> {
+    let mut boss = scene.actor("h0", "boss")?;
+    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
+    let mut sender = sender(&mut boss)?;
+    let is_child = !sender.ask("parent").starts_with("ffff");
+    let [pid, own] = [sender.pid(), worker.pid()];
+    let [pid, own] = [scene.pid_outside("h1", pid)?, scene.pid_outside("h1", own)?];
+    Stage::new(scene.dir.path(), "held");
+    let path = scene.path("held.in");
+    let clog = Clog::new(&path)?;
+    // Its connection, which has a lower number, is closed after this one.
+    let held = sender.ask(&format!("hold {}", path.display()));
+    ensure!(held.parse::<u32>().is_ok(), "{held}");
+    let clogged = clog.begin()?;
+    scene.hosts.root("h1", "pkill -STOP -x pvmd")?;
+    ensure!(sender.ask(&format!("send {v:x} 7 text")) == "0");
+    kill(Pid::from_raw(pid), Signal::SIGKILL)?;
+    wait_for("it to lose its memory", LIMIT, || {
+        let maps = fs::read(format!("/proc/{pid}/maps"))?;
+        Ok(maps.is_empty().then_some(()))
+    })?;
+    let net = fs::File::open(format!("/proc/{own}/ns/net"))?;
+    let drains = || -> Result<()> {
+        // The sockets that a host's agent sees.
+        setns(&net, CloneFlags::CLONE_NEWNET)?;
+        let agent = Tid(0x4_0001);
+        let mut drain = Drain::begin(&[own, pid], Tid(v), Tid(v), agent, 1)?;
+        ensure!(!drain.look()?, "it has not ended");
+        let waits_for = drain.waits_for();
+        ensure!(waits_for.contains("is just ending"), "{waits_for}");
+        drop(clogged);
+        wait_for("its end", LIMIT, || {
+            ensure!(!drain.look()?, "its pvmd sleeps");
+            Ok(drain.waits_for().contains("have ended").then_some(()))
+        })?;
+        scene.hosts.root("h1", "pkill -CONT -x pvmd")?;
+        wait_for("the drain to end", LIMIT, || {
+            Ok(drain.look()?.then_some(()))
+        })
+    };
+    let drained = std::thread::scope(|scope| scope.spawn(drains).join());
+    drained.unwrap_or_else(|_| bail!("a panic"))?;
+    if !is_child {
+        let got = worker.ask("recv -1 7");
+        ensure!(got.contains("text text"), "{got}");
+    }
+    worker.leave();
+    boss.leave();
+    Ok(())
+}
+
 /// It is born when the gates are closed already, and the task has been looked at.
 pub fn late_fork(scene: &Scene) -> Result<()> {
     let mut boss = scene.actor("h0", "boss")?;
@@ -165,54 +233,4 @@ pub fn late_fork(scene: &Scene) -> Result<()> {
     worker.leave();
     boss.leave();
     Ok(())
-}
-
-/// A FIFO that nobody can close: whoever writes to it waits for a page meanwhile, with the FIFO's lock.
-struct Clog {
-    fifo: fs::File,
-    page: MmapMut,
-    missing: Uffd,
-}
-
-/// One that is clogged until this is dropped.
-struct Clogged {
-    missing: Option<Uffd>,
-    writer: Option<std::thread::JoinHandle<()>>,
-}
-
-impl Clog {
-    fn new(path: &Path) -> Result<Clog> {
-        let page = MmapMut::map_anon(4096)?;
-        let missing = Uffd::ours()?;
-        missing.api(0)?;
-        missing.register_missing(page.as_ptr() as u64, 4096)?;
-        let fifo = fs::File::options().read(true).write(true).open(path)?;
-        Ok(Clog {
-            fifo,
-            page,
-            missing,
-        })
-    }
-
-    fn begin(self) -> Result<Clogged> {
-        let (page, mut fifo, missing) = (self.page, self.fifo, self.missing);
-        let clogged = Clogged {
-            writer: Some(std::thread::spawn(move || drop(fifo.write_all(&page)))),
-            missing: Some(missing),
-        };
-        let writes = || match &clogged.missing {
-            Some(missing) => missing.event(),
-            None => Ok(None),
-        };
-        wait_for("somebody to write", LIMIT, writes)?;
-        Ok(clogged)
-    }
-}
-
-impl Drop for Clogged {
-    fn drop(&mut self) {
-        // Without it the page is there as any other.
-        self.missing = None;
-        let _ = self.writer.take().map(std::thread::JoinHandle::join);
-    }
 }

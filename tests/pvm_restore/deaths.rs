@@ -80,7 +80,7 @@ impl Gone<'_> {
         let list = format!("ps -C mistctl -o pid=,args= | awk '$3 == \"{what}\" {{ print $1 }}'");
         let pids = self.scene.hosts.exec(host, &list)?;
         let pids = pids.split_whitespace();
-        pids.map(|pid| Ok(Pid::from_raw(inside(self.scene, host, pid.parse()?)?)))
+        pids.map(|pid| Ok(Pid::from_raw(self.scene.pid_outside(host, pid.parse()?)?)))
             .collect()
     }
 

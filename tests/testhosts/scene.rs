@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use mistctl::pvm::shimabi::table::{Mapped, State};
 
 use crate::common;
@@ -137,6 +137,20 @@ impl Scene {
             .and_then(|tid| tid.strip_prefix('t'))
             .context(said.clone())?;
         Ok(u32::from_str_radix(tid, 16)?)
+    }
+
+    /// The pid that this machine has for a host's.
+    pub fn pid_outside(&self, host: &str, pid: i32) -> Result<i32> {
+        let root = self.hosts.pid(host)?;
+        let ns = fs::read_link(format!("/proc/{root}/ns/pid"))?;
+        for p in common::processes() {
+            let same = fs::read_link(format!("/proc/{p}/ns/pid")).is_ok_and(|other| other == ns);
+            let nspid = common::status_field(p, "NSpid").unwrap_or_default();
+            if same && nspid.split_whitespace().next_back() == Some(&pid.to_string()) {
+                return Ok(p as i32);
+            }
+        }
+        bail!("{host} has no process {pid}")
     }
 
     /// Whether a host's table says that a task is moving.

@@ -1,13 +1,14 @@
 //! Whether a file is the same on two hosts.
 
-use std::fs::{File, Metadata};
+use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags};
-use nix::unistd::{AccessFlags, faccessat, geteuid};
+use nix::sys::statfs::{
+    BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, OVERLAYFS_SUPER_MAGIC, XFS_SUPER_MAGIC, fstatfs,
+};
+use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 
 use super::control::FileLook;
@@ -16,11 +17,10 @@ use crate::pvm::version::Version;
 
 /// Files over this size are compared by size alone: to read them would take longer than to move the task.
 const HASHED: u64 = 64 << 20;
-/// Files whose hashes are known: when there are more, all are read again.
-const MOST: usize = 256;
+/// Files whose hashes are known.
+const MOST: usize = 512;
 
-/// Hashes of files that have been read, so that each move does not read the C library on two hosts. Only of those that this
-/// user cannot write to: what is written by way of a mapping may change no time.
+/// Hashes of files that have been read, so that each move does not read the C library on two hosts: see [`lasts`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hashes(Vec<(Version, String)>);
 
@@ -38,9 +38,8 @@ impl Hashes {
                 self.0.push((version, hash));
             }
         }
-        if self.0.len() > MOST {
-            self.0.clear();
-        }
+        let too_many = self.0.len().saturating_sub(MOST);
+        self.0.drain(..too_many);
     }
 
     /// What there is to compare of a file; `written`: somebody may be writing to it.
@@ -58,7 +57,12 @@ impl Hashes {
         let device = kind.is_char_device() || kind.is_block_device();
         let size = meta.len().min(len.unwrap_or(u64::MAX));
         let hash = match kind.is_file() && size <= HASHED {
-            true => Some(self.hash(path, size)?),
+            true => {
+                let file = File::open(path).with_context(|| format!("{}: open", path.display()))?;
+                let remember = !written && lasts(&file);
+                let hash = self.hash(&file, size, remember);
+                Some(hash.with_context(|| path.display().to_string())?)
+            }
             false => None,
         };
         Ok(FileLook {
@@ -70,21 +74,17 @@ impl Hashes {
         })
     }
 
-    /// The hash of the first `len` bytes of a file.
-    fn hash(&mut self, path: &Path, len: u64) -> Result<String> {
-        let file = File::open(path).with_context(|| format!("{}: open", path.display()))?;
-        let stat = || {
-            let meta = file.metadata();
-            meta.with_context(|| format!("{}: stat", path.display()))
-        };
-        let meta = stat()?;
+    /// The hash of the first `len` bytes of a file; `remember`: it is one of those that [`lasts`].
+    fn hash(&mut self, file: &File, len: u64, remember: bool) -> Result<String> {
+        let meta = file.metadata().context("stat")?;
         let version = Version::of(&meta);
-        let whole = meta.len() == len && is_others(&meta, path);
-        if let Some(hash) = self.of(&version).filter(|_| whole) {
+        let remember = remember && meta.len() == len && version.is_settled();
+        if let Some(hash) = self.of(&version).filter(|_| remember) {
             return Ok(hash.clone());
         }
-        let hash = hash_of_first(&file, len)?.to_hex().to_string();
-        if whole && version.is_settled() && Version::of(&stat()?) == version {
+        let hash = hash_of_first(file, len)?.to_hex().to_string();
+        let now = file.metadata().context("stat")?;
+        if remember && Version::of(&now) == version {
             self.learn(Hashes(vec![(version, hash.clone())]));
         }
         Ok(hash)
@@ -122,10 +122,22 @@ impl Hashes {
     }
 }
 
-/// Whether it is somebody else's, and not to be written to by us.
-fn is_others(meta: &Metadata, path: &Path) -> bool {
-    let access = faccessat(AT_FDCWD, path, AccessFlags::W_OK, AtFlags::AT_EACCESS);
-    meta.uid() != geteuid().as_raw() && matches!(access, Err(Errno::EACCES | Errno::EROFS))
+/// Whether a file is one of those that change by being replaced, or written to by an administrator: then its times change,
+/// too, on these file systems. What somebody writes by way of a mapping may change none.
+fn lasts(file: &File) -> bool {
+    let (Ok(meta), Ok(system)) = (file.metadata(), fstatfs(file)) else {
+        return false;
+    };
+    let keeps_times = [
+        EXT4_SUPER_MAGIC,
+        XFS_SUPER_MAGIC,
+        BTRFS_SUPER_MAGIC,
+        OVERLAYFS_SUPER_MAGIC,
+    ];
+    keeps_times.contains(&system.filesystem_type())
+        && meta.uid() == 0
+        && meta.mode() & 0o022 == 0
+        && !geteuid().is_root()
 }
 
 #[cfg(test)]
@@ -164,6 +176,53 @@ mod tests {
         assert_eq!(told[2].0, "gone");
         assert_eq!(told.len(), 3);
     }
+
+    #[test]
+    fn what_was_read_once_is_read_again_when_it_has_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("library");
+        std::fs::write(&path, "text").unwrap();
+        let file = File::open(&path).unwrap();
+        let version = || Version::of(&file.metadata().unwrap());
+        let mut hashes = Hashes::default();
+        let text = hashes.hash(&file, 4, true).unwrap();
+        assert_eq!(hashes, Hashes::default(), "it has just been written");
+        while !version().is_settled() {
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        assert_eq!(hashes.hash(&file, 4, false).unwrap(), text);
+        assert_eq!(hashes, Hashes::default());
+        assert_eq!(hashes.hash(&file, 4, true).unwrap(), text);
+        assert_eq!(hashes, Hashes(vec![(version(), text.clone())]));
+        // What is known is believed, of the whole file and this version.
+        let mut lies = Hashes(vec![(version(), "lie".to_owned())]);
+        assert_eq!(lies.hash(&file, 4, true).unwrap(), "lie");
+        assert_eq!(lies.hash(&file, 4, false).unwrap(), text);
+        assert_ne!(lies.hash(&file, 3, true).unwrap(), "lie");
+        std::fs::write(&path, "TEXT").unwrap();
+        assert_ne!(lies.hash(&file, 4, true).unwrap(), "lie");
+        assert_ne!(hashes.hash(&file, 4, true).unwrap(), text);
+    }
+
+    #[test]
+    fn the_oldest_are_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let version = |n: usize| {
+            let path = dir.path().join(n.to_string());
+            std::fs::write(&path, "").unwrap();
+            (
+                Version::of(&std::fs::metadata(path).unwrap()),
+                n.to_string(),
+            )
+        };
+        let all: Vec<_> = (0..MOST + 2).map(version).collect();
+        let (first, more) = all.split_at(MOST);
+        let mut hashes = Hashes(first.to_vec());
+        hashes.learn(Hashes(more.to_vec()));
+        hashes.learn(Hashes(more.to_vec()));
+        assert_eq!(hashes.0, all[2..]);
+    }
+
     #[test]
     fn a_file_that_is_written_to_may_have_grown() {
         let dir = tempfile::tempdir().unwrap();

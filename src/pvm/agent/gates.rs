@@ -11,6 +11,7 @@ use super::{Agent, Asker, PATIENCE, Ticket};
 use crate::error::Failure;
 use crate::pvm::block::TaskBlock;
 use crate::pvm::flush::Drain;
+use crate::pvm::local;
 use crate::pvm::tid::Tid;
 use crate::pvm::virtual_machine::said_of_life;
 use crate::pvm::wire::Message;
@@ -87,8 +88,8 @@ impl Agent {
         }
         let r = Tid(self.table.r_of(v));
         self.last_drain += 1;
-        let tasks = self.enrolled()?;
-        let drain = Drain::begin(tasks, Tid(v), r, self.own, self.last_drain)?;
+        let processes = self.processes()?;
+        let drain = Drain::begin(&processes, Tid(v), r, self.own, self.last_drain)?;
         let collects = drain.tasks().any(|task| self.prints_to(task).contains(&v));
         let moving = (drain.tasks())
             .filter(|task| self.prints_to(task).contains(&v))
@@ -111,16 +112,17 @@ impl Agent {
     /// Of a task and who collects its output one moves after the other, in the order in which this host hears of it: what
     /// a task prints where it has come to goes to where its collector was when it left.
     fn refuse_beside_collector(&mut self, v: u32) -> Result<()> {
-        let own = |task: &TaskBlock| task.v().is_ok_and(|own| own == v);
-        let task = self.enrolled()?.into_iter().find(|(_, task)| own(task));
-        let collectors = task.map(|(_, task)| self.prints_to(&task));
-        match (collectors.into_iter().flatten()).find(|collector| self.is_moving(*collector)) {
-            Some(collector) => Err(Failure::Busy.because(format!(
-                "task {}, which collects its output, moves; try again in a while",
-                Tid(collector)
-            ))),
-            None => Ok(()),
+        for pid in self.processes()? {
+            let task = local::enrolled(pid)?.filter(|task| task.v().is_ok_and(|own| own == v));
+            let collectors = task.map(|task| self.prints_to(&task)).unwrap_or_default();
+            if let Some(collector) = collectors.into_iter().find(|v| self.is_moving(*v)) {
+                return Err(Failure::Busy.because(format!(
+                    "task {}, which collects its output, moves; try again in a while",
+                    Tid(collector)
+                )));
+            }
         }
+        Ok(())
     }
 
     /// Whose are the tasks that its output and its traces go to: others than itself.

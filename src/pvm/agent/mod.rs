@@ -36,7 +36,7 @@ use pvm_abi::table::{Entry, State};
 use pvm_abi::{AGENTS, CTX_TC, CTX_TM, NOOP_MARKER, place};
 
 use crate::error::Failure;
-use crate::pvm::block::TaskBlock;
+use crate::kernel::fds;
 use crate::pvm::client::{self, Client, Pvmd};
 use crate::pvm::contexts;
 use crate::pvm::local::{self, Seen};
@@ -85,6 +85,8 @@ enum Asker {
 /// # Errors
 /// When there is no virtual machine, or what an agent needs cannot be had; `Busy` when this host has an agent.
 pub fn run() -> Result<()> {
+    // Some for each task of the host, when a gate closes.
+    fds::allow_all();
     let pvmd = Pvmd::find()?.context("no virtual machine is running here")?;
     let mut client = Client::enrol(&pvmd, client::own_cookie())?;
     client.set_patience(PATIENCE);
@@ -547,11 +549,10 @@ impl Agent {
         Ok(tasks)
     }
 
-    /// Those that run under the shim, and their processes: to look through all that the host has would take longer.
-    fn enrolled(&mut self) -> Result<Vec<(i32, TaskBlock)>> {
-        let tasks = self.tasks()?.into_iter();
-        let blocks = tasks.filter_map(|task| Some((task.pid, local::enrolled(task.pid)?)));
-        Ok(blocks.collect())
+    /// Their processes. Others of the host may be tasks of another virtual machine, with the same tids.
+    fn processes(&mut self) -> Result<Vec<i32>> {
+        let tasks = self.tasks()?;
+        Ok(tasks.iter().map(|task| task.pid).collect())
     }
 
     fn status(&mut self) -> Result<Vec<Seen>> {

@@ -13,6 +13,7 @@ use crate::error::Failure;
 use crate::pvm::block::TaskBlock;
 use crate::pvm::capture::Task;
 use crate::pvm::connection::Daemons;
+use crate::pvm::local;
 use crate::pvm::quiet;
 use crate::pvm::tid::Tid;
 use crate::pvm::virtual_machine::Stream;
@@ -40,8 +41,9 @@ impl Agent {
     ) -> Result<(Vec<u32>, Vec<String>)> {
         let mut daemons = None;
         let (mut tids, mut left) = (Vec::new(), Vec::new());
-        for (pid, block) in self.enrolled()? {
-            let Some((output, trace)) = self.stale(&block, v, r) else {
+        for pid in self.processes()? {
+            let block = local::enrolled(pid)?;
+            let Some((output, trace)) = block.and_then(|block| self.stale(&block, v, r)) else {
                 continue;
             };
             let daemons = match &daemons {
