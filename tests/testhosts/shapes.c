@@ -5,6 +5,7 @@
  *     shapes FILE    spawns a task that does it until FILE is there, and says what came of it
  */
 #define _GNU_SOURCE
+#include <errno.h>
 #include <pvm3.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -51,9 +52,36 @@ static int wrong(struct area *a)
     return 0;
 }
 
-static uint64_t *map(int pages)
+/* One area is a mapping of its own whatever lies beside it, by a flag that the others do not have. */
+static int is_apart(struct area *a)
 {
-    return mmap(0, (size_t)pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return a == areas + 1;
+}
+
+static uint64_t *map(struct area *a, int pages)
+{
+    size_t len = (size_t)pages * PAGE;
+    void *at = mmap(0, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    if (at != MAP_FAILED && is_apart(a))
+        madvise(at, len, MADV_DONTDUMP);
+    return at;
+}
+
+/* As mremap(2), also of what the kernel has in two mappings: it makes one of those that lie side by side, and cuts that
+ * anywhere when a part becomes read-only and the parts are written to before they are alike again. */
+static void *move(struct area *a, size_t old, size_t new)
+{
+    void *at = mremap(a->at, old, new, MREMAP_MAYMOVE);
+
+    if (at != MAP_FAILED || errno != EFAULT || is_apart(a))
+        return at;
+    at = map(a, new / PAGE);
+    if (at != MAP_FAILED) {
+        memcpy(at, a->at, old < new ? old : new);
+        munmap(a->at, old);
+    }
+    return at;
 }
 
 /* To so many pages; what is new is zero. */
@@ -67,7 +95,7 @@ static int resize(struct area *a, int pages)
         if (sbrk((intptr_t)new - (intptr_t)old) == (void *)-1)
             return 1;
     } else {
-        void *at = mremap(a->at, old, new, MREMAP_MAYMOVE);
+        void *at = move(a, old, new);
         if (at == MAP_FAILED)
             return 1;
         a->at = at;
@@ -116,7 +144,7 @@ static const char *change(void)
         if (a == areas)
             break;
         munmap(a->at, (size_t)a->pages * PAGE);
-        a->at = map(a->pages);
+        a->at = map(a, a->pages);
         memset(a->wanted, 0, sizeof a->wanted);
         break;
     default:
@@ -141,7 +169,7 @@ static void shift(const char *end, char *said, size_t size)
         struct area *a = areas + i;
         a->pages = 2048;
         if (i)
-            a->at = map(a->pages);
+            a->at = map(a, a->pages);
         else
             sbrk((intptr_t)a->pages * PAGE);
         fill(a, 0, a->pages);
