@@ -115,6 +115,10 @@ fn main() -> ExitCode {
             parking::tracer_dies_committed,
         ),
         (
+            "a_tracer_killed_while_others_write_does_not_keep_a_committed_task",
+            parking::tracer_dies_committed_while_others_write,
+        ),
+        (
             "a_tracer_killed_while_parked_leaves_nothing_uncommitted",
             parking::tracer_dies_uncommitted,
         ),

@@ -155,20 +155,23 @@ impl Client {
         self.fragment
     }
 
-    /// Gives the connection away: to a libpvm that goes on with it.
+    /// Gives the connection away: to a libpvm that goes on with it. What has come in part is waited for: its rest would
+    /// stand where a message begins.
     ///
     /// # Errors
-    /// When a message of several fragments has come in part.
-    pub fn into_connection(self) -> Result<Connection> {
+    /// When it does not come.
+    pub fn into_connection(mut self) -> Result<Connection> {
+        let until = Instant::now() + self.patience;
+        while !self.assembler.is_empty() {
+            let message = self.next(Some(until))?;
+            let message = message
+                .with_context(|| format!("{} is in the middle of a message to us", self.pvmd))?;
+            self.inbox.push_back(message);
+        }
         let mut read = Vec::new();
         for message in &self.inbox {
             read.extend(message.encode(self.fragment));
         }
-        let rest = self
-            .assembler
-            .unfinished()
-            .with_context(|| format!("{} is in the middle of a message to us", self.pvmd))?;
-        read.extend(rest);
         Ok(Connection {
             socket: self.fd,
             read,

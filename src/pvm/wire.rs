@@ -157,15 +157,10 @@ impl Assembler {
         self.bytes.extend_from_slice(bytes);
     }
 
-    /// Bytes that are not part of a complete fragment yet, when no message is half complete.
-    ///
-    /// # Errors
-    /// When one is.
-    pub fn unfinished(&self) -> Result<&[u8]> {
-        if let Some(message) = self.partial.values().next() {
-            bail!("a message from {} is not complete", message.src);
-        }
-        Ok(&self.bytes)
+    /// Whether all that was pushed has been given back as messages.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.partial.is_empty() && self.bytes.is_empty()
     }
 
     /// The next message that is complete, if any is.

@@ -21,11 +21,12 @@ pub struct Parking<'s> {
 
 impl Parking<'_> {
     fn new(scene: &Scene, lease_ms: u64) -> Result<Parking<'_>> {
-        Self::with(scene, lease_ms, 0)
+        Self::with(scene, lease_ms, 0, 0)
     }
 
-    /// The task has so many MiB of memory, which is filled lazily when that is not 0.
-    fn with(scene: &Scene, lease_ms: u64, memory: u32) -> Result<Parking<'_>> {
+    /// The task has so many MiB of memory, which is filled lazily when that is not 0, and others write to the lander so
+    /// many messages while it lands.
+    fn with(scene: &Scene, lease_ms: u64, memory: u32, writes: u32) -> Result<Parking<'_>> {
         let mut boss = scene.actor(HOST, "boss")?;
         let mut spawner = scene.actor(HOST, "spawner")?;
         let (mut worker, v) = scene.worker(&mut boss, HOST, "worker")?;
@@ -64,6 +65,7 @@ impl Parking<'_> {
             }
             other => bail!("{other:?}"),
         }
+        parking.boss.tell(&format!("stream {r:x} 9 {writes}"));
         parking.say(&ToLander::Order(Order {
             v,
             source: Source::Image { path: image },
@@ -75,6 +77,7 @@ impl Parking<'_> {
             ToAgent::Parked { warnings } => ensure!(warnings.is_empty(), "{warnings:?}"),
             other => bail!("{other:?}"),
         }
+        parking.boss.answer();
         Ok(parking)
     }
 
@@ -301,12 +304,22 @@ pub fn both_die(scene: &Scene, state: State) -> Result<()> {
     Ok(())
 }
 
+/// What stands in the connection before the lander has parked differs from what stood there when its keeper was born.
+pub fn tracer_dies_committed_while_others_write(scene: &Scene) -> Result<()> {
+    let mut parking = Parking::with(scene, LONG, 0, 5000)?;
+    parking.note(State::Decided)?;
+    parking.kill(parking.tracer()?)?;
+    parking.runs_here()?;
+    parking.end();
+    Ok(())
+}
+
 /// MiB of memory that is filled behind a task's back.
 const MUCH: u32 = 16;
 
 /// Nothing is filled yet, and the tracer is killed.
 pub fn tracer_dies_before_it_fills(scene: &Scene) -> Result<()> {
-    let mut parking = Parking::with(scene, LONG, MUCH)?;
+    let mut parking = Parking::with(scene, LONG, MUCH, 0)?;
     parking.note(State::Decided)?;
     parking.kill(parking.tracer()?)?;
     parking.runs_here()?;
@@ -316,7 +329,7 @@ pub fn tracer_dies_before_it_fills(scene: &Scene) -> Result<()> {
 
 /// The task runs, and its memory is being filled when its tracer is killed, or the one that stands by.
 pub fn one_dies_while_it_fills(scene: &Scene, find: fn(&Parking<'_>) -> Result<i32>) -> Result<()> {
-    let mut parking = Parking::with(scene, LONG, MUCH)?;
+    let mut parking = Parking::with(scene, LONG, MUCH, 0)?;
     let pid = find(&parking)?;
     parking.kill(parking.pid)?;
     ensure!(matches!(parking.heard()?, ToAgent::Running { .. }));
@@ -329,7 +342,7 @@ pub fn one_dies_while_it_fills(scene: &Scene, find: fn(&Parking<'_>) -> Result<i
 
 /// Nobody is left who could fill its memory: it ends rather than read zeros.
 pub fn both_die_before_they_fill(scene: &Scene) -> Result<()> {
-    let parking = Parking::with(scene, LONG, MUCH)?;
+    let parking = Parking::with(scene, LONG, MUCH, 0)?;
     parking.note(State::Decided)?;
     let (first, second) = (parking.tracer()?, parking.understudy()?);
     parking.kill(second)?;

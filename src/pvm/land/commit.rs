@@ -5,7 +5,7 @@
 //! or nobody is left who would tell, the agent of the host that the task leaves is asked what is decided. A notice that
 //! comes only because our pvmd takes that host for dead proves nothing: the master's knows (see [`agent::has_gone`]).
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -17,11 +17,11 @@ use pvm_abi::CTX_TC;
 
 use super::Agent;
 use super::protocol::{Commit, ToLander};
-use crate::kernel::{fds, sockopt};
-use crate::pvm::agent;
+use crate::kernel::{fds, proc_file, sockopt};
 use crate::pvm::client::{Client, Pvmd};
 use crate::pvm::tid::Tid;
 use crate::pvm::wire::{Assembler, tc};
+use crate::pvm::{agent, local};
 
 const CONNECTION: u64 = 0;
 const AGENT: u64 = 1;
@@ -36,6 +36,40 @@ pub struct Waiting<'a> {
     /// The task, and this incarnation of it.
     pub v: u32,
     pub r: Tid,
+    /// The process, where others than its tracer wait: it may end meanwhile, and an agent may know that it may run, too. What
+    /// pvmd says it reads then itself, and nobody else does.
+    pub parked: Option<&'a Parked>,
+}
+
+/// A process that waits where others than its tracer decide.
+#[derive(Debug)]
+pub struct Parked {
+    pub pid: i32,
+    pub process: OwnedFd,
+}
+
+/// What one may do with it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Go {
+    /// Let it run.
+    Now,
+    /// Nothing: somebody else has let it run.
+    Already,
+}
+
+impl Parked {
+    /// Whether it runs. Looks twice: on its way into a stop it runs, too, with no signal pending any more.
+    pub fn runs(&self) -> bool {
+        const MOMENT: Duration = Duration::from_millis(20);
+        let runs = || {
+            let status = proc_file::status(self.pid);
+            status.is_ok_and(|s| s.state.starts_with(['R', 'S', 'D'])) && !local::stands(self.pid)
+        };
+        runs() && {
+            std::thread::sleep(MOMENT);
+            runs()
+        }
+    }
 }
 
 /// Who it is that pvmd says has ended.
@@ -44,42 +78,33 @@ enum Said {
     Task,
     /// The host: of its tasks our pvmd knows nothing.
     Host,
+    /// What stands there makes no sense: somebody reads it. The task runs.
+    Runs,
 }
 
 /// How often it is asked what is decided.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
 
 impl Waiting<'_> {
-    /// Returns when the task may run. `parked` is it, where others than its tracer wait: it may end meanwhile.
+    /// Returns when the task may run.
     ///
     /// # Errors
     /// When it must not.
-    pub fn until(
-        &self,
-        commit: &Commit,
-        agent: Option<&mut Agent>,
-        parked: Option<BorrowedFd<'_>>,
-    ) -> Result<()> {
+    pub fn until(&self, commit: &Commit, agent: Option<&mut Agent>) -> Result<Go> {
         match (commit, agent) {
-            (Commit::WhenTold, None) => Ok(()),
+            (Commit::WhenTold, None) => Ok(Go::Now),
             (Commit::WhenTold, Some(agent)) => match agent.hear()? {
-                Some(ToLander::Run) => Ok(()),
+                Some(ToLander::Run) => Ok(Go::Now),
                 Some(other) => bail!("the agent has called it off ({other:?})"),
                 None => bail!("the agent is gone, and has not said that the task may run"),
             },
             (Commit::WhenEnded { r1, lease_ms }, agent) => {
-                self.until_ended(Tid(*r1), Duration::from_millis(*lease_ms), agent, parked)
+                self.until_ended(Tid(*r1), Duration::from_millis(*lease_ms), agent)
             }
         }
     }
 
-    fn until_ended(
-        &self,
-        r1: Tid,
-        lease: Duration,
-        mut agent: Option<&mut Agent>,
-        parked: Option<BorrowedFd<'_>>,
-    ) -> Result<()> {
+    fn until_ended(&self, r1: Tid, lease: Duration, mut agent: Option<&mut Agent>) -> Result<Go> {
         let until = Instant::now() + lease;
         let mut host_lost = false;
         let mut ask_at = if agent.is_some() {
@@ -97,24 +122,28 @@ impl Waiting<'_> {
                 .add(agent.reader.get_ref(), event)
                 .context("epoll_ctl")?;
         }
-        if let Some(parked) = parked {
+        if let Some(parked) = self.parked {
             let event = EpollEvent::new(EpollFlags::EPOLLIN, PARKED);
-            epoll.add(parked, event).context("epoll_ctl")?;
+            epoll.add(&parked.process, event).context("epoll_ctl")?;
         }
         loop {
             match self.says(r1)? {
-                Some(Said::Task) => return Ok(()),
+                Some(Said::Task) => return Ok(Go::Now),
+                Some(Said::Runs) => return Ok(Go::Already),
                 Some(Said::Host) if !host_lost => (host_lost, ask_at) = (true, Instant::now()),
                 _ => {}
             }
             let left = ask_at.saturating_duration_since(Instant::now());
             if left.is_zero() {
+                if self.parked.is_some_and(Parked::runs) {
+                    return Ok(Go::Already);
+                }
                 let asked = match host_lost {
                     true => self.has_gone(r1),
                     false => self.inquire(r1),
                 };
                 match asked {
-                    Ok(Some(true)) if host_lost => return Ok(()),
+                    Ok(Some(true)) if host_lost => return Ok(Go::Now),
                     Ok(_) if host_lost => {}
                     Ok(Some(false)) if self.says(r1)?.is_none() => bail!(
                         "the move has failed: {r1} still runs where it was, and goes on there"
@@ -125,7 +154,7 @@ impl Waiting<'_> {
                     // nothing.)
                     Err(_)
                         if self.pvmd.is_dead().unwrap_or(false)
-                            && self.says(r1)? != Some(Said::Task) =>
+                            && matches!(self.says(r1)?, None | Some(Said::Host)) =>
                     {
                         bail!(
                             "its pvmd has ended, and has not said that {r1} has: that goes on where it was"
@@ -134,7 +163,7 @@ impl Waiting<'_> {
                     // The lease has ended, and there is nobody to ask: who lives is the task. A pvmd that does not answer
                     // is taken for dead in the end.
                     Err(e) if Instant::now() > until && !host_lost => match self.has_gone(r1) {
-                        Ok(Some(true)) => return Ok(()),
+                        Ok(Some(true)) => return Ok(Go::Now),
                         Ok(Some(false)) => {
                             return Err(e.context(format!(
                                 "{r1} still runs where it was when the lease ended, and nobody tells what is decided"
@@ -177,22 +206,16 @@ impl Waiting<'_> {
 
     /// What the connection says of `r1`'s end.
     fn says(&self, r1: Tid) -> Result<Option<Said>> {
-        let there = fds::readable(self.connection).context("FIONREAD")?;
-        if there <= self.before {
-            return Ok(None);
+        match self.stands_there(r1) {
+            Err(_) if self.parked.is_some_and(Parked::runs) => Ok(Some(Said::Runs)),
+            said => said,
         }
-        let mut bytes = vec![0; there - self.before];
-        let set = |offset: i32| {
-            sockopt::set_int(self.connection, libc::SOL_SOCKET, libc::SO_PEEK_OFF, offset)
-                .context("SO_PEEK_OFF")
-        };
-        set(self.before as i32)?;
-        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-        let got = recv(self.connection.as_raw_fd(), &mut bytes, flags);
-        set(-1)?;
-        let got = got.context("looking at the connection to the pvmd")?;
+    }
+
+    fn stands_there(&self, r1: Tid) -> Result<Option<Said>> {
+        let bytes = behind(self.connection, self.before)?;
         let mut assembler = Assembler::new(bytes.len());
-        assembler.push(bytes.get(..got).unwrap_or_default());
+        assembler.push(&bytes);
         let mut said = None;
         while let Some(m) = assembler.message()? {
             if !m.src.is_pvmd() || (m.ctx, m.tag) != (CTX_TC as u32, tc::NOOP) {
@@ -223,4 +246,35 @@ impl Waiting<'_> {
         let _ = client.exit();
         fate
     }
+}
+
+/// What stands in a connection behind so many bytes.
+fn behind(connection: BorrowedFd<'_>, before: usize) -> Result<Vec<u8>> {
+    let there = fds::readable(connection).context("FIONREAD")?;
+    if there <= before {
+        return Ok(Vec::new());
+    }
+    let mut bytes = vec![0; there - before];
+    let set = |offset: i32| {
+        sockopt::set_int(connection, libc::SOL_SOCKET, libc::SO_PEEK_OFF, offset)
+            .context("SO_PEEK_OFF")
+    };
+    set(before as i32)?;
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    let got = recv(connection.as_raw_fd(), &mut bytes, flags);
+    set(-1)?;
+    bytes.truncate(got.context("looking at the connection to the pvmd")?);
+    Ok(bytes)
+}
+
+/// How many bytes of a connection end with `mark`: `at_least` so many, but its pvmd may have written before it.
+///
+/// # Errors
+/// When it is not there.
+pub fn end_of(mark: &[u8], connection: BorrowedFd<'_>, at_least: usize) -> Result<usize> {
+    let from = at_least.saturating_sub(mark.len());
+    let bytes = behind(connection, from)?;
+    let at = bytes.windows(mark.len()).position(|part| part == mark);
+    let at = at.context("what was put into the connection is not there")?;
+    Ok(from + at + mark.len())
 }

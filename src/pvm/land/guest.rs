@@ -12,7 +12,7 @@ use pvm_abi::{CTX_TC, CTX_TM, NOOP_LATE, NOOP_MAGIC, place};
 
 use super::Agent;
 use super::arrival::Arrived;
-use super::commit::Waiting;
+use super::commit::{Waiting, end_of};
 use super::environment;
 use super::identity::{self, Incarnation};
 use super::keeper::Keeper;
@@ -62,8 +62,8 @@ pub struct Task<'a> {
     keeper: Option<Keeper>,
     /// Put into the connection first.
     unread: Vec<u8>,
-    /// Bytes that stood there even before: somebody else's agent may wake all tasks of a host.
-    there: usize,
+    /// Bytes in it up to these: others may have written before, as an agent does that wakes all tasks of a host.
+    before: usize,
     /// Since when it may run.
     committed: Option<Instant>,
 }
@@ -116,7 +116,7 @@ impl<'a> Task<'a> {
             ends: Some((connection.socket, far)),
             keeper: None,
             unread,
-            there: 0,
+            before: 0,
             committed: None,
         })
     }
@@ -125,10 +125,11 @@ impl<'a> Task<'a> {
         let (connection, _) = self.ends.as_ref().context("no connection")?;
         Ok(Waiting {
             connection: connection.as_fd(),
-            before: self.there + self.unread.len(),
+            before: self.before,
             pvmd: &self.pvmd,
             v: self.task.v,
             r: Tid(self.r),
+            parked: None,
         })
     }
 }
@@ -214,9 +215,14 @@ impl Guest for Task<'_> {
             Commit::WhenEnded { .. } => Some(far.widen()?),
             Commit::WhenTold => None,
         };
-        self.there = fds::readable(connection.as_fd()).context("FIONREAD")?;
+        let there = fds::readable(connection.as_fd()).context("FIONREAD")?;
         far.put(&self.unread)
             .context("what the task had not read")?;
+        if let (Commit::WhenEnded { r1, .. }, Some(keeper)) = (&self.commit, &mut self.keeper) {
+            let mark = late_begins(*r1, Tid(self.r));
+            self.before = end_of(&mark, connection.as_fd(), there + self.unread.len())?;
+            keeper.stand(self.before)?;
+        }
         if let Some(asked) = &self.task.asked {
             ask_again(connection, self.r, asked).context("what the task asks its pvmd")?;
         }
@@ -231,8 +237,7 @@ impl Guest for Task<'_> {
             })?;
         }
         let mut agent = self.agent.take();
-        self.waiting()?
-            .until(&self.commit, agent.as_deref_mut(), None)?;
+        self.waiting()?.until(&self.commit, agent.as_deref_mut())?;
         self.agent = agent;
         if let (Some(old), Some((_, far))) = (narrow, &self.ends) {
             far.narrow(old);

@@ -1,17 +1,30 @@
 //! A process of its own that decides for the tracer, should that die while the task is parked: it runs when the
 //! move is committed, and ends when it is not.
 
-use std::io::{BufRead, BufReader};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::BufReader;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
 
-use super::commit::Waiting;
+use super::commit::{Go, Parked, Waiting};
 use super::protocol::{Commit, hear, say};
 use crate::kernel::{body, fds, pidfd};
+
+/// What the tracer says to it.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum ToKeeper {
+    /// From now on these processes are its.
+    Take(Vec<i32>),
+    /// They stand: what pvmd says comes behind so many bytes in the connection.
+    Stand(usize),
+    /// They run.
+    Done,
+}
 
 /// The tracer's line to it. Dropped without [`Keeper::dismiss`], it decides.
 pub struct Keeper {
@@ -46,10 +59,20 @@ impl Keeper {
     /// # Errors
     /// When it is gone, or cannot have them.
     pub fn take(&mut self, pids: &[i32]) -> Result<()> {
-        say(self.line.get_mut(), &pids)?;
+        say(self.line.get_mut(), &ToKeeper::Take(pids.to_vec()))?;
         let ready = hear::<bool>(&mut self.line)?;
         ensure!(ready == Some(true), "the keeper of the parked task is gone");
         Ok(())
+    }
+
+    /// They stand, and whoever moves the task may be told: until now they would have ended with us. In the connection `before`
+    /// bytes are not pvmd's word on that.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn stand(&mut self, before: usize) -> Result<()> {
+        say(self.line.get_mut(), &ToKeeper::Stand(before))
+            .context("the keeper of the parked task is gone")
     }
 
     /// All run.
@@ -58,7 +81,7 @@ impl Keeper {
     /// When it cannot be waited for.
     pub fn dismiss(mut self) -> Result<()> {
         // Gone it is dismissed, too.
-        let _ = say(self.line.get_mut(), &"done");
+        let _ = say(self.line.get_mut(), &ToKeeper::Done);
         waitpid(Pid::from_raw(self.pid), None).context("waiting for the keeper")?;
         Ok(())
     }
@@ -66,25 +89,42 @@ impl Keeper {
 
 fn serve(line: &UnixStream, waiting: &Waiting<'_>, commit: &Commit) -> Result<()> {
     let mut reader = BufReader::new(line.try_clone().context("dup")?);
-    let Some(pids) = hear::<Vec<i32>>(&mut reader)? else {
-        return Ok(());
-    };
-    let processes: Vec<OwnedFd> = pids
-        .iter()
-        .map(|pid| pidfd::open(*pid))
-        .collect::<Result<_>>()?;
-    say(&mut { line }, &true)?;
-    let mut word = String::new();
-    let told = reader.read_line(&mut word);
-    if told.is_ok_and(|len| len > 0) {
-        return Ok(());
+    let mut processes = Vec::new();
+    let mut stand = None;
+    // Whatever ends the line, the tracer has ended.
+    while let Ok(Some(word)) = hear(&mut reader) {
+        match word {
+            ToKeeper::Take(pids) => {
+                let parked = |pid| {
+                    let process = pidfd::open(pid)?;
+                    Ok(Parked { pid, process })
+                };
+                let all = pids.into_iter().map(parked);
+                processes = all.collect::<Result<Vec<Parked>>>()?;
+                say(&mut { line }, &true)?;
+            }
+            ToKeeper::Stand(before) => stand = Some(before),
+            ToKeeper::Done => return Ok(()),
+        }
     }
-    let signal = match waiting.until(commit, None, processes.first().map(AsFd::as_fd)) {
-        Ok(()) => libc::SIGCONT,
-        Err(_) => libc::SIGKILL,
+    let go = stand.map(|before| {
+        let waiting = Waiting {
+            before,
+            parked: processes.first(),
+            ..*waiting
+        };
+        waiting.until(commit, None)
+    });
+    let signal = match go {
+        Some(Ok(Go::Now)) => libc::SIGCONT,
+        Some(Ok(Go::Already)) => return Ok(()),
+        Some(Err(_)) | None => libc::SIGKILL,
     };
-    for process in &processes {
-        let _ = pidfd::send_signal(process.as_fd(), signal);
+    for parked in &processes {
+        // A program may have a handler for it: it is for one that stands.
+        if signal != libc::SIGCONT || !parked.runs() {
+            let _ = pidfd::send_signal(parked.process.as_fd(), signal);
+        }
     }
     Ok(())
 }

@@ -2,11 +2,12 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, send};
 
 use crate::kernel::sockopt;
+use crate::pvm::capture::Fragment;
 use crate::pvm::connection::Daemons;
 
 /// Most bytes that a socket's buffer is raised for.
@@ -14,6 +15,10 @@ pub const MOST: usize = 256 << 20;
 
 /// What it is raised to while the task is parked.
 const WIDE: i32 = 64 << 20;
+
+/// What goes into a socket by one send(2) of so many bytes is in one piece, whoever else writes there: it makes one buffer of
+/// it (unix_stream_sendmsg in net/unix/af_unix.c, 48 kB less what the kernel needs).
+const ONE_PIECE: usize = 32 << 10;
 
 /// The pvmd's end of the connection.
 pub struct FarEnd(OwnedFd);
@@ -51,7 +56,7 @@ impl FarEnd {
         let _ = sockopt::set_int(&self.0, libc::SOL_SOCKET, libc::SO_SNDBUF, old);
     }
 
-    /// Sends bytes through it.
+    /// Sends fragments through it. Its pvmd may write meanwhile: that stands before one of them, or behind all.
     ///
     /// # Errors
     /// When they do not fit into the socket's buffer, raised as far as can be.
@@ -74,21 +79,40 @@ impl FarEnd {
         }
         let mut rest = bytes;
         while !rest.is_empty() {
+            let piece = one_piece(rest)?;
+            self.send(piece).with_context(|| {
+                let (left, all) = (rest.len(), bytes.len());
+                format!("{left} of {all} unread bytes do not fit into the connection")
+            })?;
+            rest = rest.get(piece.len()..).unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    fn send(&self, piece: &[u8]) -> nix::Result<()> {
+        let mut rest = piece;
+        while !rest.is_empty() {
             let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
             match send(self.0.as_raw_fd(), rest, flags) {
                 Ok(n) => rest = rest.get(n..).unwrap_or_default(),
                 Err(Errno::EINTR) => {}
-                Err(e) => {
-                    return Err(e).with_context(|| {
-                        format!(
-                            "{} of {} unread bytes do not fit into the connection",
-                            rest.len(),
-                            bytes.len()
-                        )
-                    });
-                }
+                Err(e) => return Err(e),
             }
         }
         Ok(())
     }
+}
+
+/// As many fragments at the beginning of these as go at once; one at least.
+fn one_piece(bytes: &[u8]) -> Result<&[u8]> {
+    let mut rest = bytes;
+    let mut len = 0;
+    while let Some(fragment) = Fragment::take(&mut rest)? {
+        if len > 0 && len + fragment.bytes.len() > ONE_PIECE {
+            break;
+        }
+        len += fragment.bytes.len();
+    }
+    ensure!(len > 0, "the last fragment is not whole");
+    Ok(bytes.get(..len).unwrap_or_default())
 }
