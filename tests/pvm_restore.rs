@@ -95,6 +95,18 @@ fn main() -> ExitCode {
             parking::runs_when_ended,
         ),
         (
+            "a_parked_task_that_is_sent_a_sigcont_waits_and_runs",
+            parking::continued,
+        ),
+        (
+            "a_move_that_was_decided_runs_when_nobody_says_so",
+            parking::runs_when_it_finds_out,
+        ),
+        (
+            "a_move_that_was_not_decided_ends_with_the_old_one",
+            parking::ended_by_itself,
+        ),
+        (
             "a_lease_that_ends_beside_a_living_task_ends_the_new_one",
             parking::lease_ends,
         ),

@@ -430,17 +430,28 @@ impl<'a> Fragment<'a> {
         }))
     }
 
+    fn word(&self, at: usize) -> Option<u32> {
+        let word = self.body.get(at..at + 4)?.try_into().ok()?;
+        Some(u32::from_be_bytes(word))
+    }
+
+    /// The first word of a TC_NOOP.
+    fn noop_word(&self) -> Option<u32> {
+        let is_one = self.flags == WHOLE
+            && self.word(4) == Some(tc::NOOP)
+            && self.word(8) == Some(CTX_TC as u32);
+        is_one.then(|| self.word(MESSAGE_HEADER))?
+    }
+
     /// What follows the message's header and mist's first word, if it is a TC_NOOP that mist sent.
     pub fn noop(&self) -> Option<&'a [u8]> {
-        let word = |at: usize| {
-            let word = self.body.get(at..at + 4)?.try_into().ok()?;
-            Some(u32::from_be_bytes(word))
-        };
-        let ours = self.flags == WHOLE
-            && word(4) == Some(tc::NOOP)
-            && word(8) == Some(CTX_TC as u32)
-            && word(MESSAGE_HEADER) == Some(NOOP_MAGIC);
+        let ours = self.noop_word() == Some(NOOP_MAGIC);
         ours.then(|| self.body.get(MESSAGE_HEADER + 4..))?
+    }
+
+    /// Who has ended, if that is what a pvmd was to say by a TC_NOOP ([`Client::notify_unseen`]).
+    pub fn notice(&self) -> Option<Tid> {
+        self.noop_word().filter(|_| self.src.is_pvmd()).map(Tid)
     }
 }
 

@@ -162,11 +162,16 @@ impl Client {
     /// When it does not come.
     pub fn into_connection(mut self) -> Result<Connection> {
         let until = Instant::now() + self.patience;
-        while !self.assembler.is_empty() {
-            let message = self.next(Some(until))?;
-            let message = message
-                .with_context(|| format!("{} is in the middle of a message to us", self.pvmd))?;
-            self.inbox.push_back(message);
+        loop {
+            while let Some(message) = self.complete()? {
+                self.inbox.push_back(message);
+            }
+            if self.assembler.is_empty() {
+                break;
+            }
+            if Instant::now() > until || !self.fill(Some(until))? {
+                bail!("{} is in the middle of a message to us", self.pvmd);
+            }
         }
         let mut read = Vec::new();
         for message in &self.inbox {
@@ -443,20 +448,27 @@ impl Client {
     /// The next message from the connection; none when it is too late.
     fn next(&mut self, until: Option<Instant>) -> Result<Option<Message>> {
         loop {
+            if let Some(message) = self.complete()? {
+                return Ok(Some(message));
+            }
+            if !self.fill(until)? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// The next message of those that were read.
+    fn complete(&mut self) -> Result<Option<Message>> {
+        loop {
             let message = self
                 .assembler
                 .message()
                 .with_context(|| format!("{} sends what makes no sense", self.pvmd))?;
             match message {
                 Some(m) if m.ctx == CTX_TC as u32 && m.tag == tc::CONREQ => {
-                    self.refuse_route(&m)?
+                    self.refuse_route(&m)?;
                 }
-                Some(m) => return Ok(Some(m)),
-                None => {
-                    if !self.fill(until)? {
-                        return Ok(None);
-                    }
-                }
+                other => return Ok(other),
             }
         }
     }

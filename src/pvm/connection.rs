@@ -224,6 +224,8 @@ impl Connection {
     /// # Errors
     /// As for [`Connection::unread`].
     pub fn peek(&self, len: usize) -> Result<Vec<u8>> {
+        // A lander that was killed while it looked may have left another.
+        let _ = sockopt::set_int(&self.task_end, libc::SOL_SOCKET, libc::SO_PEEK_OFF, -1);
         let mut bytes = vec![0; len.min(self.waiting()?)];
         if !bytes.is_empty() {
             let got = socket::receive(&self.task_end, &mut bytes, libc::MSG_PEEK)

@@ -314,7 +314,12 @@ pub fn is_traced(pid: i32) -> bool {
         return false;
     };
     let mut ended = [PollFd::new(tracer.as_fd(), PollFlags::POLLIN)];
-    poll(&mut ended, PollTimeout::from(MOMENT)) == Ok(0)
+    loop {
+        match poll(&mut ended, PollTimeout::from(MOMENT)) {
+            Err(nix::errno::Errno::EINTR) => {}
+            done => return done == Ok(0),
+        }
+    }
 }
 
 /// When a process was started: field 22 of its stat (clock ticks after the boot), which follows a name that may

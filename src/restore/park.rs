@@ -38,7 +38,10 @@ pub fn park(pid: i32, t: Tracee) -> Result<()> {
 }
 
 /// Takes a thread's SIGSTOP away; false: the program has ended by a signal of its own.
-pub fn unpark(t: Tracee) -> Result<bool> {
+pub fn unpark(pid: i32, t: Tracee) -> Result<bool> {
+    // A SIGCONT takes away those of all threads, and only one of them would be told.
+    queue_signal(pid, t.tid, libc::SIGSTOP)
+        .with_context(|| format!("letting thread {} run", t.tid))?;
     t.cont(0)?;
     loop {
         match t.wait()? {

@@ -406,7 +406,7 @@ fn kill_parked<'a>(ready: impl Iterator<Item = &'a Ready<'a>>) {
 fn release(r: &Ready, parked: bool, opts: &Options) -> Result<()> {
     if parked {
         for t in r.living() {
-            if !park::unpark(t.tracee)? {
+            if !park::unpark(r.leader.pid(), t.tracee)? {
                 return Ok(());
             }
         }

@@ -228,10 +228,49 @@ pub const LONG: u64 = 60_000;
 
 pub fn runs_when_ended(scene: &Scene) -> Result<()> {
     let mut parking = Parking::new(scene, LONG)?;
+    parking.say(&ToLander::Run)?;
     parking.kill(parking.pid)?;
     ensure!(matches!(parking.heard()?, ToAgent::Running { .. }));
     parking.runs_here()?;
     parking.end();
+    Ok(())
+}
+
+/// Somebody sends it a SIGCONT, which takes away what it is parked with.
+pub fn continued(scene: &Scene) -> Result<()> {
+    let mut parking = Parking::new(scene, LONG)?;
+    let to = format!("kill -CONT {}", parking.landed);
+    scene.hosts.exec(HOST, &to)?;
+    parking.say(&ToLander::Run)?;
+    parking.kill(parking.pid)?;
+    ensure!(matches!(parking.heard()?, ToAgent::Running { .. }));
+    parking.runs_here()?;
+    parking.end();
+    Ok(())
+}
+
+/// It is decided, and the lander asks, for it was not told.
+pub fn runs_when_it_finds_out(scene: &Scene) -> Result<()> {
+    let mut parking = Parking::new(scene, LONG)?;
+    parking.note(State::Decided)?;
+    parking.kill(parking.pid)?;
+    ensure!(matches!(parking.heard()?, ToAgent::Running { .. }));
+    parking.runs_here()?;
+    parking.end();
+    Ok(())
+}
+
+/// Nothing is decided: the old one may have been let go on, and have come to its end.
+pub fn ended_by_itself(scene: &Scene) -> Result<()> {
+    let mut parking = Parking::new(scene, LONG)?;
+    parking.kill(parking.pid)?;
+    match parking.heard()? {
+        ToAgent::Failed { why, .. } => ensure!(why.contains("before it was decided"), "{why}"),
+        other => bail!("{other:?}"),
+    }
+    parking.alone()?;
+    parking.spawner.leave();
+    parking.boss.leave();
     Ok(())
 }
 
@@ -331,6 +370,7 @@ pub fn tracer_dies_before_it_fills(scene: &Scene) -> Result<()> {
 pub fn one_dies_while_it_fills(scene: &Scene, find: fn(&Parking<'_>) -> Result<i32>) -> Result<()> {
     let mut parking = Parking::with(scene, LONG, MUCH, 0)?;
     let pid = find(&parking)?;
+    parking.say(&ToLander::Run)?;
     parking.kill(parking.pid)?;
     ensure!(matches!(parking.heard()?, ToAgent::Running { .. }));
     // It may be at its end, too.

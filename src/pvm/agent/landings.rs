@@ -418,9 +418,9 @@ impl Agent {
         }
         let left = self.tasks()?.into_iter().find(|task| task.tid == r);
         if let Some(task) = left
-            && local::stands(task.pid)
             // A tracer that lives lets it run itself, and waits for the SIGSTOP that a SIGCONT would take away.
             && !(runs && local::is_traced(task.pid))
+            && local::stands(task.pid)
         {
             let signal = if runs { libc::SIGCONT } else { libc::SIGKILL };
             let _ = pidfd::open(task.pid).map(|p| pidfd::send_signal(p.as_fd(), signal));

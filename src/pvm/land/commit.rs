@@ -1,26 +1,26 @@
 //! Never both, never neither: when the new incarnation may run.
 //!
-//! A move is committed when pvmd says that the old incarnation has ended. The notice comes in the task's own
-//! connection, behind what is unread there, and stays in it: libpvm discards it unseen. When it does not come in time,
+//! A move is over when it is decided and pvmd says that the old incarnation has ended. The notice comes in the task's own
+//! connection, behind what is unread there, and stays in it: libpvm discards it unseen. That it is decided the mover has us
+//! told meanwhile: without it the task may have been let go on, and have come to its end. When either does not come in time,
 //! or nobody is left who would tell, the agent of the host that the task leaves is asked what is decided. A notice that
 //! comes only because our pvmd takes that host for dead proves nothing: the master's knows (see [`agent::has_gone`]).
 
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::poll::PollTimeout;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::socket::{MsgFlags, recv};
-use pvm_abi::CTX_TC;
 
 use super::Agent;
 use super::protocol::{Commit, ToLander};
 use crate::kernel::{fds, proc_file, sockopt};
+use crate::pvm::capture::Fragment;
 use crate::pvm::client::{Client, Pvmd};
 use crate::pvm::tid::Tid;
-use crate::pvm::wire::{Assembler, tc};
 use crate::pvm::{agent, local};
 
 const CONNECTION: u64 = 0;
@@ -30,7 +30,7 @@ const PARKED: u64 = 2;
 /// The task's connection, and what was put into it.
 pub struct Waiting<'a> {
     pub connection: BorrowedFd<'a>,
-    /// Bytes in it before anything of pvmd's.
+    /// Bytes in it before what pvmd says of the move.
     pub before: usize,
     pub pvmd: &'a Pvmd,
     /// The task, and this incarnation of it.
@@ -82,6 +82,9 @@ enum Said {
     Runs,
 }
 
+/// How long it may take until we are told that it was decided, when the old incarnation has ended.
+const TOLD: Duration = Duration::from_millis(100);
+
 /// How often it is asked what is decided.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
 
@@ -106,7 +109,7 @@ impl Waiting<'_> {
 
     fn until_ended(&self, r1: Tid, lease: Duration, mut agent: Option<&mut Agent>) -> Result<Go> {
         let until = Instant::now() + lease;
-        let mut host_lost = false;
+        let (mut host_lost, mut decided, mut ended) = (false, false, false);
         let mut ask_at = if agent.is_some() {
             until
         } else {
@@ -128,8 +131,12 @@ impl Waiting<'_> {
         }
         loop {
             match self.says(r1)? {
-                Some(Said::Task) => return Ok(Go::Now),
                 Some(Said::Runs) => return Ok(Go::Already),
+                Some(Said::Task) if decided => return Ok(Go::Now),
+                Some(Said::Task) if !ended => {
+                    ended = true;
+                    ask_at = Instant::now() + agent.as_ref().map_or(Duration::ZERO, |_| TOLD);
+                }
                 Some(Said::Host) if !host_lost => (host_lost, ask_at) = (true, Instant::now()),
                 _ => {}
             }
@@ -145,11 +152,20 @@ impl Waiting<'_> {
                 match asked {
                     Ok(Some(true)) if host_lost => return Ok(Go::Now),
                     Ok(_) if host_lost => {}
-                    Ok(Some(false)) if self.says(r1)?.is_none() => bail!(
-                        "the move has failed: {r1} still runs where it was, and goes on there"
-                    ),
-                    // The notice comes, or there is no decision yet.
-                    Ok(_) => {}
+                    Ok(Some(false)) => match self.says(r1)? {
+                        None => bail!(
+                            "the move has failed: {r1} still runs where it was, and goes on there"
+                        ),
+                        Some(Said::Task) => {
+                            bail!("the move has failed: {r1} has ended before it was decided")
+                        }
+                        Some(Said::Host | Said::Runs) => {}
+                    },
+                    // The notice comes.
+                    Ok(Some(true)) => decided = true,
+                    Ok(None) => {}
+                    // Its state is nowhere else, and nobody says that it has gone on.
+                    Err(_) if ended && !host_lost => return Ok(Go::Now),
                     // Nothing comes from a pvmd that is no more. (Its end of the connection is ours, too: that says
                     // nothing.)
                     Err(_)
@@ -185,21 +201,26 @@ impl Waiting<'_> {
             if events.iter().take(count).any(|e| e.data() == PARKED) {
                 bail!("the parked task has ended");
             }
-            let told = events.iter().take(count).any(|e| e.data() == AGENT);
-            if let Some(line) = agent.as_deref_mut().filter(|_| told) {
+            let mut told = events.iter().take(count).any(|e| e.data() == AGENT);
+            while let Some(line) = agent.as_deref_mut().filter(|_| told) {
                 match line.hear() {
-                    // What pvmd says counts more.
-                    Ok(Some(ToLander::Abandon)) if self.says(r1)? != Some(Said::Task) => {
+                    // What is over is over.
+                    Ok(Some(ToLander::Abandon))
+                        if !decided || self.says(r1)? != Some(Said::Task) =>
+                    {
                         bail!("the agent has called it off")
                     }
+                    Ok(Some(ToLander::Run)) => decided = true,
                     Ok(Some(_)) => {}
                     // Nobody would tell us.
                     Ok(None) | Err(_) => {
                         epoll.delete(line.reader.get_ref()).context("epoll_ctl")?;
                         agent = None;
                         ask_at = Instant::now();
+                        break;
                     }
                 }
+                told = !line.reader.buffer().is_empty();
             }
         }
     }
@@ -207,23 +228,20 @@ impl Waiting<'_> {
     /// What the connection says of `r1`'s end.
     fn says(&self, r1: Tid) -> Result<Option<Said>> {
         match self.stands_there(r1) {
-            Err(_) if self.parked.is_some_and(Parked::runs) => Ok(Some(Said::Runs)),
+            // Of one that is parked nobody reads.
+            Err(_) if self.parked.is_some() => Ok(Some(Said::Runs)),
             said => said,
         }
     }
 
     fn stands_there(&self, r1: Tid) -> Result<Option<Said>> {
         let bytes = behind(self.connection, self.before)?;
-        let mut assembler = Assembler::new(bytes.len());
-        assembler.push(&bytes);
+        let mut rest = bytes.as_slice();
         let mut said = None;
-        while let Some(m) = assembler.message()? {
-            if !m.src.is_pvmd() || (m.ctx, m.tag) != (CTX_TC as u32, tc::NOOP) {
-                continue;
-            }
-            match m.reader().tid() {
-                Ok(tid) if tid == r1 => return Ok(said.or(Some(Said::Task))),
-                Ok(tid) if tid == r1.host() => said = Some(Said::Host),
+        while let Some(fragment) = Fragment::take(&mut rest)? {
+            match fragment.notice() {
+                Some(tid) if tid == r1 => return Ok(said.or(Some(Said::Task))),
+                Some(tid) if tid == r1.host() => said = Some(Said::Host),
                 _ => {}
             }
         }
@@ -251,7 +269,8 @@ impl Waiting<'_> {
 /// What stands in a connection behind so many bytes.
 fn behind(connection: BorrowedFd<'_>, before: usize) -> Result<Vec<u8>> {
     let there = fds::readable(connection).context("FIONREAD")?;
-    if there <= before {
+    ensure!(there >= before, "somebody reads from the task's connection");
+    if there == before {
         return Ok(Vec::new());
     }
     let mut bytes = vec![0; there - before];

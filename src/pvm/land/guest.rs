@@ -12,7 +12,7 @@ use pvm_abi::{CTX_TC, CTX_TM, NOOP_LATE, NOOP_MAGIC, place};
 
 use super::Agent;
 use super::arrival::Arrived;
-use super::commit::{Waiting, end_of};
+use super::commit::{Go, Waiting, end_of};
 use super::environment;
 use super::identity::{self, Incarnation};
 use super::keeper::Keeper;
@@ -135,9 +135,11 @@ impl<'a> Task<'a> {
 }
 
 impl Drop for Task<'_> {
-    /// Whatever was to be kept has ended, or runs.
+    /// What was to be kept has ended. What may run and does not is its keeper's.
     fn drop(&mut self) {
-        if let Some(keeper) = self.keeper.take() {
+        if let Some(keeper) = self.keeper.take()
+            && self.committed.is_none()
+        {
             let _ = keeper.dismiss();
         }
     }
@@ -237,7 +239,10 @@ impl Guest for Task<'_> {
             })?;
         }
         let mut agent = self.agent.take();
-        self.waiting()?.until(&self.commit, agent.as_deref_mut())?;
+        let waiting = self.waiting()?;
+        let Go::Now = waiting.until(&self.commit, agent.as_deref_mut())? else {
+            bail!("the task runs, and we trace it");
+        };
         self.agent = agent;
         if let (Some(old), Some((_, far))) = (narrow, &self.ends) {
             far.narrow(old);
@@ -248,6 +253,9 @@ impl Guest for Task<'_> {
                 .context("cutting files back to what they were")?;
         }
         // A move must not fail from here on.
+        if let Some(keeper) = &mut self.keeper {
+            keeper.let_run();
+        }
         self.committed = Some(Instant::now());
         self.ends = None;
         // Standard streams of ours are the program's; with us they would stay open.
@@ -265,11 +273,11 @@ impl Guest for Task<'_> {
             // It runs all the same.
             let _ = agent.say(&ToAgent::Running { resume_us: since });
         }
-        self.arrived = None;
-        match self.keeper.take() {
-            Some(keeper) => keeper.dismiss(),
-            None => Ok(()),
+        if let Some(keeper) = self.keeper.take() {
+            keeper.dismiss()?;
         }
+        self.arrived = None;
+        Ok(())
     }
 }
 

@@ -5,7 +5,7 @@ use std::io::BufReader;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
@@ -13,6 +13,9 @@ use serde::{Deserialize, Serialize};
 use super::commit::{Go, Parked, Waiting};
 use super::protocol::{Commit, hear, say};
 use crate::kernel::{body, fds, pidfd};
+
+/// How often a process is looked at until it is taken to run.
+const LOOKS: u32 = 20;
 
 /// What the tracer says to it.
 #[derive(Serialize, Deserialize)]
@@ -22,6 +25,8 @@ enum ToKeeper {
     Take(Vec<i32>),
     /// They stand: what pvmd says comes behind so many bytes in the connection.
     Stand(usize),
+    /// It is over: they may run.
+    Run,
     /// They run.
     Done,
 }
@@ -75,6 +80,12 @@ impl Keeper {
             .context("the keeper of the parked task is gone")
     }
 
+    /// They may run, whatever becomes of us.
+    pub fn let_run(&mut self) {
+        // Gone it is not there when it is needed: an agent is.
+        let _ = say(self.line.get_mut(), &ToKeeper::Run);
+    }
+
     /// All run.
     ///
     /// # Errors
@@ -90,7 +101,7 @@ impl Keeper {
 fn serve(line: &UnixStream, waiting: &Waiting<'_>, commit: &Commit) -> Result<()> {
     let mut reader = BufReader::new(line.try_clone().context("dup")?);
     let mut processes = Vec::new();
-    let mut stand = None;
+    let (mut stand, mut may_run) = (None, false);
     // Whatever ends the line, the tracer has ended.
     while let Ok(Some(word)) = hear(&mut reader) {
         match word {
@@ -104,25 +115,37 @@ fn serve(line: &UnixStream, waiting: &Waiting<'_>, commit: &Commit) -> Result<()
                 say(&mut { line }, &true)?;
             }
             ToKeeper::Stand(before) => stand = Some(before),
+            ToKeeper::Run => may_run = true,
             ToKeeper::Done => return Ok(()),
         }
     }
-    let go = stand.map(|before| {
+    if processes.is_empty() {
+        return Ok(());
+    }
+    let go = || {
+        let Some(before) = stand else {
+            bail!("nobody was told that the task stands");
+        };
         let waiting = Waiting {
             before,
             parked: processes.first(),
             ..*waiting
         };
-        waiting.until(commit, None)
-    });
-    let signal = match go {
-        Some(Ok(Go::Now)) => libc::SIGCONT,
-        Some(Ok(Go::Already)) => return Ok(()),
-        Some(Err(_)) | None => libc::SIGKILL,
+        // Where it is over others may have let it run, and it reads its connection.
+        if may_run {
+            Ok(Go::Now)
+        } else {
+            waiting.until(commit, None)
+        }
+    };
+    let signal = match go() {
+        Ok(Go::Now) => libc::SIGCONT,
+        Ok(Go::Already) => return Ok(()),
+        Err(_) => libc::SIGKILL,
     };
     for parked in &processes {
-        // A program may have a handler for it: it is for one that stands.
-        if signal != libc::SIGCONT || !parked.runs() {
+        // A program may have a handler for it: it is for one that stands, or will in a moment.
+        if signal != libc::SIGCONT || (0..LOOKS).any(|_| !parked.runs()) {
             let _ = pidfd::send_signal(parked.process.as_fd(), signal);
         }
     }

@@ -8,7 +8,7 @@
 //!   Hello            ---->          (R2 is known: add_incarnation(R2, V) on every host)
 //!                    <----    Order (restore an image, or receive a stream)
 //!   Parked           ---->          everything stands; it waits for the commit
-//!                    <----    Run   (a restore only; a move runs when R1 has ended)
+//!                    <----    Run   (a move: it is decided; the task runs when R1 has ended, too)
 //!   Running          ---->          open_gate(V, R2) on every host
 //! ```
 //!
@@ -55,7 +55,7 @@ pub enum ToAgent {
 #[serde(tag = "say", rename_all = "snake_case")]
 pub enum ToLander {
     Order(Order),
-    /// A restore: the gates know R2, go.
+    /// A restore: the gates know R2, go. A move: it is decided.
     Run,
     /// Exit, and leave nothing.
     Abandon,
@@ -93,8 +93,9 @@ pub enum Source {
 pub enum Commit {
     /// When told [`ToLander::Run`].
     WhenTold,
-    /// When pvmd says that R1 has ended. `lease_ms` after Parked it asks pvmd: R1 alive, it exits; dead, it
-    /// runs. So the mover may kill V only well inside of that time, counted from before the last data it sent.
+    /// When it is decided, and pvmd says that R1 has ended. `lease_ms` after Parked it asks what is decided, and where nobody can
+    /// be asked, its pvmd: R1 alive, it exits; dead, it runs. So the mover may kill V only well inside of that time, counted
+    /// from before the last data it sent.
     WhenEnded { r1: u32, lease_ms: u64 },
 }
 

@@ -16,8 +16,8 @@ pub const MOST: usize = 256 << 20;
 /// What it is raised to while the task is parked.
 const WIDE: i32 = 64 << 20;
 
-/// What goes into a socket by one send(2) of so many bytes is in one piece, whoever else writes there: it makes one buffer of
-/// it (unix_stream_sendmsg in net/unix/af_unix.c, 48 kB less what the kernel needs).
+/// What goes into a socket by one send(2) of so many bytes is in one piece, whoever else writes there: the kernel makes one
+/// buffer of up to UNIX_SKB_FRAGS_SZ (unix_stream_sendmsg in net/unix/af_unix.c), and somewhat more.
 const ONE_PIECE: usize = 32 << 10;
 
 /// The pvmd's end of the connection.
@@ -56,7 +56,8 @@ impl FarEnd {
         let _ = sockopt::set_int(&self.0, libc::SOL_SOCKET, libc::SO_SNDBUF, old);
     }
 
-    /// Sends fragments through it. Its pvmd may write meanwhile: that stands before one of them, or behind all.
+    /// Sends fragments through it. Its pvmd may write meanwhile: that stands before one of them, or behind all, if they are no
+    /// longer than those of pvmd.
     ///
     /// # Errors
     /// When they do not fit into the socket's buffer, raised as far as can be.

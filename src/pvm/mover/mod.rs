@@ -190,6 +190,9 @@ impl<'j> Mover<'j> {
         };
         self.commit(link)?;
         // Decided. What fails from here on is not undone: the agent and the lander see to it.
+        let id = self.job.id.clone();
+        // It asks if it does not hear so.
+        let _ = link.begin(&self.job.to, Request::Run { id });
         self.finish(link, session, stopped)?;
         let totals = sender.totals();
         (self.moved.bytes, self.moved.bytes_wire) = (totals.raw, totals.wire);
