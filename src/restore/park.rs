@@ -49,7 +49,13 @@ pub fn unpark(pid: i32, t: Tracee) -> Result<bool> {
             Stop::Signal(libc::SIGSTOP | libc::SIGCONT) => return Ok(true),
             // Those with lower numbers come first.
             Stop::Signal(s) => t.cont(s)?,
-            Stop::Interrupt { .. } | Stop::Syscall | Stop::Event(_) => t.cont(0)?,
+            // By a SIGCONT that came just now, it may be.
+            Stop::Interrupt { .. } => {
+                queue_signal(pid, t.tid, libc::SIGSTOP)
+                    .with_context(|| format!("letting thread {} run", t.tid))?;
+                t.cont(0)?;
+            }
+            Stop::Syscall | Stop::Event(_) => t.cont(0)?,
             Stop::Exited(_) | Stop::Killed(_) => return Ok(false),
         }
     }

@@ -192,6 +192,7 @@ impl Agent {
         self.table.open_gate(v, r)?;
         self.closing.retain(|closing| closing.v != v);
         self.closed_for.remove(&v);
+        self.landings.decided(Tid(r));
         if let Some(entry) = closed {
             self.left_standing(Tid(entry.next), entry.next == r)?;
         }

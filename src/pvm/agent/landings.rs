@@ -155,6 +155,18 @@ impl Landings {
         Ok(())
     }
 
+    /// What is parked as this incarnation may run: whoever was to say so may have ended.
+    pub(super) fn decided(&mut self, r: Tid) {
+        for lander in self.landers.values_mut().filter(|l| l.r == r) {
+            if let (Stage::Parked(_), Some(line)) = (&lander.stage, &mut lander.line)
+                && lander.order.moves.is_some()
+            {
+                // It asks if it does not hear so.
+                let _ = line.say(&ToLander::Run);
+            }
+        }
+    }
+
     /// Whatever it is at: it exits, unless it runs.
     pub fn abandon(&mut self, id: &str, r: Tid) {
         // Either may be unknown to who asks: a move has no incarnation at first, and no name when its agent has ended.

@@ -309,7 +309,8 @@ impl Agent {
     pub(super) fn fate(&self, v: u32, next: u32) -> Option<bool> {
         let entry = self.table.entry(v);
         match entry {
-            Some(entry) if entry.r == next && !entry.state.is_closed() => Some(true),
+            // It may be on its way again.
+            Some(entry) if entry.r == next => Some(true),
             Some(entry) if entry.state == State::Decided && entry.next == next => Some(true),
             _ if (self.moves.moves.values()).any(|m| m.job.v == v && !m.line.has_ended()) => None,
             _ => Some(false),

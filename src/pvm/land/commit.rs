@@ -6,12 +6,12 @@
 //! or nobody is left who would tell, the agent of the host that the task leaves is asked what is decided. A notice that
 //! comes only because our pvmd takes that host for dead proves nothing: the master's knows (see [`agent::has_gone`]).
 
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
-use nix::poll::PollTimeout;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::socket::{MsgFlags, recv};
 
@@ -149,10 +149,12 @@ impl Waiting<'_> {
                     true => self.has_gone(r1),
                     false => self.inquire(r1),
                 };
+                // That took its time.
+                self.listen(r1, &mut agent, &epoll, &mut decided)?;
                 match asked {
                     Ok(Some(true)) if host_lost => return Ok(Go::Now),
                     Ok(_) if host_lost => {}
-                    Ok(Some(false)) => match self.says(r1)? {
+                    Ok(Some(false)) if !decided => match self.says(r1)? {
                         None => bail!(
                             "the move has failed: {r1} still runs where it was, and goes on there"
                         ),
@@ -163,9 +165,7 @@ impl Waiting<'_> {
                     },
                     // The notice comes.
                     Ok(Some(true)) => decided = true,
-                    Ok(None) => {}
-                    // Its state is nowhere else, and nobody says that it has gone on.
-                    Err(_) if ended && !host_lost => return Ok(Go::Now),
+                    Ok(_) => {}
                     // Nothing comes from a pvmd that is no more. (Its end of the connection is ours, too: that says
                     // nothing.)
                     Err(_)
@@ -201,28 +201,46 @@ impl Waiting<'_> {
             if events.iter().take(count).any(|e| e.data() == PARKED) {
                 bail!("the parked task has ended");
             }
-            let mut told = events.iter().take(count).any(|e| e.data() == AGENT);
-            while let Some(line) = agent.as_deref_mut().filter(|_| told) {
-                match line.hear() {
-                    // What is over is over.
-                    Ok(Some(ToLander::Abandon))
-                        if !decided || self.says(r1)? != Some(Said::Task) =>
-                    {
-                        bail!("the agent has called it off")
-                    }
-                    Ok(Some(ToLander::Run)) => decided = true,
-                    Ok(Some(_)) => {}
-                    // Nobody would tell us.
-                    Ok(None) | Err(_) => {
-                        epoll.delete(line.reader.get_ref()).context("epoll_ctl")?;
-                        agent = None;
-                        ask_at = Instant::now();
-                        break;
-                    }
+            if events.iter().take(count).any(|e| e.data() == AGENT) {
+                self.listen(r1, &mut agent, &epoll, &mut decided)?;
+                if agent.is_none() {
+                    ask_at = Instant::now();
                 }
-                told = !line.reader.buffer().is_empty();
             }
         }
+    }
+
+    /// Hears what the agent has said already: that it is decided, or called off. One that has gone is none any more.
+    fn listen(
+        &self,
+        r1: Tid,
+        agent: &mut Option<&mut Agent>,
+        epoll: &Epoll,
+        decided: &mut bool,
+    ) -> Result<()> {
+        while let Some(line) = agent {
+            let mut fds = [PollFd::new(
+                line.reader.get_ref().as_fd(),
+                PollFlags::POLLIN,
+            )];
+            if line.reader.buffer().is_empty() && poll(&mut fds, PollTimeout::ZERO) == Ok(0) {
+                break;
+            }
+            match line.hear() {
+                // What is over is over.
+                Ok(Some(ToLander::Abandon)) if !*decided || self.says(r1)? != Some(Said::Task) => {
+                    bail!("the agent has called it off")
+                }
+                Ok(Some(ToLander::Run)) => *decided = true,
+                Ok(Some(_)) => {}
+                // Nobody would tell us.
+                Ok(None) | Err(_) => {
+                    epoll.delete(line.reader.get_ref()).context("epoll_ctl")?;
+                    *agent = None;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// What the connection says of `r1`'s end.
