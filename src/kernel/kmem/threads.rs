@@ -366,16 +366,23 @@ impl Threads {
 
     /// Which flag it is differs from kernel to kernel: the one that comes and goes with ours.
     fn find_no_tsc(&self) -> Result<Option<u64>> {
+        /// Another may come and go at the same time: that a thread is to make room, above all.
+        const TRIES: usize = 16;
         let own = self.find(nix::unistd::gettid().as_raw())?;
-        let before = self.bring(own)?;
-        // The clocks of the vDSO are read nowhere in between.
-        let forbidden = tsc::forbid();
-        let during = self.bring(own);
-        drop(forbidden);
-        let (during, after) = (during?, self.bring(own)?);
-        let [before, during, after] = [before, during, after].map(|b| word(&b, FLAGS as usize));
-        let flag = during & !before & !after;
-        Ok(flag.is_power_of_two().then_some(flag))
+        for _ in 0..TRIES {
+            let before = self.bring(own)?;
+            // The clocks of the vDSO are read nowhere in between.
+            let forbidden = tsc::forbid();
+            let during = self.bring(own);
+            drop(forbidden);
+            let (during, after) = (during?, self.bring(own)?);
+            let [before, during, after] = [before, during, after].map(|b| word(&b, FLAGS as usize));
+            let flag = during & !before & !after;
+            if flag.is_power_of_two() {
+                return Ok(Some(flag));
+            }
+        }
+        Ok(None)
     }
 
     /// # Errors
