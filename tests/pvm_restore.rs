@@ -2,6 +2,8 @@
 
 #[path = "pvm_restore/anew.rs"]
 mod anew;
+#[path = "pvm_restore/away.rs"]
+mod away;
 mod common;
 #[path = "pvm_restore/deaths.rs"]
 mod deaths;
@@ -26,8 +28,8 @@ use common::wait_for;
 use mistctl::pvm::block::TaskBlock;
 use mistctl::pvm::land::protocol::{self, Commit, Order, Source, ToAgent, ToLander};
 use mistctl::pvm::shimabi::table::{Entry, Mapped, State, lease_clock};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::libc;
+use parking::Case;
 use scene::{Scene, spawned};
 use serde_json::Value;
 use stage::{Actor, Stage};
@@ -63,12 +65,15 @@ fn main() -> ExitCode {
         ("last_words_of_restored_tasks_arrive", last_words),
         (
             "killed_at_any_moment_a_lander_leaves_nothing_or_a_task",
-            killed_landers,
+            deaths::killed_landers,
         ),
-        ("partners_of_a_task_that_is_away_wait_for_it", away),
+        (
+            "partners_of_a_task_that_is_away_wait_for_it",
+            away::with_agents,
+        ),
         (
             "so_they_do_when_agents_end_while_it_is_saved",
-            away_without_agents,
+            away::without_agents,
         ),
         (
             "what_is_sent_is_not_lost_when_an_agent_ends_while_gates_open",
@@ -124,11 +129,18 @@ fn main() -> ExitCode {
         ),
         (
             "a_tracer_killed_while_parked_does_not_keep_a_committed_task",
-            parking::tracer_dies_committed,
+            |scene| parking::tracer_dies_committed(scene, &Case::default()),
         ),
         (
             "a_tracer_killed_while_others_write_does_not_keep_a_committed_task",
-            parking::tracer_dies_committed_while_others_write,
+            // What stands in the connection differs from what stood there when the keeper was born.
+            |scene| {
+                let case = Case {
+                    writes: 5000,
+                    ..Case::default()
+                };
+                parking::tracer_dies_committed(scene, &case)
+            },
         ),
         (
             "a_tracer_killed_while_parked_leaves_nothing_uncommitted",
@@ -144,7 +156,7 @@ fn main() -> ExitCode {
         ),
         (
             "a_tracer_killed_before_it_fills_memory_leaves_that_to_another",
-            parking::tracer_dies_before_it_fills,
+            |scene| parking::tracer_dies_committed(scene, &parking::LAZY),
         ),
         (
             "a_task_whose_memory_is_filled_survives_who_fills_it",
@@ -280,119 +292,6 @@ fn collects(scene: &Scene) -> Result<()> {
         let expected = ["BEGIN", "one", "two", "EOF"].map(|what| format!("[t{v:x}] {what}"));
         ensure!(boss.said == expected, "{how}: {:?}", boss.said);
     }
-    Ok(())
-}
-
-fn away(scene: &Scene) -> Result<()> {
-    let (mut boss, mut other) = (scene.actor("h0", "boss")?, scene.actor("h1", "other")?);
-    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
-    let pid = worker.pid();
-    // PvmTaskExit
-    boss.ask(&format!("notify 1 66 {v:x}"));
-    boss.ask(&format!("send {v:x} 7 before"));
-    // One that cannot be saved now is there for its partners as before (PvmMboxWaitForInfo, PvmMboxReadAndDelete).
-    let block = TaskBlock::find(scene.pid_outside("h1", pid)?)?.context("no block")?;
-    worker.tell("get later 0 48");
-    stage::until("the task to wait for its pvmd", || {
-        block.asking().unwrap() == 1
-    });
-    ensure!(scene.dump("h1", pid, "no", "--kill --away").is_err());
-    ensure!(boss.ask(&format!("send {v:x} 8 still")) == "0");
-    boss.ask("put later now 4");
-    ensure!(worker.answer().contains("text now"));
-    ensure!(worker.ask("recv -1 8").contains("text still"));
-    let image = scene.dump("h1", pid, "image", "--kill --away")?;
-    let gone = scene.hosts.exec("h1", &format!("kill -0 {pid}"));
-    ensure!(gone.is_err(), "it lives");
-    is_listed_as_away(scene, v, Some(&image))?;
-    for (actor, host) in [(&mut boss, "h0"), (&mut other, "h1")] {
-        let pid = actor.pid();
-        actor.tell(&format!("send {v:x} 7 {host}"));
-        let block = TaskBlock::find(scene.pid_outside(host, pid)?)?.context("no block")?;
-        stage::until_waits(&block, mistctl::pvm::shimabi::block::wait::GATE);
-    }
-    // Of two at once one makes a task of it.
-    let both = std::thread::scope(|scope| {
-        let one = scope.spawn(|| restore(scene, "h0", &image, "--host h0"));
-        let two = restore(scene, "h0", &image, "--host h1");
-        [one.join().expect("no panic"), two]
-    });
-    let done = both.iter().filter(|r| r.is_ok()).count();
-    ensure!(done == 1, "{both:?}");
-    is_listed_as_away(scene, v, None)?;
-    ensure!(boss.answer() == "0" && other.answer() == "0");
-    let got: Vec<String> = (0..3).map(|_| worker.ask("recv -1 7")).collect();
-    ensure!(got[0].contains("text before"), "{got:?}");
-    for text in ["text h0", "text h1"] {
-        ensure!(got.iter().any(|said| said.contains(text)), "{got:?}");
-    }
-    ensure!(boss.ask("nnotice 66") == "none", "it was told of an end");
-    worker.leave();
-    ensure!(boss.ask("notice 66").contains(&format!("{v:x}")));
-    boss.leave();
-    other.leave();
-    Ok(())
-}
-
-/// Whether `mistctl ps` says, on both hosts, that the task is away, and where its image is; or that it is there.
-fn is_listed_as_away(scene: &Scene, v: u32, image: Option<&Path>) -> Result<()> {
-    for host in ["h0", "h1"] {
-        let ps = format!("{} ps --json", scene.mistctl.path());
-        let listing: Value = serde_json::from_str(&scene.hosts.exec(host, &ps)?)?;
-        let tasks = listing["tasks"].as_array().context("no tasks")?;
-        let mut rows = (tasks.iter()).filter(|row| row["virtual_tid"] == format!("t{v:x}"));
-        let row = rows.next().context("it is not listed")?;
-        ensure!(rows.next().is_none(), "it is listed twice: {tasks:?}");
-        ensure!((row["state"] == "away") == image.is_some(), "{row}");
-        let Some(image) = image else { continue };
-        ensure!(row["image"] == image.to_string_lossy().as_ref(), "{row}");
-        ensure!(row["saved_on"] == "h1" && row["since"].is_u64(), "{row}");
-        let program = row["program"].as_str().unwrap_or_default();
-        ensure!(program.ends_with("/actor") && row["pid"].is_null(), "{row}");
-    }
-    // It cannot be moved, and who tries is told why.
-    if image.is_some() {
-        let said = scene.migrate(v, "h0").unwrap_err().to_string();
-        ensure!(said.contains("is away"), "{said}");
-    }
-    Ok(())
-}
-
-/// An agent that has closed the gate ends before the task does: the next one knows it from the table.
-fn away_without_agents(scene: &Scene) -> Result<()> {
-    let (mut boss, mut other) = (scene.actor("h0", "boss")?, scene.actor("h1", "other")?);
-    let (mut worker, v) = scene.worker(&mut boss, "h1", "worker")?;
-    let pid = worker.pid();
-    // So that saving it takes longer than ending an agent.
-    worker.ask("hoard 200");
-    boss.ask(&format!("notify 1 66 {v:x}"));
-    let image = std::thread::scope(|scope| {
-        let dump = scope.spawn(|| scene.dump("h1", pid, "image", "--kill --away"));
-        // Its gate is closed on all hosts, and all that was sent to it is there.
-        wait_for("its memory to be written", LIMIT, || {
-            let pages = fs::metadata(scene.path("image.partial/pages"));
-            Ok(pages.is_ok_and(|pages| pages.len() > 1 << 20).then_some(()))
-        })?;
-        let agent = "ps -C mistctl -o pid=,args= | awk '$3 == \"agent\" { print $1 }'";
-        (scene.hosts).exec("h0", &format!("kill -KILL $({agent})"))?;
-        dump.join().expect("no panic")
-    })?;
-    for (actor, host) in [(&mut boss, "h0"), (&mut other, "h1")] {
-        let pid = actor.pid();
-        actor.tell(&format!("send {v:x} 7 {host}"));
-        let block = TaskBlock::find(scene.pid_outside(host, pid)?)?.context("no block")?;
-        stage::until_waits(&block, mistctl::pvm::shimabi::block::wait::GATE);
-    }
-    restore(scene, "h0", &image, "--host h1")?;
-    ensure!(boss.answer() == "0" && other.answer() == "0");
-    let got: Vec<String> = (0..2).map(|_| worker.ask("recv -1 7")).collect();
-    for text in ["text h0", "text h1"] {
-        ensure!(got.iter().any(|said| said.contains(text)), "{got:?}");
-    }
-    ensure!(boss.ask("nnotice 66") == "none", "it was told of an end");
-    worker.leave();
-    boss.leave();
-    other.leave();
     Ok(())
 }
 
@@ -653,86 +552,4 @@ fn last_words(scene: &Scene) -> Result<()> {
     ensure!(boss.ask("exit") == "0");
     ensure!(boss.said == expected, "{:?}", boss.said);
     Ok(())
-}
-
-fn killed_landers(scene: &Scene) -> Result<()> {
-    let mut boss = scene.actor(HOST, "boss")?;
-    let (mut worker, v) = scene.worker(&mut boss, HOST, "worker")?;
-    let pid = worker.pid();
-    let image = scene.dump(HOST, pid, "image", "--kill")?;
-    let pvmd = scene.hosts.exec(HOST, "pgrep -x pvmd")?;
-    let parent = scene.pid_outside(HOST, pvmd.trim().parse()?)? as u32;
-    let (mut came, mut gone) = (0, 0);
-    // How long one takes that nobody kills.
-    let mut whole = None;
-    for n in 0..21 {
-        let delay = whole.map(|whole: Duration| whole * n / 18);
-        let there = common::processes();
-        std::thread::scope(|scope| -> Result<()> {
-            let killer = scope.spawn(|| kill_lander(parent, &there, delay));
-            let lazily = if n % 2 == 0 { "" } else { "--lazy" };
-            scene.land(&mut boss, HOST, &image, lazily)?;
-            let took = killer.join().unwrap_or_else(|_| bail!("the killer"))?;
-            whole = whole.or(Some(took));
-            Ok(())
-        })?;
-        wait_for("the end of all mistctls", LIMIT, || {
-            let left = "! ls -l /proc/[0-9]*/exe 2>/dev/null | grep mistctl";
-            Ok(scene.hosts.root(HOST, left).ok())
-        })?;
-        let task = scene.hosts.exec(HOST, &format!("pgrep -P {pvmd}; true"))?;
-        if task.is_empty() {
-            gone += 1;
-            continue;
-        }
-        came += 1;
-        ensure!(worker.ask("mytid") == format!("{v:x}"));
-        worker.tell("quit");
-        worker.answer();
-        wait_for("its end", LIMIT, || {
-            let gone = format!("! pgrep -P {pvmd}");
-            Ok(scene.hosts.exec(HOST, &gone).ok())
-        })?;
-    }
-    println!("{gone} ended, {came} came through");
-    ensure!(gone > 0, "all came through: nobody was killed in time");
-    boss.leave();
-    Ok(())
-}
-
-/// Waits until a process of `parent` is a lander, and kills with this delay whoever has it in hand, and itself, as long as
-/// it is not the task. Without a delay: how long it takes until it is.
-fn kill_lander(parent: u32, before: &[u32], delay: Option<Duration>) -> Result<Duration> {
-    let is_lander = |p: &u32| {
-        let exe = fs::read_link(format!("/proc/{p}/exe"));
-        exe.is_ok_and(|exe| exe.ends_with("mistctl"))
-    };
-    let parent = parent.to_string();
-    let came = Instant::now();
-    // It may be over in some milliseconds.
-    let lander = loop {
-        let new = common::processes()
-            .into_iter()
-            .filter(|p| !before.contains(p));
-        let its = |p: &u32| common::status_field(*p, "PPid").as_ref() == Some(&parent);
-        if let Some(lander) = new.filter(its).find(is_lander) {
-            break lander;
-        }
-        ensure!(came.elapsed() < LIMIT, "no lander came");
-    };
-    let began = Instant::now();
-    let Some(delay) = delay else {
-        let traced = || common::status_field(lander, "TracerPid").is_some_and(|t| t != "0");
-        while is_lander(&lander) || traced() {}
-        return Ok(began.elapsed());
-    };
-    while began.elapsed() < delay {}
-    let tracer = common::status_field(lander, "TracerPid");
-    if let Some(tracer) = tracer.and_then(|t| t.parse().ok()).filter(|t| *t != 0) {
-        let _ = kill(Pid::from_raw(tracer), Signal::SIGKILL);
-    }
-    if is_lander(&lander) {
-        let _ = kill(Pid::from_raw(lander as i32), Signal::SIGKILL);
-    }
-    Ok(began.elapsed())
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use procfs::process::Status;
 use pvm_abi::block::{flag, state, wait};
 use serde::{Deserialize, Serialize};
 
@@ -298,11 +299,18 @@ fn elsewhere(tid: Tid) -> Result<i32> {
 
 /// Whether a process stands by a SIGSTOP, or has one pending that it takes as soon as its tracer lets it go.
 pub fn stands(pid: i32) -> bool {
+    proc_file::status(pid).is_ok_and(|status| is_stopped(&status))
+}
+
+/// Whether a process runs, or sleeps in a call; on its way into a stop it does for a moment, too.
+pub fn runs(pid: i32) -> bool {
     let status = proc_file::status(pid);
-    status.is_ok_and(|status| {
-        let pending = (status.sigpnd | status.shdpnd) & 1 << (libc::SIGSTOP - 1);
-        status.state.starts_with('T') || pending != 0
-    })
+    status.is_ok_and(|status| status.state.starts_with(['R', 'S', 'D']) && !is_stopped(&status))
+}
+
+fn is_stopped(status: &Status) -> bool {
+    let pending = (status.sigpnd | status.shdpnd) & 1 << (libc::SIGSTOP - 1);
+    status.state.starts_with('T') || pending != 0
 }
 
 /// Whether somebody traces a process and goes on doing so: one that is being killed lets go in a moment.

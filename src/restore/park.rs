@@ -40,8 +40,11 @@ pub fn park(pid: i32, t: Tracee) -> Result<()> {
 /// Takes a thread's SIGSTOP away; false: the program has ended by a signal of its own.
 pub fn unpark(pid: i32, t: Tracee) -> Result<bool> {
     // A SIGCONT takes away those of all threads, and only one of them would be told.
-    queue_signal(pid, t.tid, libc::SIGSTOP)
-        .with_context(|| format!("letting thread {} run", t.tid))?;
+    let park_again = || {
+        queue_signal(pid, t.tid, libc::SIGSTOP)
+            .with_context(|| format!("letting thread {} run", t.tid))
+    };
+    park_again()?;
     t.cont(0)?;
     loop {
         match t.wait()? {
@@ -51,8 +54,7 @@ pub fn unpark(pid: i32, t: Tracee) -> Result<bool> {
             Stop::Signal(s) => t.cont(s)?,
             // By a SIGCONT that came just now, it may be.
             Stop::Interrupt { .. } => {
-                queue_signal(pid, t.tid, libc::SIGSTOP)
-                    .with_context(|| format!("letting thread {} run", t.tid))?;
+                park_again()?;
                 t.cont(0)?;
             }
             Stop::Syscall | Stop::Event(_) => t.cont(0)?,

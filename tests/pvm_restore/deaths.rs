@@ -1,4 +1,4 @@
-//! Who helps a task back that was saved with --away, or the task on its way, is killed amid that.
+//! Who helps a task back that was saved, or the task on its way, is killed amid that.
 
 use std::process::Child;
 
@@ -297,4 +297,86 @@ fn lander_of(scene: &Scene, host: &str) -> Result<Option<u32>> {
             && fs::read_link(format!("/proc/{pid}/ns/pid")).is_ok_and(|its| its == ns)
     };
     Ok(common::processes().into_iter().find(lands))
+}
+
+pub fn killed_landers(scene: &Scene) -> Result<()> {
+    let mut boss = scene.actor(HOST, "boss")?;
+    let (mut worker, v) = scene.worker(&mut boss, HOST, "worker")?;
+    let pid = worker.pid();
+    let image = scene.dump(HOST, pid, "image", "--kill")?;
+    let pvmd = scene.hosts.exec(HOST, "pgrep -x pvmd")?;
+    let parent = scene.pid_outside(HOST, pvmd.trim().parse()?)? as u32;
+    let (mut came, mut gone) = (0, 0);
+    // How long one takes that nobody kills.
+    let mut whole = None;
+    for n in 0..21 {
+        let delay = whole.map(|whole: Duration| whole * n / 18);
+        let there = common::processes();
+        std::thread::scope(|scope| -> Result<()> {
+            let killer = scope.spawn(|| kill_lander(parent, &there, delay));
+            let lazily = if n % 2 == 0 { "" } else { "--lazy" };
+            scene.land(&mut boss, HOST, &image, lazily)?;
+            let took = killer.join().unwrap_or_else(|_| bail!("the killer"))?;
+            whole = whole.or(Some(took));
+            Ok(())
+        })?;
+        wait_for("the end of all mistctls", LIMIT, || {
+            let left = "! ls -l /proc/[0-9]*/exe 2>/dev/null | grep mistctl";
+            Ok(scene.hosts.root(HOST, left).ok())
+        })?;
+        let task = scene.hosts.exec(HOST, &format!("pgrep -P {pvmd}; true"))?;
+        if task.is_empty() {
+            gone += 1;
+            continue;
+        }
+        came += 1;
+        ensure!(worker.ask("mytid") == format!("{v:x}"));
+        worker.tell("quit");
+        worker.answer();
+        wait_for("its end", LIMIT, || {
+            let gone = format!("! pgrep -P {pvmd}");
+            Ok(scene.hosts.exec(HOST, &gone).ok())
+        })?;
+    }
+    println!("{gone} ended, {came} came through");
+    ensure!(gone > 0, "all came through: nobody was killed in time");
+    boss.leave();
+    Ok(())
+}
+
+/// Waits until a process of `parent` is a lander, and kills with this delay whoever has it in hand, and itself, as long as
+/// it is not the task. Without a delay: how long it takes until it is.
+fn kill_lander(parent: u32, before: &[u32], delay: Option<Duration>) -> Result<Duration> {
+    let is_lander = |p: &u32| {
+        let exe = fs::read_link(format!("/proc/{p}/exe"));
+        exe.is_ok_and(|exe| exe.ends_with("mistctl"))
+    };
+    let parent = parent.to_string();
+    let came = Instant::now();
+    // It may be over in some milliseconds.
+    let lander = loop {
+        let new = common::processes()
+            .into_iter()
+            .filter(|p| !before.contains(p));
+        let its = |p: &u32| common::status_field(*p, "PPid").as_ref() == Some(&parent);
+        if let Some(lander) = new.filter(its).find(is_lander) {
+            break lander;
+        }
+        ensure!(came.elapsed() < LIMIT, "no lander came");
+    };
+    let began = Instant::now();
+    let Some(delay) = delay else {
+        let traced = || common::status_field(lander, "TracerPid").is_some_and(|t| t != "0");
+        while is_lander(&lander) || traced() {}
+        return Ok(began.elapsed());
+    };
+    while began.elapsed() < delay {}
+    let tracer = common::status_field(lander, "TracerPid");
+    if let Some(tracer) = tracer.and_then(|t| t.parse().ok()).filter(|t| *t != 0) {
+        let _ = kill(Pid::from_raw(tracer), Signal::SIGKILL);
+    }
+    if is_lander(&lander) {
+        let _ = kill(Pid::from_raw(lander as i32), Signal::SIGKILL);
+    }
+    Ok(began.elapsed())
 }

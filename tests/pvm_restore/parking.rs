@@ -19,19 +19,36 @@ pub struct Parking<'s> {
     landed: i32,
 }
 
+/// What is peculiar to it.
+#[derive(Default)]
+pub struct Case {
+    /// So many MiB of memory, which is filled lazily when that is not 0.
+    pub memory: u32,
+    /// Messages that others write to the lander while it lands.
+    pub writes: u32,
+    /// A signal that the task blocks; 0: none.
+    pub blocks: i32,
+}
+
+/// MiB of memory that is filled behind a task's back.
+pub const LAZY: Case = Case {
+    memory: 16,
+    writes: 0,
+    blocks: 0,
+};
+
 impl Parking<'_> {
     fn new(scene: &Scene, lease_ms: u64) -> Result<Parking<'_>> {
-        Self::with(scene, lease_ms, 0, 0)
+        Self::with(scene, lease_ms, &Case::default())
     }
 
-    /// The task has so many MiB of memory, which is filled lazily when that is not 0, and others write to the lander so
-    /// many messages while it lands.
-    fn with(scene: &Scene, lease_ms: u64, memory: u32, writes: u32) -> Result<Parking<'_>> {
+    fn with<'s>(scene: &'s Scene, lease_ms: u64, case: &Case) -> Result<Parking<'s>> {
         let mut boss = scene.actor(HOST, "boss")?;
         let mut spawner = scene.actor(HOST, "spawner")?;
         let (mut worker, v) = scene.worker(&mut boss, HOST, "worker")?;
         let pid = worker.pid();
-        worker.ask(&format!("hoard {memory}"));
+        worker.ask(&format!("hoard {}", case.memory));
+        worker.ask(&format!("blocks {}", case.blocks));
         worker.tell("recv -1 7");
         until_receives(scene, HOST, pid)?;
         boss.ask(&format!("send {v:x} 8 early"));
@@ -65,11 +82,13 @@ impl Parking<'_> {
             }
             other => bail!("{other:?}"),
         }
-        parking.boss.tell(&format!("stream {r:x} 9 {writes}"));
+        parking
+            .boss
+            .tell(&format!("stream {r:x} 9 {}", case.writes));
         parking.say(&ToLander::Order(Order {
             v,
             source: Source::Image { path: image },
-            lazy: memory > 0,
+            lazy: case.memory > 0,
             announce: false,
             commit: Commit::WhenEnded { r1: v, lease_ms },
         }))?;
@@ -171,6 +190,15 @@ impl Parking<'_> {
         self.alone()
     }
 
+    /// The old one ends, and the new one runs.
+    fn goes_over(mut self) -> Result<()> {
+        self.kill(self.pid)?;
+        ensure!(matches!(self.heard()?, ToAgent::Running { .. }));
+        self.runs_here()?;
+        self.end();
+        Ok(())
+    }
+
     /// The old one goes on, and the new one has left nothing.
     fn runs_there(&mut self) -> Result<()> {
         let (v, landed) = (self.v, self.landed);
@@ -229,35 +257,27 @@ pub const LONG: u64 = 60_000;
 pub fn runs_when_ended(scene: &Scene) -> Result<()> {
     let mut parking = Parking::new(scene, LONG)?;
     parking.say(&ToLander::Run)?;
-    parking.kill(parking.pid)?;
-    ensure!(matches!(parking.heard()?, ToAgent::Running { .. }));
-    parking.runs_here()?;
-    parking.end();
-    Ok(())
+    parking.goes_over()
 }
 
-/// Somebody sends it a SIGCONT, which takes away what it is parked with.
+/// Somebody sends it a SIGCONT, which takes away what it is parked with, and which it does not take.
 pub fn continued(scene: &Scene) -> Result<()> {
-    let mut parking = Parking::new(scene, LONG)?;
+    let case = Case {
+        blocks: libc::SIGCONT,
+        ..Case::default()
+    };
+    let mut parking = Parking::with(scene, LONG, &case)?;
     let to = format!("kill -CONT {}", parking.landed);
     scene.hosts.exec(HOST, &to)?;
     parking.say(&ToLander::Run)?;
-    parking.kill(parking.pid)?;
-    ensure!(matches!(parking.heard()?, ToAgent::Running { .. }));
-    parking.runs_here()?;
-    parking.end();
-    Ok(())
+    parking.goes_over()
 }
 
 /// It is decided, and the lander asks, for it was not told.
 pub fn runs_when_it_finds_out(scene: &Scene) -> Result<()> {
-    let mut parking = Parking::new(scene, LONG)?;
+    let parking = Parking::new(scene, LONG)?;
     parking.note(State::Decided)?;
-    parking.kill(parking.pid)?;
-    ensure!(matches!(parking.heard()?, ToAgent::Running { .. }));
-    parking.runs_here()?;
-    parking.end();
-    Ok(())
+    parking.goes_over()
 }
 
 /// Nothing is decided: the old one may have been let go on, and have come to its end.
@@ -311,8 +331,8 @@ pub fn agent_dies(scene: &Scene, state: State) -> Result<()> {
     Ok(())
 }
 
-pub fn tracer_dies_committed(scene: &Scene) -> Result<()> {
-    let mut parking = Parking::new(scene, LONG)?;
+pub fn tracer_dies_committed(scene: &Scene, case: &Case) -> Result<()> {
+    let mut parking = Parking::with(scene, LONG, case)?;
     parking.note(State::Decided)?;
     parking.kill(parking.tracer()?)?;
     parking.runs_here()?;
@@ -343,32 +363,9 @@ pub fn both_die(scene: &Scene, state: State) -> Result<()> {
     Ok(())
 }
 
-/// What stands in the connection before the lander has parked differs from what stood there when its keeper was born.
-pub fn tracer_dies_committed_while_others_write(scene: &Scene) -> Result<()> {
-    let mut parking = Parking::with(scene, LONG, 0, 5000)?;
-    parking.note(State::Decided)?;
-    parking.kill(parking.tracer()?)?;
-    parking.runs_here()?;
-    parking.end();
-    Ok(())
-}
-
-/// MiB of memory that is filled behind a task's back.
-const MUCH: u32 = 16;
-
-/// Nothing is filled yet, and the tracer is killed.
-pub fn tracer_dies_before_it_fills(scene: &Scene) -> Result<()> {
-    let mut parking = Parking::with(scene, LONG, MUCH, 0)?;
-    parking.note(State::Decided)?;
-    parking.kill(parking.tracer()?)?;
-    parking.runs_here()?;
-    parking.end();
-    Ok(())
-}
-
 /// The task runs, and its memory is being filled when its tracer is killed, or the one that stands by.
 pub fn one_dies_while_it_fills(scene: &Scene, find: fn(&Parking<'_>) -> Result<i32>) -> Result<()> {
-    let mut parking = Parking::with(scene, LONG, MUCH, 0)?;
+    let mut parking = Parking::with(scene, LONG, &LAZY)?;
     let pid = find(&parking)?;
     parking.say(&ToLander::Run)?;
     parking.kill(parking.pid)?;
@@ -382,7 +379,7 @@ pub fn one_dies_while_it_fills(scene: &Scene, find: fn(&Parking<'_>) -> Result<i
 
 /// Nobody is left who could fill its memory: it ends rather than read zeros.
 pub fn both_die_before_they_fill(scene: &Scene) -> Result<()> {
-    let parking = Parking::with(scene, LONG, MUCH, 0)?;
+    let parking = Parking::with(scene, LONG, &LAZY)?;
     parking.note(State::Decided)?;
     let (first, second) = (parking.tracer()?, parking.understudy()?);
     parking.kill(second)?;

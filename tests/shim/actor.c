@@ -351,7 +351,13 @@ static int run(int argc, char **argv)
 		say("%d", pvm_freecontext(TID(1)));
 	else if (!strcmp(c, "handles")) /* a signal, and does nothing */
 		say("%d", signal(NUM(1), nothing) == SIG_ERR);
-	else if (!strcmp(c, "minfo")) {
+	else if (!strcmp(c, "blocks")) { /* a signal; 0: none */
+		sigset_t set;
+		sigemptyset(&set);
+		if (NUM(1))
+			sigaddset(&set, NUM(1));
+		say("%d", sigprocmask(SIG_BLOCK, &set, 0));
+	} else if (!strcmp(c, "minfo")) {
 		struct pvmminfo info;
 		n = pvm_recv(TID(1), NUM(2));
 		pvm_getminfo(n, &info);

@@ -17,7 +17,7 @@ use nix::sys::socket::{MsgFlags, recv};
 
 use super::Agent;
 use super::protocol::{Commit, ToLander};
-use crate::kernel::{fds, proc_file, sockopt};
+use crate::kernel::{fds, sockopt};
 use crate::pvm::capture::Fragment;
 use crate::pvm::client::{Client, Pvmd};
 use crate::pvm::tid::Tid;
@@ -61,13 +61,9 @@ impl Parked {
     /// Whether it runs. Looks twice: on its way into a stop it runs, too, with no signal pending any more.
     pub fn runs(&self) -> bool {
         const MOMENT: Duration = Duration::from_millis(20);
-        let runs = || {
-            let status = proc_file::status(self.pid);
-            status.is_ok_and(|s| s.state.starts_with(['R', 'S', 'D'])) && !local::stands(self.pid)
-        };
-        runs() && {
+        local::runs(self.pid) && {
             std::thread::sleep(MOMENT);
-            runs()
+            local::runs(self.pid)
         }
     }
 }

@@ -5,7 +5,7 @@ use std::io::BufReader;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
@@ -122,26 +122,23 @@ fn serve(line: &UnixStream, waiting: &Waiting<'_>, commit: &Commit) -> Result<()
     if processes.is_empty() {
         return Ok(());
     }
-    let go = || {
-        let Some(before) = stand else {
-            bail!("nobody was told that the task stands");
-        };
-        let waiting = Waiting {
-            before,
-            parked: processes.first(),
-            ..*waiting
-        };
-        // Where it is over others may have let it run, and it reads its connection.
-        if may_run {
-            Ok(Go::Now)
-        } else {
-            waiting.until(commit, None)
+    let signal = match (may_run, stand) {
+        // Others may have let it run, and it reads its connection.
+        (true, _) => libc::SIGCONT,
+        // Nobody was told that it stands.
+        (false, None) => libc::SIGKILL,
+        (false, Some(before)) => {
+            let waiting = Waiting {
+                before,
+                parked: processes.first(),
+                ..*waiting
+            };
+            match waiting.until(commit, None) {
+                Ok(Go::Now) => libc::SIGCONT,
+                Ok(Go::Already) => return Ok(()),
+                Err(_) => libc::SIGKILL,
+            }
         }
-    };
-    let signal = match go() {
-        Ok(Go::Now) => libc::SIGCONT,
-        Ok(Go::Already) => return Ok(()),
-        Err(_) => libc::SIGKILL,
     };
     for parked in &processes {
         // A program may have a handler for it: it is for one that stands, or will in a moment.
