@@ -53,8 +53,8 @@ pub struct Round {
     pub looked_through: u64,
 }
 
-/// Takes whole pages: address, content. It may keep the buffer, and leave another.
-pub type Take<'a> = dyn FnMut(u64, &mut Buffer) -> Result<()> + 'a;
+/// Takes whole pages: address, content, of which nothing needs to stay.
+pub type Take<'a> = dyn FnMut(u64, &mut [u8]) -> Result<()> + 'a;
 
 impl Tracker {
     /// Begins to follow process `pid`, which stands still for a moment. Where the kernel cannot do it

@@ -377,7 +377,7 @@ impl<'j> Mover<'j> {
         let mut before = u64::MAX;
         while self.moved.rounds < MOST_ROUNDS {
             let began = Instant::now();
-            let round = sender.feed(SPACE, |take| tracker.round(take))?;
+            let round = tracker.round(&mut |at, pages| sender.give(SPACE, at, pages))?;
             sender.round()?;
             self.moved.rounds += 1;
             let little = round.bytes < LITTLE || began.elapsed() < QUICK;

@@ -5,15 +5,14 @@ use std::io::{Seek, Write};
 use std::ops::{Deref, Range};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::frames::{Frame, Stream, Totals};
 use super::header::LONGEST;
-use crate::dump::{Sink, Take};
+use crate::dump::Sink;
 use crate::image::rounds::Populated;
 use crate::image::{ChangedFlags, Manifest, RoundsWriter, SpaceId};
 use crate::kernel::arch;
@@ -49,10 +48,8 @@ pub const SPACE: SpaceId = 0;
 const PAGE: usize = arch::PAGE as usize;
 /// Space and address in front of pages.
 const PLACE: usize = 12;
-/// Bytes sent in one frame: what is packed, and sent while the next is packed.
+/// Bytes sent in one frame.
 const PIECE: usize = 1 << 20;
-/// Buffers that wait between two threads at each end: as many as smooth out that one of them stalls.
-const AHEAD: usize = 8;
 /// Most bytes of a carried file, and of a manifest.
 const LARGEST_OBJECT: u64 = 1 << 40;
 const LARGEST_MANIFEST: usize = 1 << 30;
@@ -123,36 +120,6 @@ impl ImageSender {
             at += len;
         }
         Ok(())
-    }
-
-    /// Lets `work` give pages of a space, which another thread sends while it gets the next ones.
-    ///
-    /// # Errors
-    /// Those of `work`; when the connection breaks.
-    pub fn feed<R>(&self, space: SpaceId, work: impl FnOnce(&mut Take) -> Result<R>) -> Result<R> {
-        let (full, to_send) = sync_channel::<(u64, Buffer)>(AHEAD);
-        let (empty, sent) = sync_channel::<Buffer>(AHEAD + 1);
-        std::thread::scope(|scope| {
-            let sender = scope.spawn(move || -> Result<()> {
-                for (addr, mut data) in to_send {
-                    self.give(space, addr, &mut data)?;
-                    // Nobody wants it any more at the end.
-                    let _ = empty.try_send(data);
-                }
-                Ok(())
-            });
-            let done = work(&mut |addr, data| {
-                let next = sent.try_recv().unwrap_or_default();
-                full.send((addr, std::mem::replace(data, next)))
-                    .map_err(|_| anyhow!("the stream broke"))
-            });
-            drop(full);
-            let sent = sender
-                .join()
-                .unwrap_or_else(|_| Err(anyhow!("the sending thread panicked")));
-            // What stopped the sender stopped the work.
-            sent.and(done)
-        })
     }
 
     /// Says which large mappings the task has, before any of their pages.
@@ -273,48 +240,36 @@ impl Sink for ImageSender {
 }
 
 /// Receives an image into the directory `path`, which must not exist; it is complete when this returns, but for memory
-/// that has been placed in this process. What has been opened is stored by another thread while the next is.
+/// that has been placed in this process.
 ///
 /// # Errors
 /// When the connection breaks or ends before the image does, or what arrives makes no sense. What was received
 /// so far is gone then.
 pub fn receive(stream: &mut Stream, path: &Path) -> Result<Placed> {
     let writer = RoundsWriter::create(path)?;
-    let placing = Placing::new(SPACE);
-    let (manifest, mut populated, placing) = std::thread::scope(|scope| {
-        let (opened, to_store) = sync_channel::<Frame>(AHEAD);
-        let (settled, is_settled) = sync_channel::<()>(1);
-        let (empty, stored) = sync_channel::<Buffer>(AHEAD + 1);
-        let writer = &writer;
-        let store =
-            scope.spawn(move || Store::new(writer, placing).run(to_store, &empty, &settled));
-        // Its end ends the storing thread.
-        let received = (|| -> Result<()> {
-            loop {
-                let buffer = stored.try_recv().unwrap_or_default();
-                let Some(frame) = stream.recv_into(buffer)? else {
-                    bail!("the stream ended before the task was whole");
-                };
-                let kind = frame.kind;
-                // What is wrong with storing the storing thread tells.
-                if opened.send(frame).is_err() || kind == kind::END {
-                    return Ok(());
-                }
-                if kind == kind::ROUND {
-                    if is_settled.recv().is_err() {
-                        return Ok(());
-                    }
-                    stream.send(kind::ROUND, &[], &[])?;
-                    stream.flush()?;
-                }
+    let mut store = Store::new(&writer);
+    let mut buffer = Buffer::default();
+    loop {
+        let Some(Frame { kind, head, body }) = stream.recv_into(buffer)? else {
+            bail!("the stream ended before the task was whole");
+        };
+        match kind {
+            kind::END => break,
+            kind::ROUND => {
+                writer.settle()?;
+                stream.send(kind::ROUND, &[], &[])?;
+                stream.flush()?;
             }
-        })();
-        drop(opened);
-        let stored = store
-            .join()
-            .unwrap_or_else(|_| Err(anyhow!("the storing thread panicked")));
-        received.and(stored)
-    })?;
+            kind => store.take(kind, &head, &body)?,
+        }
+        buffer = body;
+    }
+    let Store {
+        placing,
+        mut populated,
+        manifest,
+        ..
+    } = store;
     let manifest: Manifest =
         serde_json::from_slice(&manifest).context("the manifest that arrived is none")?;
     RoundsWriter::check(&manifest)?;
@@ -363,36 +318,14 @@ struct Store<'a> {
 }
 
 impl<'a> Store<'a> {
-    fn new(writer: &'a RoundsWriter, placing: Placing) -> Store<'a> {
+    fn new(writer: &'a RoundsWriter) -> Store<'a> {
         Store {
             writer,
-            placing,
+            placing: Placing::new(SPACE),
             populated: Populated::new(),
             manifest: Vec::new(),
             object: None,
         }
-    }
-
-    /// Takes frames until the last one, or until no more come; the manifest, and which pages there are.
-    fn run(
-        mut self,
-        frames: Receiver<Frame>,
-        empty: &SyncSender<Buffer>,
-        settled: &SyncSender<()>,
-    ) -> Result<(Vec<u8>, Populated, Placing)> {
-        for Frame { kind, head, body } in frames {
-            match kind {
-                kind::END => break,
-                kind::ROUND => {
-                    self.writer.settle()?;
-                    let _ = settled.send(());
-                }
-                kind => self.take(kind, &head, &body)?,
-            }
-            // Of the buffers as many go round as are needed.
-            let _ = empty.try_send(body);
-        }
-        Ok((self.manifest, self.populated, self.placing))
     }
 
     fn take(&mut self, kind: u8, head: &[u8], body: &[u8]) -> Result<()> {
