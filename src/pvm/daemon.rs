@@ -78,11 +78,15 @@ pub fn start(what: &Start<'_>) -> Result<Started> {
     };
     let mut pvmd = launch(what, hosts.as_ref(), &file)?;
     let pid = pvmd.id() as i32;
-    let done = bring_up(pid, &file, hosts.as_ref());
-    if done.is_err() && !take_down(&mut pvmd) {
-        clear(&file)?;
+    match bring_up(pid, &file, hosts.as_ref()) {
+        Err(e) if !take_down(&mut pvmd) => Err(match clear(&file) {
+            Ok(()) => e,
+            Err(left) => e.context(format!(
+                "the pvmd was killed, for what follows, and its files are still there ({left:#})"
+            )),
+        }),
+        done => done,
     }
-    done
 }
 
 /// Ends a pvmd. SIGTERM makes it take its files away, and its tasks and slaves down; one that comes right before it waits
